@@ -1,0 +1,316 @@
+"""Batches as a pure function of (seed, step), straight from shards on the disk.
+
+The training tokens are cut into windows of block_size + 1 tokens that start block_size apart, each inside one
+shard. Step after step, global batches take the next `global_batch` windows of an endless stream in which every
+epoch is a fresh permutation of all windows. The permutation is computed, not stored (a keyed Feistel network),
+so a resume needs no replay, any rank can ask for any rows, and 100B tokens cost no memory.
+"""
+
+import hashlib
+import os
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import DataError
+from data.meta import read_meta
+from data.shards import Shard, find_shards, open_shard
+
+ROUNDS = 6  # of the Feistel network; four already make it look random, see tests
+MAX_OPEN = 256  # files kept open, below the usual limit of 1,024 a process
+
+
+class TrainBatches:
+    """All training windows of a folder in a shuffled, endless, reproducible order.
+
+    data_dir: folder of shards; block_size: tokens a row; global_batch: rows a step, over all ranks and
+    micro-steps; seed: of the order. Raises DataError where the folder has not one whole window.
+    `.n_windows` windows in an epoch, `.n_tokens` tokens in the shards.
+    """
+
+    def __init__(self, data_dir, block_size: int, global_batch: int, seed: int):
+        if block_size < 1 or global_batch < 1:
+            raise DataError(
+                f"block_size {block_size} and global_batch {global_batch} must both be at least 1"
+            )
+        self.block_size, self.global_batch, self.seed = block_size, global_batch, seed
+        self._shards = _open_split(data_dir, "train")
+        windows = [max(0, (shard.n_tokens - 1) // block_size) for shard in self._shards]
+        self._first_window = np.concatenate([[0], np.cumsum(windows, dtype=np.int64)])
+        self.n_windows = int(self._first_window[-1])
+        self.n_tokens = sum(shard.n_tokens for shard in self._shards)
+        if self.n_windows == 0:
+            raise DataError(
+                f"{data_dir} has {self.n_tokens:,} training tokens, less than one window of block_size + 1 = "
+                f"{block_size + 1:,}: prepare more data or lower block_size"
+            )
+        self._files = _Files(self._shards)
+
+    def window_ids(self, step: int) -> np.ndarray:
+        """Window numbers of global batch `step`, int64 (global_batch,), each in [0, n_windows)."""
+        return self._windows(step, 0, self.global_batch)
+
+    def rows(self, step: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows lo..hi-1 of global batch `step`: inputs and targets, int64 (hi - lo, block_size) each."""
+        if not 0 <= lo <= hi <= self.global_batch:
+            raise DataError(f"rows {lo} to {hi} are outside a global batch of {self.global_batch}")
+        windows = self._windows(step, lo, hi)
+        shards = np.searchsorted(self._first_window, windows, side="right") - 1
+        starts = (windows - self._first_window[shards]) * self.block_size
+        return self._files.read(shards, starts, self.block_size)
+
+    def _windows(self, step: int, lo: int, hi: int) -> np.ndarray:
+        # Python integers: step * global_batch has no limit here
+        position = step * self.global_batch + lo
+        ids = np.empty(hi - lo, np.int64)
+        done = 0
+        while done < len(ids):  # a batch may straddle the end of an epoch, or several
+            epoch, index = divmod(position + done, self.n_windows)
+            take = min(len(ids) - done, self.n_windows - index)
+            ids[done : done + take] = permute(
+                np.arange(index, index + take), self.n_windows, self.seed, epoch
+            )
+            done += take
+        return ids
+
+
+class ValWindows:
+    """A fixed list of validation windows: the first eval_tokens // block_size of validation shard 0.
+
+    Only shard 0, so that a loss does not depend on how many shards somebody has downloaded.
+    Raises DataError where it holds less than one window. `.n_windows` of them.
+    """
+
+    def __init__(self, data_dir, block_size: int, eval_tokens: int):
+        self.block_size = block_size
+        self._shard = _open_split(data_dir, "val")[0]
+        self.n_windows = min(eval_tokens // block_size, (self._shard.n_tokens - 1) // block_size)
+        if self.n_windows < 1:
+            raise DataError(
+                f"{self._shard.path} gives no validation window: it has {self._shard.n_tokens:,} tokens, eval_tokens "
+                f"is {eval_tokens:,}, and one window takes block_size + 1 = {block_size + 1:,}; lower block_size or "
+                "give more"
+            )
+        self._files = _Files([self._shard])
+
+    def rows(self, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows lo..hi-1: inputs and targets, int64 (hi - lo, block_size) each."""
+        if not 0 <= lo <= hi <= self.n_windows:
+            raise DataError(f"windows {lo} to {hi} are outside the {self.n_windows} validation windows")
+        starts = np.arange(lo, hi, dtype=np.int64) * self.block_size
+        return self._files.read(np.zeros(hi - lo, np.int64), starts, self.block_size)
+
+    def sha256(self) -> str:
+        """Identity of what is evaluated: the tokens of all windows and where they are cut."""
+        digest = hashlib.sha256(f"{self.block_size} {self.n_windows} ".encode())
+        tokens = self._shard.tokens
+        end = self.n_windows * self.block_size + 1
+        for start in range(0, end, 1 << 20):
+            digest.update(tokens[start : min(end, start + (1 << 20))].astype("<u4").tobytes())
+        return digest.hexdigest()
+
+
+class _Files:
+    """Reads windows out of shards by position.
+
+    Not through a memory map: its pages count as the process's memory and stay (nanoGPT #287), and a page fault
+    costs as much as the read. One pread a row copies exactly the row, and threads and forks may share the file.
+    """
+
+    def __init__(self, shards: list[Shard]):
+        self._shards = shards
+        self._open: dict[int, object] = {}
+        self._lock = threading.Lock()
+
+    def read(
+        self, shards: np.ndarray, starts: np.ndarray, block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = self._shards[0].dtype
+        size = dtype.itemsize
+        rows_BxT = np.empty((len(starts), block_size + 1), dtype)
+        n_bytes = (block_size + 1) * size
+        flat = memoryview(rows_BxT.reshape(-1)).cast("B") if len(starts) else b""
+        for row, (shard, start) in enumerate(zip(shards.tolist(), starts.tolist(), strict=True)):
+            offset = self._shards[shard].offset + start * size
+            self._read_into(shard, flat[row * n_bytes : (row + 1) * n_bytes], offset)
+        # astype makes both halves contiguous and their own
+        x = torch.from_numpy(rows_BxT[:, :-1].astype(np.int64))
+        y = torch.from_numpy(rows_BxT[:, 1:].astype(np.int64))
+        return x, y
+
+    def _read_into(self, shard: int, view: memoryview, offset: int) -> None:
+        file = self._open.get(shard) or self._open_file(shard)
+        if hasattr(os, "preadv"):
+            n = os.preadv(file.fileno(), [view], offset)
+        else:  # Windows: no positional read, so seek and read belong together
+            with self._lock:
+                file.seek(offset)
+                n = file.readinto(view)
+        if n != len(view):
+            raise DataError(f"{self._shards[shard].path} became shorter while it was read; prepare it again")
+
+    def _open_file(self, shard: int):
+        with self._lock:
+            if len(self._open) >= MAX_OPEN:
+                self._open.pop(next(iter(self._open)))  # the oldest; it closes when nobody reads it any more
+            file = self._open[shard] = open(self._shards[shard].path, "rb", buffering=0)  # noqa: SIM115
+        return file
+
+    def __getstate__(self):
+        return {"_shards": self._shards}
+
+    def __setstate__(self, state):
+        self.__init__(state["_shards"])
+
+
+def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a permutation of range(n), drawn by (seed, epoch), sends each index: int64, any shape.
+
+    A Feistel network on pairs (left, right) in an a x b grid just larger than n; the few results outside
+    range(n) are sent through again until they fall inside ("cycle walking"), which keeps it a permutation.
+    See Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002).
+    """
+    a = max(1, int(np.ceil(np.sqrt(n))))
+    b = -(-n // a)
+    name = f"{seed}/{epoch}".encode()
+    keys = np.frombuffer(hashlib.blake2b(name, digest_size=8 * ROUNDS).digest(), "<u8")
+    out = np.array(index, dtype=np.uint64)
+    todo = np.ones(out.shape, bool)
+    while todo.any():
+        left, right = np.divmod(out[todo], np.uint64(b))
+        for i in range(0, ROUNDS, 2):
+            left = (left + _mix(right ^ keys[i])) % np.uint64(a)
+            right = (right + _mix(left ^ keys[i + 1])) % np.uint64(b)
+        out[todo] = left * np.uint64(b) + right
+        todo[todo] = out[todo] >= n
+    return out.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finishing steps of splitmix64, less the top bit so that adding a small number never wraps."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) >> np.uint64(1)
+
+
+def _open_split(data_dir, split: str) -> list[Shard]:
+    paths = find_shards(data_dir, split)
+    if not paths:
+        raise DataError(
+            f"{data_dir} has no {split} shards (looked for *_{split}_*.bin, {split}.bin, *_{split}_*.npy): run that "
+            "data set's prepare.py, or point dataset/data_dir at prepared data"
+        )
+    shards = [open_shard(path) for path in paths]
+    if len({shard.dtype for shard in shards}) > 1:
+        raise DataError(f"{data_dir} mixes shards of uint16 and uint32 tokens: they come from two tokenizers")
+    return shards
+
+
+def fingerprint(data_dir) -> str:
+    """Hex identity of a folder's training tokens and their order on the disk.
+
+    From the SHA-256 of each shard where meta.json has them all; else from names, sizes and a sample of the
+    contents (64 pieces of 4 KiB a shard), which is quick for hundreds of gigabytes.
+    """
+    paths = find_shards(data_dir, "train")
+    recorded = {s["file"]: s for s in (read_meta(data_dir) or {}).get("shards", [])}
+    digest = hashlib.sha256()
+    for path in paths:
+        shard = open_shard(path)
+        known = recorded.get(path.name)
+        if known and known["tokens"] == shard.n_tokens:
+            digest.update(f"{shard.n_tokens} {known['sha256']}\n".encode())
+            continue
+        digest.update(f"{shard.n_tokens} {path.stat().st_size} {shard.dtype.str}\n".encode())
+        with open(path, "rb") as file:
+            for position in np.linspace(0, max(0, path.stat().st_size - 4096), 64).astype(np.int64).tolist():
+                file.seek(position)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def check_ids(data_dir, vocab_size: int) -> None:
+    """Raise DataError where the data has token ids that a vocabulary of `vocab_size` lacks.
+
+    Takes meta.json's word where there is one, else looks at a sample of every shard's tokens.
+    """
+    meta = read_meta(data_dir)
+    highest = meta["vocab_size"] - 1 if meta else max_token(data_dir)
+    if highest >= vocab_size:
+        raise DataError(
+            f"{data_dir} was tokenized with ids up to {highest:,} but the model's vocab_size is {vocab_size:,}: set "
+            f"vocab_size to {highest + 1:,} or more, or take the data of the right tokenizer"
+        )
+
+
+def max_token(data_dir, sample: int = 1_000_000) -> int:
+    """The highest token id among `sample` evenly spread tokens of each shard, all of them where it is shorter."""
+    highest = 0
+    for split in ("train", "val"):
+        for path in find_shards(data_dir, split):
+            tokens = open_shard(path).tokens
+            if len(tokens):
+                piece = min(len(tokens), max(1, sample // 64))
+                for start in np.linspace(0, len(tokens) - piece, 64 if piece < len(tokens) else 1).astype(
+                    np.int64
+                ):
+                    highest = max(highest, int(tokens[start : start + piece].max()))
+    return highest
+
+
+def prefetch(iterator, device):
+    """Yield the tuples of tensors of an iterator on a device, prepared one ahead by a thread.
+
+    On CUDA they go through pinned memory without waiting for the copy. An exception of the iterator is raised
+    here; leaving the loop early stops the thread.
+    """
+    device = torch.device(device)
+    ready: queue.Queue = queue.Queue(maxsize=1)
+    stop = threading.Event()
+
+    def put(item) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work():
+        try:
+            for item in iterator:
+                if device.type == "cuda":
+                    item = tuple(t.pin_memory() for t in item)
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # handed to the reader, whatever it is
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            # from this thread, so that the copy queues on the stream that will use it
+            yield tuple(t.to(device, non_blocking=device.type == "cuda") for t in item)
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+
+
+def is_prepared(data_dir) -> bool:
+    """Whether a folder holds a finished set: both splits, and no preparation still under way."""
+    folder = Path(data_dir)
+    if not folder.is_dir() or not find_shards(folder, "train") or not find_shards(folder, "val"):
+        return False
+    meta = read_meta(folder)
+    return meta is None or meta.get("complete", True)

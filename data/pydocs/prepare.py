@@ -1,0 +1,242 @@
+"""A small corpus of English prose that every Python installation already carries.
+
+    python data/pydocs/prepare.py            writes data/pydocs/*.bin, tokenizer.json and meta.json
+
+Text: Python's help topics and the docstrings of the standard library, torch and numpy, read from their source
+files (nothing but a few harmless modules is imported: some of the standard library opens windows or browsers).
+Documents of 80 characters or more, each once, in the order of their SHA-256, which is as good as shuffled; the
+first 5% are for validation. Tokenizer: a byte-level BPE of 4,096 ids trained on the training part.
+"""
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import platform
+import re
+import sys
+import sysconfig
+import time
+from array import array
+from ast import literal_eval
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: let `import data` find the project
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from data import DataError
+from data.loader import is_prepared
+from data.meta import write_meta
+from data.shards import write_atomic, write_shard
+from data.tokenizers import FILE_NAME, load_tokenizer
+
+VOCAB_SIZE = 4096  # end-of-text, the last id, included
+MIN_CHARACTERS = 80
+VAL_FRACTION = 0.05
+# Folders of a package that hold tests or other people's packages rather than documentation.
+SKIP_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "testing",
+    "__pycache__",
+    "_vendor",
+    "ensurepip",
+}
+# Written in C, so their docstrings are in no source file; all of them are harmless to import.
+C_MODULES = """_asyncio _bisect _codecs _collections _csv _datetime _decimal _elementtree _functools _heapq _io _json
+    _operator _pickle _random _socket _sqlite3 _sre _ssl _string _struct _thread _weakref array atexit binascii
+    builtins cmath errno faulthandler gc itertools marshal math mmap posix nt pyexpat resource select signal sys
+    time unicodedata zlib""".split()
+
+# A docstring: the literal that opens a file, or the first thing after a line that ends in a colon.
+DOCSTRING = re.compile(
+    r"(?:\A(?:[ \t]*(?:\#[^\n]*)?\n)*|:[ \t]*(?:\#[^\n]*)?\n(?:[ \t]*(?:\#[^\n]*)?\n)*[ \t]+)"
+    r"(?P<literal>[rRuU]?(?P<quote>\"\"\"|''')(?:\\.|[^\\])*?(?P=quote))",
+    re.DOTALL,
+)
+# In files like torch/_torch_docs.py, which give compiled functions their docstrings: every long literal.
+LITERAL = re.compile(r"(?P<literal>[rR]?(?P<quote>\"\"\"|''')(?:\\.|[^\\])*?(?P=quote))", re.DOTALL)
+DOC_FILES = re.compile(r"_\w*(docs|docstr|newdocs\w*)\.py")
+
+
+def package_folders() -> dict[str, Path]:
+    folders = {"python": Path(sysconfig.get_paths()["stdlib"])}
+    for name in ("torch", "numpy"):
+        found = importlib.util.find_spec(name)  # finds a top-level package without running it
+        if found is not None and found.origin:
+            folders[name] = Path(found.origin).parent
+    return folders
+
+
+def source_docstrings(folder: Path):
+    for path in sorted(folder.rglob("*.py")):
+        if SKIP_FOLDERS & set(path.relative_to(folder).parts[:-1]):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        pattern = LITERAL if DOC_FILES.fullmatch(path.name) else DOCSTRING
+        for match in pattern.finditer(source):
+            try:
+                yield literal_eval(match["literal"])
+            except (SyntaxError, ValueError):
+                continue
+
+
+def compiled_docstrings():
+    for name in C_MODULES:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        yield module.__doc__
+        for _, value in sorted(vars(module).items(), key=lambda item: item[0]):
+            yield getattr(value, "__doc__", None)
+            if inspect.isclass(value):
+                for _, member in sorted(vars(value).items(), key=lambda item: item[0]):
+                    yield getattr(member, "__doc__", None)
+
+
+def help_topics():
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return
+    for _, text in sorted(topics.items()):
+        yield text
+
+
+def collect() -> tuple[list[str], dict[str, int]]:
+    """All documents, each once, by SHA-256; and how many each source was the first to give."""
+    sources = {"help topics": help_topics(), "compiled modules": compiled_docstrings()}
+    for name, folder in package_folders().items():
+        sources[f"{name} docstrings"] = source_docstrings(folder)
+    documents: dict[bytes, str] = {}
+    counts = {}
+    for name, texts in sources.items():
+        before = len(documents)
+        for text in texts:
+            if not isinstance(text, str):
+                continue
+            text = inspect.cleandoc(text).strip()
+            if len(text) >= MIN_CHARACTERS and "\ufffd" not in text:
+                text = text.encode("utf-8", "replace").decode("utf-8")
+                documents.setdefault(hashlib.sha256(text.encode()).digest(), text)
+        counts[name] = len(documents) - before
+    return [documents[key] for key in sorted(documents)], counts
+
+
+def train_tokenizer(texts: list[str], path: Path):
+    """Train the BPE and write it to `path`; returns it as every tokenizer is read here."""
+    import tokenizers
+
+    trainer = tokenizers.trainers.BpeTrainer(
+        # no special token: one would be found in ordinary text; end-of-text is added behind the last id
+        vocab_size=VOCAB_SIZE - 1,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainer)
+    write_atomic(path, bpe.to_str(pretty=False).encode())
+    return load_tokenizer({"kind": "bytebpe", "name": "pydocs", "file": path.name}, path.parent)
+
+
+def tokenize(documents: list[str], tokenizer) -> np.ndarray:
+    ids = array("H")
+    for text in documents:
+        ids.append(tokenizer.eot)
+        ids.extend(tokenizer.encode(text))
+    return np.frombuffer(ids, np.uint16)
+
+
+def prepare(out_dir: Path) -> None:
+    if is_prepared(out_dir) and (out_dir / FILE_NAME).is_file() and (out_dir / "meta.json").is_file():
+        print(f"{out_dir} is already prepared, nothing to do (delete its *.bin files to make it anew)")
+        return
+    started = time.perf_counter()
+    documents, counts = collect()
+    n_val = round(len(documents) * VAL_FRACTION)
+    if n_val < 1 or len(documents) < 100:
+        raise DataError(
+            f"only {len(documents)} docstrings found in this Python: is its library installed as source?"
+        )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(documents[n_val:], out_dir / FILE_NAME)
+    shards = []
+    for split, number, part in (("val", 0, documents[:n_val]), ("train", 1, documents[n_val:])):
+        tokens = tokenize(part, tokenizer)
+        path = out_dir / f"pydocs_{split}_{number:06d}.bin"
+        write_shard(path, tokens)
+        shards.append(
+            {
+                "file": path.name,
+                "split": split,
+                "tokens": len(tokens),
+                "documents": len(part),
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+        )
+    versions = {"python": platform.python_version()}
+    versions |= {name: _version(name) for name in ("torch", "numpy", "tokenizers", "tiktoken")}
+    # last: a folder without it is prepared again
+    write_meta(
+        out_dir,
+        {
+            "format": 1,
+            "dataset": "pydocs",
+            "complete": True,
+            "tokenizer": tokenizer.spec,
+            "vocab_size": tokenizer.n_vocab,
+            "eot": tokenizer.eot,
+            "dtype": "uint16",
+            "documents": len(documents),
+            "characters": sum(map(len, documents)),
+            "tokens": {s["split"]: s["tokens"] for s in shards},
+            "shards": shards,
+            "made": {"documents_from": counts, "versions": versions},
+            "byte_lengths": tokenizer.byte_lengths().tolist(),
+        },
+    )
+    print(
+        f"{len(documents):,} documents, {sum(map(len, documents)) / 1e6:.1f} M characters, "
+        f"{shards[1]['tokens']:,} training and {shards[0]['tokens']:,} validation tokens "
+        f"of a vocabulary of {tokenizer.n_vocab:,} in {time.perf_counter() - started:.1f} s: {out_dir}"
+    )
+    print("from " + json.dumps(counts))
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out_dir", type=Path, default=Path(__file__).resolve().parent, help="where the shards go"
+    )
+    args = parser.parse_args(argv)
+    try:
+        prepare(args.out_dir)
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Token shards: the llm.c / modded-nanogpt layout, and the older ones that people have on their disks.
+
+| layout | header | tokens |
+|---|---|---|
+| GPT-2 shard `*_train_000001.bin` | 256 int32: 20240520, 1, n | uint16 |
+| Llama-3 shard (same names) | 256 int32: 20240801, 7, n | uint32 |
+| nanoGPT `train.bin`, `val.bin` | none | uint16 |
+| build-nanogpt `*_train_000001.npy` | NumPy's own | uint16 |
+
+Everything is little-endian. A shard appears under its name only when it is whole: it is written beside,
+flushed to the disk, and renamed.
+"""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import DataError
+
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+# (magic, version) -> dtype of the tokens
+LAYOUTS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
+MAX_TOKENS = 2**31 - 1  # the header's count is an int32
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens: where they start, how many there are, and of which type. Nothing is kept open."""
+
+    path: Path
+    offset: int  # bytes before the first token
+    n_tokens: int
+    dtype: np.dtype  # little-endian uint16 or uint32
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens as a read-only memory map, (n_tokens,), uint16 or uint32."""
+        if self.n_tokens == 0:
+            return np.empty(0, self.dtype)
+        return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.n_tokens,))
+
+
+def find_shards(data_dir, split: str) -> list[Path]:
+    """The files of a split ("train" or "val") in order; an empty list where there are none.
+
+    Looks for `*_{split}_*.bin`, else nanoGPT's `{split}.bin`, else build-nanogpt's `*_{split}_*.npy`.
+    Raises DataError where the folder does not exist or holds shards of two data sets.
+    """
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}: prepare a data set first, e.g. python data/pydocs/prepare.py")
+    for pattern in (f"*_{split}_*.bin", f"{split}.bin", f"*_{split}_*.npy"):
+        found = [path for path in folder.glob(pattern) if path.is_file()]
+        if not found:
+            continue
+        prefixes = sorted({path.name.rpartition(f"_{split}_")[0] for path in found})
+        if len(prefixes) > 1:
+            raise DataError(
+                f"{folder} holds shards of {len(prefixes)} data sets ({', '.join(prefixes)}): "
+                "give each a folder of its own, or they would be mixed"
+            )
+        return sorted(found, key=_shard_order)
+    return []
+
+
+def _shard_order(path: Path):
+    """Numbered names by number, so that a set written without leading zeros is still in order."""
+    digits = re.search(r"(\d+)$", path.stem)
+    return (int(digits.group(1)) if digits else -1, path.name)
+
+
+def open_shard(path) -> Shard:
+    """Check a file's header and size and describe it. Raises DataError with a hint at the cure."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if path.suffix == ".npy":
+            return _open_npy(path, size)
+        with open(path, "rb") as file:
+            head = np.frombuffer(file.read(12), "<i4")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    magic, version, count = (int(v) for v in head) if len(head) == 3 else (0, 0, 0)
+    dtype = LAYOUTS.get((magic, version))
+    if dtype is not None:
+        expected = HEADER_BYTES + count * dtype.itemsize
+        if count < 0 or size != expected:
+            raise DataError(
+                f"{path} is damaged: its header promises {count:,} tokens ({expected:,} bytes) but the file has "
+                f"{size:,} bytes; delete it and prepare or download it again"
+            )
+        return Shard(path, HEADER_BYTES, count, dtype)
+    if magic in {known for known, _ in LAYOUTS}:
+        raise DataError(
+            f"{path} is a token shard of version {version}, which is unknown here; prepare the data again"
+        )
+    if re.search(r"_(train|val)_", path.name):
+        raise DataError(
+            f"{path} has no token-shard header (it starts with {magic}, not 20240520): an interrupted download, "
+            "a Git LFS pointer or another format; fetch it again. Headerless files must be named train.bin, val.bin"
+        )
+    if size % 2:
+        raise DataError(f"{path} has an odd number of bytes ({size:,}), so it is no file of uint16 tokens")
+    return Shard(path, 0, size // 2, np.dtype("<u2"))
+
+
+def _open_npy(path: Path, size: int) -> Shard:
+    with open(path, "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
+            shape, _, dtype = read_header[version](file)
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{path} is not a NumPy array file ({error}); prepare it again") from error
+        offset = file.tell()
+    if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+        raise DataError(f"{path} holds {dtype} of shape {shape}; a row of uint16 or uint32 tokens is needed")
+    if size != offset + shape[0] * dtype.itemsize:
+        raise DataError(
+            f"{path} is damaged: {shape[0]:,} tokens promised, {size:,} bytes there; prepare it again"
+        )
+    return Shard(path, offset, shape[0], dtype)
+
+
+def dtype_for(n_vocab: int) -> np.dtype:
+    """The narrowest token type that holds every id of a vocabulary."""
+    return np.dtype("<u2") if n_vocab <= 2**16 else np.dtype("<u4")
+
+
+def header_bytes(n_tokens: int, dtype) -> bytes:
+    """The 1,024 bytes in front of `n_tokens` tokens of a type."""
+    if n_tokens > MAX_TOKENS:
+        raise DataError(
+            f"a shard of {n_tokens:,} tokens is over the format's limit of {MAX_TOKENS:,}: make more"
+        )
+    header = np.zeros(HEADER_INTS, "<i4")
+    layout = next((key for key, known in LAYOUTS.items() if known == np.dtype(dtype)), None)
+    if layout is None:
+        raise DataError(f"tokens must be uint16 or uint32, not {np.dtype(dtype)}")
+    header[:3] = (*layout, n_tokens)
+    return header.tobytes()
+
+
+def write_shard(path, tokens: np.ndarray) -> None:
+    """Write (n,) uint16 or uint32 tokens as one shard, whole or not at all."""
+    tokens = np.ascontiguousarray(tokens)
+    if tokens.ndim != 1:
+        raise DataError(f"tokens of a shard are one row, not an array of shape {tokens.shape}")
+    little = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
+    write_atomic(path, header_bytes(len(little), little.dtype), memoryview(little).cast("B"))
+
+
+def write_atomic(path, *chunks) -> None:
+    """Write byte chunks to `path` through a temporary file beside it, an fsync and a rename."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished, flushed file to its real name and make the rename itself durable."""
+    os.replace(temporary, path)
+    if sys.platform != "win32":  # a folder cannot be opened for flushing there
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,299 @@
+"""One interface over every tokenizer: tiktoken's, Hugging Face's, our own small BPE, plain characters.
+
+A tokenizer has
+
+    .name .spec       for people; for meta.json (load_tokenizer(spec, folder) gives the same tokenizer back)
+    .n_vocab .eot     number of ids; id of end-of-text, or None
+    .encode(text)     ids of *ordinary* text: a literal "<|endoftext|>" in it never becomes the special token
+    .decode(ids)      text; an id without a token, or half a character, shows as U+FFFD and never raises
+    .token_bytes()    the true bytes of every id (None: special or no token at all)
+    .byte_lengths()   their lengths, uint16 (n_vocab,), 0 where there are none
+    .backend          the library's own object: tiktoken.Encoding, tokenizers.Tokenizer, or list[bytes]
+    .save(folder)     writes what `load_tokenizer(spec, folder)` will need there
+"""
+
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data import DataError
+
+FILE_NAME = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's split of text into pieces that merges never cross.
+GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Names under which tokenizers outside tiktoken keep their end of text, best first.
+END_NAMES = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "[SEP]",
+    "<|begin_of_text|>",
+    "<s>",
+)
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+def load_tokenizer(spec, base_dir=None):
+    """The tokenizer that a spec names.
+
+    spec: a dict from `meta.json`, or a plain name: tiktoken's ("gpt2", "cl100k_base"), "gpt2"-like first; the
+    path of a `tokenizer.json` or of a folder that holds one; a Hugging Face hub name.
+    base_dir: the folder that holds the files which a dict spec mentions (a prepared set's, or a run's).
+    Raises DataError where it cannot be had.
+    """
+    if isinstance(spec, str | Path):
+        return _load_by_name(str(spec))
+    kind = spec.get("kind")
+    if kind == "tiktoken":
+        return TiktokenTokenizer(_tiktoken(spec["name"]), spec)
+    if kind == "chars":
+        return CharTokenizer(spec["itos"])
+    if kind in ("bytebpe", "hf"):
+        path = Path(base_dir or ".") / spec["file"]
+        if kind == "bytebpe":
+            return ByteBPETokenizer(path, spec)
+        if not path.is_file() and base_dir is None:
+            return _load_by_name(spec["name"])
+        return HFTokenizer(path, spec)
+    raise DataError(f"unknown kind of tokenizer: {kind!r} (known: tiktoken, hf, bytebpe, chars)")
+
+
+def _load_by_name(name: str):
+    import tiktoken
+
+    if name in tiktoken.list_encoding_names():
+        return TiktokenTokenizer(_tiktoken(name), {"kind": "tiktoken", "name": name})
+    path = Path(name)
+    if path.is_dir():
+        path = path / FILE_NAME
+        if not path.is_file():
+            raise DataError(
+                f"no {FILE_NAME} in {name}: save the tokenizer there in the fast (`tokenizers`) format"
+            )
+    if path.is_file():
+        return HFTokenizer(path, {"kind": "hf", "name": name, "file": FILE_NAME})
+    if path.suffix == ".json" or path.is_absolute() or name.startswith("."):
+        raise DataError(f"no tokenizer file {name}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        downloaded = hf_hub_download(name, FILE_NAME)
+    except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
+        raise DataError(
+            f"no tokenizer {name!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}; it is no local "
+            f"file or folder, and the Hugging Face hub gave none ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    try:  # beside it, which end of text it uses; a tokenizer may well come without
+        hf_hub_download(name, "tokenizer_config.json")
+    except Exception:
+        pass
+    return HFTokenizer(Path(downloaded), {"kind": "hf", "name": name, "file": FILE_NAME})
+
+
+def _tiktoken(name: str):
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding(name)
+    except ValueError as error:
+        raise DataError(f"tiktoken has no encoding {name!r}: {_first_line(error)}") from error
+    except OSError as error:  # requests' ConnectionError is one
+        raise DataError(
+            f"cannot load tiktoken's {name} ({type(error).__name__}): its vocabulary is downloaded once; connect "
+            "to the network, or point TIKTOKEN_CACHE_DIR at a folder that already has it"
+        ) from error
+
+
+def _first_line(error) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+class _Tokenizer:
+    """What all kinds share: reading ids back through the true bytes of tokens."""
+
+    def token_bytes(self) -> list[bytes | None]:
+        return self._token_bytes
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([len(b or b"") for b in self._token_bytes], np.uint16)
+
+    def decode(self, ids) -> str:
+        return b"".join(self._shown(int(i)) for i in ids).decode("utf-8", errors="replace")
+
+    def _shown(self, i: int) -> bytes:
+        known = self._token_bytes[i] if 0 <= i < self.n_vocab else None
+        return self._special_text.get(i, REPLACEMENT) if known is None else known
+
+    def save(self, folder) -> None:
+        """Nothing to save, unless a kind says otherwise."""
+
+
+class TiktokenTokenizer(_Tokenizer):
+    """A tiktoken.Encoding: any of tiktoken's by name, or one made here."""
+
+    def __init__(self, encoding, spec: dict):
+        self.backend, self.spec, self.name = encoding, spec, encoding.name
+        self.n_vocab = encoding.n_vocab
+        self.eot = encoding._special_tokens.get(END_OF_TEXT)
+        self._special_text = {i: text.encode() for text, i in encoding._special_tokens.items()}
+        self.encode = encoding.encode_ordinary
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes | None]:
+        table: list[bytes | None] = [None] * self.n_vocab
+        for token, rank in self.backend._mergeable_ranks.items():
+            table[rank] = token
+        return table
+
+
+class ByteBPETokenizer(TiktokenTokenizer):
+    """A small byte-level BPE trained by `tokenizers`, encoded by tiktoken, with end-of-text as its last id.
+
+    tiktoken reads it because it never looks for special tokens in ordinary text; a special token given to
+    the trainer would be found there.
+    """
+
+    def __init__(self, path: Path, spec: dict):
+        import tiktoken
+
+        self._path = Path(path)
+        vocab = _read_json(self._path)["model"]["vocab"]
+        alphabet = byte_of_character()
+        ranks = {bytes(alphabet[c] for c in token): rank for token, rank in vocab.items()}
+        name = spec.get("name", "bytebpe")
+        encoding = tiktoken.Encoding(
+            name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+        )
+        super().__init__(encoding, {"kind": "bytebpe", "name": name, "file": FILE_NAME})
+
+    def save(self, folder) -> None:
+        _copy(self._path, Path(folder) / FILE_NAME)
+
+
+class HFTokenizer(_Tokenizer):
+    """A Hugging Face fast tokenizer, from its `tokenizer.json` alone."""
+
+    def __init__(self, path: Path, spec: dict):
+        import tokenizers
+
+        self._path = Path(path)
+        description = _read_json(self._path)
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(self._path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(
+                f"{path} is not a tokenizer of the `tokenizers` library: {_first_line(error)}"
+            ) from error
+        self.backend.encode_special_tokens = True  # a special token's text in a document is only text
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        self.n_vocab = max(vocab.values()) + 1
+        added = self.backend.get_added_tokens_decoder()
+        special = {i: token.content for i, token in added.items() if token.special}
+        self._special_text = {i: text.encode() for i, text in special.items()}
+        self.eot = spec["eot"] if "eot" in spec else self._find_eot(vocab)
+        self.name = spec["name"]
+        self.spec = {"kind": "hf", "name": self.name, "file": FILE_NAME, "eot": self.eot}
+        self._plain = {i: token.content for i, token in added.items() if not token.special}
+        self._byte_level = '"ByteLevel"' in json.dumps(
+            [description.get("decoder"), description.get("pre_tokenizer")]
+        )
+        if (description.get("decoder") or {}).get("type") == "WordPiece":
+            raise DataError(f"{path} is a WordPiece tokenizer, which loses spaces; take a byte-level one")
+
+    def _find_eot(self, vocab: dict) -> int | None:
+        config = self._path.with_name("tokenizer_config.json")
+        names = list(END_NAMES)
+        if config.is_file():
+            token = _read_json(config).get("eos_token")
+            names.insert(0, token.get("content") if isinstance(token, dict) else token)
+        return next((vocab[name] for name in names if name in vocab), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(clean_text(text), add_special_tokens=False).ids
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes | None]:
+        alphabet = byte_of_character()
+        table: list[bytes | None] = [None] * self.n_vocab
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            if i in self._special_text:
+                continue
+            if i in self._plain:
+                table[i] = token.encode()
+            elif self._byte_level and all(c in alphabet for c in token):
+                table[i] = bytes(alphabet[c] for c in token)
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                table[i] = bytes([int(token[3:5], 16)])
+            else:
+                table[i] = token.replace("\u2581", " ").encode()
+        return table
+
+    def save(self, folder) -> None:
+        _copy(self._path, Path(folder) / FILE_NAME)
+
+
+class CharTokenizer(_Tokenizer):
+    """nanoGPT's characters: id i is characters[i]."""
+
+    def __init__(self, characters: list[str]):
+        self.name, self.eot, self.n_vocab = "chars", None, len(characters)
+        self.spec = {"kind": "chars", "itos": list(characters)}
+        self.backend = self._token_bytes = [c.encode("utf-8", "surrogatepass") for c in characters]
+        self._special_text: dict[int, bytes] = {}
+        self._id = {c: i for i, c in enumerate(characters)}
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self._id[c] for c in text]
+        except KeyError as error:
+            raise DataError(
+                f"the character {error.args[0]!r} does not occur in the data that this vocabulary was made from; "
+                "leave it out of the text"
+            ) from None
+
+
+def clean_text(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates, which no encoding can write, as U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def byte_of_character() -> dict[str, int]:
+    """The byte behind each of the 256 characters by which byte-level BPE files write bytes.
+
+    Printable Latin-1 stands for itself; the other 68 bytes follow, in order, from U+0100 on.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"no tokenizer file {path}: prepare the data again, or copy it there") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error})") from error
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.resolve() != target.resolve():
+        temporary = target.with_name(target.name + ".tmp")
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
