@@ -1,5 +1,5 @@
-"""Token shards on disk, the tokenizers that made them, and the loader that reads them back in a fixed order."""
+"""Token shards on disk, the tokenizers that made them, and the loader that reads them in a fixed order."""
 
 
 class DataError(ValueError):
-    """Something is wrong with data on disk or on its way there; the message says what, where and what to do."""
+    """Something is wrong with data on or on its way to the disk; it says what, where and what to do."""

@@ -1,9 +1,10 @@
 """Batches as a pure function of (seed, step), straight from shards on the disk.
 
-The training tokens are cut into windows of block_size + 1 tokens that start block_size apart, each inside one
-shard. Step after step, global batches take the next `global_batch` windows of an endless stream in which every
-epoch is a fresh permutation of all windows. The permutation is computed, not stored (a keyed Feistel network),
-so a resume needs no replay, any rank can ask for any rows, and 100B tokens cost no memory.
+The training tokens are cut into windows of block_size + 1 tokens that start block_size apart, each inside
+one shard. Step after step, global batches take the next `global_batch` windows of an endless stream in
+which every epoch is a fresh permutation of all windows. The permutation is computed, not stored (a keyed
+Feistel network), so a resume needs no replay, any rank can ask for any rows, and 100B tokens cost no
+memory.
 """
 
 import hashlib
@@ -90,8 +91,10 @@ class ValWindows:
         self.n_windows = min(eval_tokens // block_size, (self._shard.n_tokens - 1) // block_size)
         if self.n_windows < 1:
             raise DataError(
-                f"{self._shard.path} gives no validation window: it has {self._shard.n_tokens:,} tokens, eval_tokens "
-                f"is {eval_tokens:,}, and one window takes block_size + 1 = {block_size + 1:,}; lower block_size or "
+                f"{self._shard.path} gives no validation window: it has {self._shard.n_tokens:,} tokens, "
+                f"eval_tokens "
+                f"is {eval_tokens:,}, and one window takes block_size + 1 = {block_size + 1:,}; lower "
+                f"block_size or "
                 "give more"
             )
         self._files = _Files([self._shard])
@@ -116,8 +119,9 @@ class ValWindows:
 class _Files:
     """Reads windows out of shards by position.
 
-    Not through a memory map: its pages count as the process's memory and stay (nanoGPT #287), and a page fault
-    costs as much as the read. One pread a row copies exactly the row, and threads and forks may share the file.
+    Not through a memory map: its pages count as the process's memory and stay (nanoGPT #287), and a page
+    fault costs as much as the read. One pread a row copies exactly the row, and threads and forks may share
+    the file.
     """
 
     def __init__(self, shards: list[Shard]):
@@ -200,7 +204,8 @@ def _open_split(data_dir, split: str) -> list[Shard]:
     paths = find_shards(data_dir, split)
     if not paths:
         raise DataError(
-            f"{data_dir} has no {split} shards (looked for *_{split}_*.bin, {split}.bin, *_{split}_*.npy): run that "
+            f"{data_dir} has no {split} shards (looked for *_{split}_*.bin, {split}.bin, "
+            f"*_{split}_*.npy): run that "
             "data set's prepare.py, or point dataset/data_dir at prepared data"
         )
     shards = [open_shard(path) for path in paths]
@@ -241,13 +246,14 @@ def check_ids(data_dir, vocab_size: int) -> None:
     highest = meta["vocab_size"] - 1 if meta else max_token(data_dir)
     if highest >= vocab_size:
         raise DataError(
-            f"{data_dir} was tokenized with ids up to {highest:,} but the model's vocab_size is {vocab_size:,}: set "
+            f"{data_dir} was tokenized with ids up to {highest:,} but the model's vocab_size is "
+            f"{vocab_size:,}: set "
             f"vocab_size to {highest + 1:,} or more, or take the data of the right tokenizer"
         )
 
 
 def max_token(data_dir, sample: int = 1_000_000) -> int:
-    """The highest token id among `sample` evenly spread tokens of each shard, all of them where it is shorter."""
+    """The highest id among `sample` evenly spread tokens of each shard (all, where it has fewer)."""
     highest = 0
     for split in ("train", "val"):
         for path in find_shards(data_dir, split):

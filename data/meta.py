@@ -69,7 +69,8 @@ def _read_nanogpt_meta(path: Path) -> dict:
             raise KeyError("itos")
     except Exception as error:  # a hostile or damaged pickle may raise anything
         raise DataError(
-            f"{path} is not the plain meta.pkl of a nanoGPT character data set ({error}); prepare the data again"
+            f"{path} is not the plain meta.pkl of a nanoGPT character data set ({error}); prepare the "
+            f"data again"
         ) from error
     return characters_meta(path.parent.name, characters)
 

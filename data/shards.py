@@ -91,7 +91,8 @@ def open_shard(path) -> Shard:
         expected = HEADER_BYTES + count * dtype.itemsize
         if count < 0 or size != expected:
             raise DataError(
-                f"{path} is damaged: its header promises {count:,} tokens ({expected:,} bytes) but the file has "
+                f"{path} is damaged: its header promises {count:,} tokens ({expected:,} bytes) but the "
+                f"file has "
                 f"{size:,} bytes; delete it and prepare or download it again"
             )
         return Shard(path, HEADER_BYTES, count, dtype)
@@ -101,8 +102,10 @@ def open_shard(path) -> Shard:
         )
     if re.search(r"_(train|val)_", path.name):
         raise DataError(
-            f"{path} has no token-shard header (it starts with {magic}, not 20240520): an interrupted download, "
-            "a Git LFS pointer or another format; fetch it again. Headerless files must be named train.bin, val.bin"
+            f"{path} has no token-shard header (it starts with {magic}, not 20240520): an interrupted "
+            f"download, "
+            "a Git LFS pointer or another format; fetch it again. Headerless files must be named "
+            "train.bin, val.bin"
         )
     if size % 2:
         raise DataError(f"{path} has an odd number of bytes ({size:,}), so it is no file of uint16 tokens")

@@ -12,6 +12,7 @@ A tokenizer has
     .save(folder)     writes what `load_tokenizer(spec, folder)` will need there
 """
 
+import contextlib
 import json
 import shutil
 from functools import cached_property
@@ -86,13 +87,13 @@ def _load_by_name(name: str):
         downloaded = hf_hub_download(name, FILE_NAME)
     except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
         raise DataError(
-            f"no tokenizer {name!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}; it is no local "
-            f"file or folder, and the Hugging Face hub gave none ({type(error).__name__}: {_first_line(error)})"
+            f"no tokenizer {name!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}; it is no "
+            f"local "
+            f"file or folder, and the Hugging Face hub gave none ({type(error).__name__}: "
+            f"{_first_line(error)})"
         ) from error
-    try:  # beside it, which end of text it uses; a tokenizer may well come without
+    with contextlib.suppress(Exception):  # which end of text it uses; a tokenizer may come without
         hf_hub_download(name, "tokenizer_config.json")
-    except Exception:
-        pass
     return HFTokenizer(Path(downloaded), {"kind": "hf", "name": name, "file": FILE_NAME})
 
 
@@ -105,7 +106,8 @@ def _tiktoken(name: str):
         raise DataError(f"tiktoken has no encoding {name!r}: {_first_line(error)}") from error
     except OSError as error:  # requests' ConnectionError is one
         raise DataError(
-            f"cannot load tiktoken's {name} ({type(error).__name__}): its vocabulary is downloaded once; connect "
+            f"cannot load tiktoken's {name} ({type(error).__name__}): its vocabulary is downloaded once; "
+            f"connect "
             "to the network, or point TIKTOKEN_CACHE_DIR at a folder that already has it"
         ) from error
 
@@ -255,7 +257,8 @@ class CharTokenizer(_Tokenizer):
             return [self._id[c] for c in text]
         except KeyError as error:
             raise DataError(
-                f"the character {error.args[0]!r} does not occur in the data that this vocabulary was made from; "
+                f"the character {error.args[0]!r} does not occur in the data that this vocabulary was "
+                f"made from; "
                 "leave it out of the text"
             ) from None
 

@@ -2,10 +2,11 @@
 
     python data/pydocs/prepare.py            writes data/pydocs/*.bin, tokenizer.json and meta.json
 
-Text: Python's help topics and the docstrings of the standard library, torch and numpy, read from their source
-files (nothing but a few harmless modules is imported: some of the standard library opens windows or browsers).
-Documents of 80 characters or more, each once, in the order of their SHA-256, which is as good as shuffled; the
-first 5% are for validation. Tokenizer: a byte-level BPE of 4,096 ids trained on the training part.
+Text: Python's help topics and the docstrings of the standard library, torch and numpy, read from their
+source files (nothing but a few harmless modules is imported: some of the standard library opens windows or
+browsers). Documents of 80 characters or more, each once, in the order of their SHA-256, which is as good as
+shuffled; the first 5% are for validation. Tokenizer: a byte-level BPE of 4,096 ids trained on the training
+part.
 """
 
 import argparse
@@ -49,10 +50,12 @@ SKIP_FOLDERS = {
     "ensurepip",
 }
 # Written in C, so their docstrings are in no source file; all of them are harmless to import.
-C_MODULES = """_asyncio _bisect _codecs _collections _csv _datetime _decimal _elementtree _functools _heapq _io _json
-    _operator _pickle _random _socket _sqlite3 _sre _ssl _string _struct _thread _weakref array atexit binascii
-    builtins cmath errno faulthandler gc itertools marshal math mmap posix nt pyexpat resource select signal sys
-    time unicodedata zlib""".split()
+C_MODULES = (  # noqa: SIM905
+    "_asyncio _bisect _codecs _collections _csv _datetime _decimal _elementtree _functools _heapq _io _json "
+    "_operator _pickle _random _socket _sqlite3 _sre _ssl _string _struct _thread _weakref array atexit "
+    "binascii builtins cmath errno faulthandler gc itertools marshal math mmap nt posix pyexpat resource "
+    "select signal sys time unicodedata zlib"
+).split()
 
 # A docstring: the literal that opens a file, or the first thing after a line that ends in a colon.
 DOCSTRING = re.compile(
