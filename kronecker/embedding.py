@@ -1,0 +1,275 @@
+"""KroneckerEmbedding: the nn.Embedding that holds no table.
+
+ids -> bytes of each token -> fixed Kronecker codec -> one learned projection W (d_model, D). The codec is never
+made dense (bag.py), so the module costs its (d_model, D) weight and one small byte buffer, whatever the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from kronecker.bag import embed
+from kronecker.codec import bag_coefficients, check_buffers, codec_output_dim
+from kronecker.tokens import build_byte_buffer, utf8_safe_truncate
+
+
+class KroneckerEmbedding(nn.Module):
+    """Drop-in replacement for nn.Embedding (arXiv 2605.29459, section 3): ids (...) -> embeddings (..., d_model).
+
+    vocab_size: number of ids; ids past the tokenizer's own have no bytes and embed to zero.
+    tokenizer: whatever build_byte_buffer takes; or give byte_buffer (vocab_size, pos_dim) and length_buffer
+        (vocab_size,) instead.
+    mode: "dynamic" computes embeddings from the weight at each call; "cached" keeps the (vocab_size, d_model) table
+        while the module is in eval() mode and gradients are off. Training is the same in both.
+    projection_init: "normal" (std 1/sqrt(D), the paper's) or "xavier".
+    length_normalize, z_normalize: the codec's two normalisations (both on in the paper).
+    byte_extraction: "bytes" for the tokens' true bytes, "decode" for the reference package's decode() extraction.
+    row_major: lay projection.weight out as usual instead of transposed. The transposed layout (the default) has the
+        same shape and values; it only lets the rows of W^T be read without a copy of the weight at each step.
+        FSDP2's fully_shard takes row-major parameters only.
+
+    state_dict() is exactly {"projection.weight": (d_model, D)}, row-major. The bytes are no part of it and follow
+    the module's device as plain attributes, so neither half() nor a meta-device start can spoil them.
+    Raises ValueError for arguments that do not fit together, TypeError for a tokenizer of an unknown kind.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        tokenizer=None,
+        char_dim: int = 256,
+        pos_dim: int = 32,
+        mode: str = "dynamic",
+        byte_buffer: Tensor | None = None,
+        length_buffer: Tensor | None = None,
+        projection_init: str = "normal",
+        length_normalize: bool = True,
+        z_normalize: bool = True,
+        *,
+        byte_extraction: str = "bytes",
+        row_major: bool = False,
+    ):
+        super().__init__()
+        if mode not in ("dynamic", "cached"):
+            raise ValueError(f"mode must be 'dynamic' or 'cached', but it is {mode!r}")
+        if projection_init not in ("normal", "xavier"):
+            raise ValueError(f"projection_init must be 'normal' or 'xavier', but it is {projection_init!r}")
+        self.vocab_size, self.d_model = vocab_size, d_model
+        self.char_dim, self.pos_dim, self.D = char_dim, pos_dim, codec_output_dim(char_dim, pos_dim)
+        self.mode, self.projection_init, self.byte_extraction = mode, projection_init, byte_extraction
+        self.length_normalize, self.z_normalize = length_normalize, z_normalize
+
+        if byte_buffer is None or length_buffer is None:
+            if tokenizer is None:
+                raise ValueError("give either a tokenizer or both byte_buffer and length_buffer")
+            byte_buffer, length_buffer = build_byte_buffer(tokenizer, pos_dim, byte_extraction)
+            missing = vocab_size - len(length_buffer)
+            if missing < 0:
+                raise ValueError(
+                    f"vocab_size is {vocab_size}, but the tokenizer has {len(length_buffer)} tokens"
+                )
+            byte_buffer = nn.functional.pad(byte_buffer, (0, 0, 0, missing))
+            length_buffer = nn.functional.pad(length_buffer, (0, missing))
+        check_buffers(byte_buffer, length_buffer, char_dim, pos_dim)
+        if len(length_buffer) != vocab_size:
+            raise ValueError(
+                f"the byte buffer describes {len(length_buffer)} tokens, but vocab_size is {vocab_size}"
+            )
+
+        self.projection = nn.Linear(self.D, d_model, bias=False)
+        if not row_major:
+            weight = self.projection.weight
+            self.projection.weight = nn.Parameter(
+                torch.empty_like(weight.t(), memory_format=torch.contiguous_format).t()
+            )
+        self.reset_parameters()
+
+        self._byte_buffer = byte_buffer.to(torch.uint8).contiguous()
+        self._length_buffer = length_buffer.to(torch.int16).contiguous()
+        self._coef = torch.tensor(
+            bag_coefficients(char_dim, pos_dim, length_normalize, z_normalize), dtype=torch.float64
+        )
+        self._table: Tensor | None = None  # mode="cached" only
+        self._table_version = -1
+        self._place_constants()
+        self.register_state_dict_post_hook(_row_major_state)
+        self.register_load_state_dict_pre_hook(_check_loaded_shape)
+
+    def reset_parameters(self) -> None:
+        """Draw the projection anew, as projection_init says."""
+        if self.projection_init == "normal":
+            nn.init.normal_(self.projection.weight, std=1 / math.sqrt(self.D))
+        else:
+            nn.init.xavier_uniform_(self.projection.weight)
+
+    # nn.Embedding's names
+    @property
+    def num_embeddings(self) -> int:
+        return self.vocab_size
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.d_model
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.projection.weight.dtype
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embeddings (*input_ids.shape, d_model) in the weight's dtype, for integer ids of any shape.
+
+        Raises TypeError for ids that are not integers, IndexError (on CPU) for an id outside the vocabulary.
+        """
+        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+            raise TypeError(f"token ids must be integers, but they are {input_ids.dtype}")
+        if self.mode == "cached" and not self.training and not torch.is_grad_enabled():
+            return nn.functional.embedding(input_ids.long(), self._cached_table())
+        e_NxM = self._embed(input_ids.reshape(-1).long(), self._byte_buffer, self._length_buffer)
+        return e_NxM.view(*input_ids.shape, self.d_model)
+
+    def table(self) -> Tensor:
+        """The whole table E (vocab_size, d_model) = codec(every token) W^T; differentiable, computed at each call."""
+        ids_V = torch.arange(self.vocab_size, device=self.projection.weight.device)
+        return self._embed(ids_V, self._byte_buffer, self._length_buffer)
+
+    @torch.no_grad()
+    def to_embedding(self) -> nn.Embedding:
+        """A plain nn.Embedding with the same values (a snapshot: it does not follow later training)."""
+        return nn.Embedding.from_pretrained(self.table(), freeze=False)
+
+    def forward_with_byte_override(
+        self,
+        input_ids: Tensor,
+        position_byte_overrides: Mapping[int | tuple[int, ...], bytes]
+        | Sequence[Mapping[int, bytes] | None]
+        | None = None,
+    ) -> Tensor:
+        """forward(), but with the given bytes in place of some tokens (forced-OOV inference, section 6.12).
+
+        Overrides of a single row (ids (L,) or (1, L)): {position: bytes}. Of a batch: {(row, position): bytes}, or a
+        list with one {position: bytes} (or None) a row. Bytes past pos_dim are dropped as the tokens' own are.
+        Raises IndexError for a position outside the input, TypeError for a value that is not bytes.
+        """
+        out = self.forward(input_ids)
+        if not position_byte_overrides:
+            return out
+        flat_R, kept = [], []
+        for position, raw in _by_position(input_ids, position_byte_overrides):
+            if not isinstance(raw, bytes | bytearray):
+                raise TypeError(
+                    f"the override at position {position} must be bytes, not {type(raw).__name__}"
+                )
+            raw = bytes(raw)
+            kept.append(
+                utf8_safe_truncate(raw, self.pos_dim)
+                if self.byte_extraction == "decode"
+                else raw[: self.pos_dim]
+            )
+            flat_R.append(position)
+        device = self.projection.weight.device
+        bytes_RxP, lengths_R = build_byte_buffer(kept, self.pos_dim)
+        check_buffers(bytes_RxP, lengths_R, self.char_dim, self.pos_dim)
+        ids_R = torch.arange(len(kept), device=device)
+        e_RxM = self._embed(ids_R, bytes_RxP.to(device), lengths_R.to(device))
+        rows_R = torch.tensor(flat_R, device=device)
+        return out.reshape(-1, self.d_model).index_copy(0, rows_R, e_RxM).view_as(out)
+
+    def buffer_bytes(self) -> int:
+        """Memory of the token bytes, lengths and coefficients."""
+        return sum(t.numel() * t.element_size() for t in (self._byte_buffer, self._length_buffer, self._coef))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.vocab_size}, {self.d_model}, char_dim={self.char_dim}, pos_dim={self.pos_dim}, D={self.D}, "
+            f"mode={self.mode!r}"
+        )
+
+    # ---- inside ----
+
+    def _embed(self, ids_N: Tensor, bytes_VxP: Tensor, lengths_V: Tensor) -> Tensor:
+        weight = self.projection.weight
+        if self._coef.device != weight.device or self._coef.dtype != _sum_dtype(weight):
+            self._place_constants()  # the weight was moved by something else than the module's own to()
+            bytes_VxP, lengths_V = bytes_VxP.to(weight.device), lengths_V.to(weight.device)
+        return embed(ids_N, weight.t(), bytes_VxP, lengths_V, self._coef)
+
+    def _place_constants(self) -> None:
+        """Keep bytes, lengths and coefficients beside the weight; a meta weight leaves them where they are."""
+        weight = self.projection.weight
+        if weight.device.type == "meta":
+            return
+        self._byte_buffer = self._byte_buffer.to(weight.device)
+        self._length_buffer = self._length_buffer.to(weight.device)
+        coef = bag_coefficients(self.char_dim, self.pos_dim, self.length_normalize, self.z_normalize)
+        self._coef = torch.tensor(coef, dtype=_sum_dtype(weight), device=weight.device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._table = None
+        self._place_constants()
+        return self
+
+    def train(self, mode: bool = True):
+        self._table = None
+        return super().train(mode)
+
+    def _cached_table(self) -> Tensor:
+        version = self.projection.weight._version
+        if self._table is None or version != self._table_version:
+            self._table, self._table_version = self.table(), version
+        return self._table
+
+
+def _sum_dtype(weight: Tensor) -> torch.dtype:
+    """Bags of half-precision rows are scaled and shifted in float32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _by_position(input_ids: Tensor, overrides):
+    """Yield (flat position, bytes) of either form of overrides, checking the range."""
+    shape = tuple(input_ids.shape)
+    if not shape:
+        raise IndexError("byte overrides need ids with at least one dimension")
+    n_rows, L = math.prod(shape[:-1]), shape[-1]
+    if not isinstance(overrides, Mapping):
+        if len(overrides) != n_rows:
+            raise IndexError(f"there are {len(overrides)} rows of overrides for {n_rows} rows of ids")
+        overrides = {
+            (row, p): raw for row, of_row in enumerate(overrides) for p, raw in (of_row or {}).items()
+        }
+    for key, raw in overrides.items():
+        row, p = key if isinstance(key, tuple) else (0, key)
+        if not isinstance(key, tuple) and n_rows != 1:
+            raise ValueError(
+                f"the ids have {n_rows} rows: name each override by (row, position), not {key!r}"
+            )
+        if not (0 <= row < n_rows and 0 <= p < L):
+            raise IndexError(f"override position {key!r} is outside the {n_rows} x {L} ids")
+        yield row * L + p, raw
+
+
+def _row_major_state(module: KroneckerEmbedding, state: dict, prefix: str, _metadata) -> None:
+    """Hand checkpoints an ordinary contiguous weight (safetensors refuses any other)."""
+    key = prefix + "projection.weight"
+    weight = state.get(key)
+    if weight is not None and not weight.requires_grad and not weight.is_contiguous():
+        state[key] = weight.contiguous()
+
+
+def _check_loaded_shape(module: KroneckerEmbedding, state: dict, prefix: str, *_unused) -> None:
+    weight = state.get(prefix + "projection.weight")
+    if weight is None or tuple(weight.shape) == (module.d_model, module.D):
+        return
+    hint = ""
+    if weight.dim() == 2 and weight.size(1) != module.D and weight.size(1) % module.char_dim == 0:
+        hint = f" (its pos_dim was {weight.size(1) // module.char_dim}, here it is {module.pos_dim})"
+    raise ValueError(
+        f"the checkpoint's {prefix}projection.weight has shape {tuple(weight.shape)}, "
+        f"but this embedding needs {(module.d_model, module.D)}{hint}"
+    )
