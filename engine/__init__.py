@@ -1,0 +1,1 @@
+"""What the training loop calls and a reader may skip: plain functions, a file each."""

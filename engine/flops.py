@@ -1,0 +1,58 @@
+"""What a step costs: FLOPs from the model's structure, the device's peak, and memory before it is taken."""
+
+import os
+
+import torch
+
+# Dense bf16 TFLOP/s by the vendors' data sheets, without sparsity; matched in this order against the name.
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+
+CONVENTION = "6N + 12*L*C*T FLOPs a token; N = weights of the matmuls, head included; attention without the causal half"
+
+
+def flops_per_token(config) -> int:
+    """Matmul FLOPs of forward and backward for one token, by CONVENTION (PaLM, appendix B).
+
+    The input side counts nothing: a lookup is no matmul, and neither is the codec's weighted bag of rows.
+    """
+    c, layers = config.n_embd, config.n_layer
+    matmul_weights = layers * 12 * c * c + config.vocab_size * c
+    return 6 * matmul_weights + 12 * layers * c * config.block_size
+
+
+def peak_flops(device: torch.device) -> tuple[float, str] | None:
+    """(FLOP/s, name) of the device; None where it is unknown, and then no MFU is shown.
+
+    KNG_PEAK_TFLOPS states the peak of a device that is not in the list.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if "KNG_PEAK_TFLOPS" in os.environ:
+        return float(os.environ["KNG_PEAK_TFLOPS"]) * 1e12, name
+    for part, tflops in PEAK_TFLOPS.items():
+        if part in name:
+            return tflops * 1e12, name
+    return None
+
+
+def memory_estimate(config, params: dict[str, int], batch_size: int, low_precision: bool) -> dict[str, float]:
+    """GB (10^9 bytes) a rank needs: weights, gradients and AdamW's moments in fp32, and saved activations.
+
+    Activations: about 16 tensors of (tokens, C) a block are kept for the backward pass (inputs of the
+    norms, q, k, v, attention's and the MLP's outputs), and the logits of one chunk or, on a GPU, of all.
+    """
+    width = 2 if low_precision else 4
+    tokens = batch_size * config.block_size
+    state = 16 * params["total"]
+    activations = tokens * config.n_layer * 16 * config.n_embd * width
+    logits = tokens * config.vocab_size * (width + 4)
+    return {"state": state / 1e9, "activations": activations / 1e9, "logits": logits / 1e9}

@@ -1,0 +1,144 @@
+"""Ranks, devices and number formats: one process or torchrun's many."""
+
+import ctypes
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import RunError
+
+
+@dataclass
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+    group: object = None  # gloo group for host-side words between ranks: no GPU has to be waited for
+
+    @property
+    def master(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is on one."""
+        if self.world == 1:
+            return flag
+        word = torch.tensor(int(flag))
+        dist.all_reduce(word, dist.ReduceOp.MAX, group=self.group)
+        return bool(word)
+
+    def same(self, value):
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def master_first(self, work):
+        """work() of rank 0 alone; what goes wrong there is raised on all ranks, so that none waits for ever."""
+        outcome = None
+        if self.master:
+            try:
+                outcome = (work(), None)
+            except Exception as e:
+                outcome = (None, e)
+        value, error = self.same(outcome)
+        if error is not None:
+            raise error
+        return value
+
+
+def start(device: str) -> Ranks:
+    """Join torchrun's group if there is one, and choose the device: cuda, else mps, else cpu."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    if world < 1 or not 0 <= rank < world:
+        raise RunError(f"WORLD_SIZE={world} and RANK={rank} do not fit: start with torchrun, or unset both")
+    if device == "auto":
+        mps = getattr(torch.backends, "mps", None)
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise RunError(f"device {device!r} is unknown: use auto, cpu, cuda, cuda:N or mps") from None
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available() or chosen.index >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise RunError(
+                f"device {device} is not here ({count} GPUs are): lower --nproc_per_node or use --device=cpu"
+            )
+        torch.cuda.set_device(chosen)
+    elif chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise RunError("device mps is not here: use --device=cpu")
+    elif chosen.type not in ("cpu", "mps"):
+        raise RunError(f"device {device!r} is not supported: use auto, cpu, cuda, cuda:N or mps")
+    if chosen.type == "cpu":
+        keep_heap()
+    if world == 1:
+        return Ranks(0, 1, chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return Ranks(rank, world, chosen, dist.new_group(backend="gloo"))
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def keep_heap() -> None:
+    """Tell glibc to keep freed memory instead of handing it back.
+
+    Every activation above 128 KiB would otherwise be a fresh mmap, whose page faults cost a small CPU run
+    up to a third of its time.
+    """
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError):
+            return  # another libc: slower, nothing else
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def number_format(dtype: str, device: torch.device) -> tuple[str, object]:
+    """(name, autocast context) for the matmuls; 'auto' takes bfloat16 where the hardware multiplies it."""
+    kind = device.type
+    if dtype == "auto":
+        if kind == "cuda":
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        else:
+            dtype = "bfloat16" if kind == "cpu" and cpu_has_bf16() else "float32"
+    if dtype == "float16" and kind != "cuda":
+        raise RunError(f"dtype float16 needs a CUDA GPU, not {kind}: use bfloat16 or float32")
+    if dtype == "float32":
+        return dtype, nullcontext()
+    return dtype, torch.autocast(kind, dtype=getattr(torch, dtype))
+
+
+def cpu_has_bf16() -> bool:
+    ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and so asked for politely
+    return bool(ask and ask())
+
+
+class Signals:
+    """SIGTERM and Ctrl-C become a wish that the loop reads between two steps; a second one ends at once."""
+
+    def __init__(self):
+        self.wish: signal.Signals | None = None
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self.note)
+
+    def note(self, number, frame) -> None:
+        if self.wish is not None:
+            raise SystemExit(128 + number)
+        self.wish = signal.Signals(number)

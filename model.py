@@ -1,0 +1,368 @@
+"""GPT-2 in one file, with the input embedding as a switch.
+
+`wte` is 'stock' (a learned table) or 'kronecker' (a fixed byte codec and one learned projection, arXiv
+2605.29459); the head is tied to it or has its own weights. Parameters bear nanoGPT's names, so that its
+checkpoints load, and each is drawn from a generator seeded by (seed, its own name): whatever the embedding
+draws, the body of every arm is the same bit for bit.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from kronecker import KroneckerEmbedding
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64: faster matmuls
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    gelu: str = "none"  # 'tanh' is the approximation that OpenAI's own weights were trained with
+    wte: str = "stock"
+    tie_weights: bool = True
+    pos_dim: int = 16
+    char_dim: int = 256
+    wte_scale: float = 1.0
+    wte_ngrams: int = 0
+    wte_rank: int = 0
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "pos_dim", "char_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: change one of them"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but it must be at least 0 and below 1")
+        if self.gelu not in ("none", "tanh"):
+            raise ValueError(f"gelu is {self.gelu!r}, but it must be 'none' (exact) or 'tanh'")
+        if self.wte not in ("stock", "kronecker"):
+            raise ValueError(f"wte is {self.wte!r}, but it must be 'stock' or 'kronecker'")
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm whose bias can be left out (nn.LayerNorm grew that only later; the names are nanoGPT's)."""
+
+    def __init__(self, n_embd: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, past: Tensor | None = None, pos: int = 0) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if past is not None:  # (2, B, n_head, block_size, head_size), filled up to `pos`
+            past[0, :, :, pos : pos + T], past[1, :, :, pos : pos + T] = k, v
+            k, v = past[0, :, :, : pos + T], past[1, :, :, : pos + T]
+        # after the prompt one token comes at a time and may look at all that is there
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout, self.gelu = nn.Dropout(config.dropout), config.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, past: Tensor | None = None, pos: int = 0) -> Tensor:
+        x = x + self.attn(self.ln_1(x), past, pos)
+        return x + self.mlp(self.ln_2(x))
+
+
+class ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """mean cross-entropy of x @ weight.T, with at most CHUNK_BYTES of logits alive at any time.
+
+    The gradient with respect to a chunk's logits is known as soon as its softmax is, so both products of
+    the backward pass are made in the forward one and the logits are dropped. On a CPU this is about twice
+    as fast as linear + cross_entropy, and 3x torch's own linear_cross_entropy (scripts/bench_train.py).
+    """
+
+    CHUNK_BYTES = 128 << 20
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        n, vocab = targets.numel(), weight.size(0)
+        x_low, weight_low = x.to(dtype), weight.to(dtype)
+        grad_x = torch.empty_like(x_low)
+        grad_weight = torch.zeros_like(weight_low)
+        loss = x.new_zeros((), dtype=torch.float32)
+        rows = max(1, ChunkedLinearCrossEntropy.CHUNK_BYTES // (4 * vocab))
+        for start in range(0, n, rows):
+            chunk, target = x_low[start : start + rows], targets[start : start + rows, None]
+            p = (chunk @ weight_low.t()).float()
+            log_norm = torch.logsumexp(p, dim=1, keepdim=True)
+            loss += (log_norm - p.gather(1, target)).sum()
+            p.sub_(log_norm).exp_().scatter_add_(1, target, -torch.ones_like(log_norm))
+            p = p.mul_(1 / n).to(dtype)
+            torch.mm(p, weight_low, out=grad_x[start : start + rows])
+            grad_weight.addmm_(p.t(), chunk)
+        ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
+        return loss / n
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None
+
+
+class GPT(nn.Module):
+    """GPT-2. `byte_buffers` = (uint8 (V', pos_dim), int16 (V',)) as kronecker.build_byte_buffer makes them."""
+
+    def __init__(
+        self, config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | None = None, seed: int = 1337
+    ):
+        super().__init__()
+        self.config = config
+        if config.wte == "stock":
+            wte = nn.Embedding(config.vocab_size, config.n_embd)
+        else:
+            if byte_buffers is None:
+                raise ValueError("wte='kronecker' needs the bytes of the tokens: pass byte_buffers")
+            padding = config.vocab_size - len(byte_buffers[1])  # ids past the tokenizer's have no bytes
+            options = {"scale": config.wte_scale, "ngrams": config.wte_ngrams, "rank": config.wte_rank}
+            wte = KroneckerEmbedding(
+                config.vocab_size,
+                config.n_embd,
+                char_dim=config.char_dim,
+                pos_dim=config.pos_dim,
+                byte_buffer=F.pad(byte_buffers[0], (0, 0, 0, padding)),
+                length_buffer=F.pad(byte_buffers[1], (0, padding)),
+                **{k: v for k, v in options.items() if v != (1.0 if k == "scale" else 0)},
+            )
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": wte,
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                "ln_f": LayerNorm(config.n_embd, config.bias),
+            }
+        )
+        # A tied head has no weights of its own, and so no second name in a checkpoint.
+        self.lm_head = None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # The induced table's rows are of norm sqrt(n_embd), a learned table's of 0.02 sqrt(n_embd): without
+        # this factor the first loss of kronecker_tied would be about 94 instead of ln V.
+        induced_tie = config.tie_weights and config.wte == "kronecker"
+        self.head_scale = nn.Parameter(torch.tensor(0.02)) if induced_tie else None
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """GPT-2's initialisation, every tensor from its own generator, on the CPU whatever the device."""
+        if self.transformer.wpe.weight.is_meta:
+            return
+        for name, p in self.named_parameters():
+            if name.startswith("transformer.wte.") and self.config.wte == "kronecker":
+                # The projection keeps the paper's N(0, 1/D); the optional terms start as the package made them.
+                if not name.endswith("projection.weight"):
+                    continue
+                std = (self.config.char_dim * self.config.pos_dim) ** -0.5
+            elif name.endswith("c_proj.weight"):  # as many residual branches add up as there are c_proj
+                std = 0.02 / math.sqrt(2 * self.config.n_layer)
+            elif p.dim() == 2:
+                std = 0.02
+            else:
+                continue  # LayerNorms start as ones and biases as zeros, as they were made
+            p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator(seed, name)))
+        for name, p in self.named_parameters():
+            if name.endswith(".bias"):
+                p.zero_()
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        byte_overrides: dict[tuple[int, int], bytes] | None = None,
+        past: Tensor | None = None,
+        pos: int = 0,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits, loss) for int64 idx (B, T).
+
+        With targets (B, T): logits is None, and loss the mean in nats, or (B, T) with reduction='none'.
+        Without: logits (B, 1, V) of the last position only. `byte_overrides` {(row, position): bytes}
+        embeds those positions from the given bytes (kronecker only). `past` is make_cache()'s tensor,
+        already filled up to `pos`.
+        """
+        T = idx.size(1)
+        if pos + T > self.config.block_size:
+            raise ValueError(f"{pos + T} tokens do not fit into block_size {self.config.block_size}")
+        table, x = self.embed(idx, byte_overrides)
+        x = self.transformer.drop(x + self.transformer.wpe.weight[pos : pos + T])
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, None if past is None else past[i], pos)
+        x = self.transformer.ln_f(x)
+        if self.head_scale is not None:
+            x = x * self.head_scale
+        weight = table if self.lm_head is None else self.lm_head.weight
+        if targets is None:
+            return F.linear(x[:, -1:], weight), None
+        return None, cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction)
+
+    def embed(self, idx: Tensor, byte_overrides=None) -> tuple[Tensor | None, Tensor]:
+        """(table (V, n_embd) if the tied head needs it, embeddings (B, T, n_embd))."""
+        wte = self.transformer.wte
+        if self.config.wte == "stock":
+            if byte_overrides:
+                raise ValueError("a stock table has no slot made from bytes; use a kronecker arm")
+            return wte.weight, wte(idx)
+        if self.lm_head is not None:
+            return None, wte.forward_with_byte_override(idx, byte_overrides) if byte_overrides else wte(idx)
+        table = wte.table()  # once for the lookup and the head alike
+        return table, wte.forward_with_byte_override(idx, byte_overrides) if byte_overrides else F.embedding(
+            idx, table
+        )
+
+    def make_cache(self, batch: int) -> Tensor:
+        """Empty keys and values: (n_layer, 2, batch, n_head, block_size, head_size)."""
+        c = self.config
+        weight = self.transformer.wpe.weight
+        return weight.new_zeros(c.n_layer, 2, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        generator=None,
+        byte_overrides=None,
+    ):
+        """Yield max_new_tokens tensors (B, 1) that continue idx (B, T); temperature 0 takes the likeliest token.
+
+        Keys and values are cached until the context is full; after that the window slides, every position
+        changes with it, and the whole window is computed anew for each token, as nanoGPT always does.
+        """
+        block_size, overrides = self.config.block_size, dict(byte_overrides or {})
+        past, done = self.make_cache(idx.size(0)), 0
+        for _ in range(max_new_tokens):
+            start = max(0, idx.size(1) - block_size)
+            if start:
+                window = {(row, p - start): b for (row, p), b in overrides.items() if p >= start}
+                logits, _ = self(idx[:, start:], byte_overrides=window)
+            else:
+                logits, _ = self(
+                    idx[:, done:], byte_overrides=overrides if done == 0 else None, past=past, pos=done
+                )
+                done = idx.size(1)
+            token = pick(logits[:, -1].float(), temperature, top_k, top_p, generator)
+            idx = torch.cat((idx, token), dim=1)
+            yield token
+
+    def body_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Everything but the input embedding and the head: what is equal in all arms."""
+        outside = ("transformer.wte.", "lm_head.", "head_scale")
+        return [(n, p) for n, p in self.named_parameters() if not n.startswith(outside)]
+
+    def body_sha256(self) -> str:
+        digest = hashlib.sha256()
+        for name, p in sorted(self.body_parameters()):
+            digest.update(f"{name}{tuple(p.shape)}".encode())
+            digest.update(p.detach().cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    def count_parameters(self) -> dict[str, int]:
+        """Trainable numbers by part; `stock_table` is what the learned table would have."""
+        parts = {
+            "input": sum(p.numel() for p in self.transformer.wte.parameters()),
+            "body": sum(p.numel() for _, p in self.body_parameters()),
+            "head": sum(p.numel() for p in self.lm_head.parameters()) if self.lm_head is not None else 0,
+        }
+        parts["head"] += 0 if self.head_scale is None else 1
+        return parts | {
+            "total": sum(parts.values()),
+            "stock_table": self.config.vocab_size * self.config.n_embd,
+        }
+
+    def wte_table(self) -> Tensor:
+        """Embedding of every token, (V, n_embd)."""
+        wte = self.transformer.wte
+        return wte.weight if self.config.wte == "stock" else wte.table()
+
+    @torch.no_grad()
+    def wte_norms(self) -> dict[str, float]:
+        """wte/rms: RMS of the embedding's output over the vocabulary. wte/weight_norm: mean Euclidean norm of
+        the rows of its trainable matrix (paper: the projection's stays near 1.0, a learned table's drifts)."""
+        wte = self.transformer.wte
+        weight = wte.weight if self.config.wte == "stock" else wte.projection.weight
+        rms = self.wte_table().float().square().mean().sqrt()
+        return {"wte/rms": rms.item(), "wte/weight_norm": weight.float().norm(dim=1).mean().item()}
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator of its own for every (seed, name)."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy in nats of x (N, n_embd) @ weight.T (V, n_embd) against targets (N,)."""
+    device = x.device.type
+    if reduction == "mean" and device == "cpu" and torch.is_grad_enabled():
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return ChunkedLinearCrossEntropy.apply(x, weight, targets, dtype)
+    if torch.is_grad_enabled():  # one piece: the compiler fuses the rest on a GPU
+        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
+    rows = max(1, ChunkedLinearCrossEntropy.CHUNK_BYTES // (4 * weight.size(0)))
+    losses = [
+        F.cross_entropy(F.linear(a, weight).float(), b, reduction="none")
+        for a, b in zip(x.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(losses).mean() if reduction == "mean" else torch.cat(losses)
+
+
+def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+    """Token ids (B, 1) drawn from logits (B, V); top_p keeps the smallest set of tokens with that much probability."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(dim=-1)
+        ordered[probs.cumsum(dim=-1) - probs >= top_p] = -torch.inf
+        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

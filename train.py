@@ -1,0 +1,337 @@
+"""Train a GPT-2 whose input embedding is a switch. Read it from top to bottom.
+
+python train.py config/demo.py config/arms/kronecker.py --seed=1338
+torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m_fineweb_edu.py config/arms/kronecker.py
+python train.py --help
+"""
+
+import dataclasses
+import math
+import os
+import secrets
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import configurator
+import kronecker
+from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, prefetch
+from data.meta import read_meta
+from data.tokenizers import load_tokenizer
+from engine import checkpoint, evaluation, flops, foreign, metrics, plan, runs
+from engine import ranks as engine_ranks
+from engine.errors import RunError, sentences
+from model import GPT, GPTConfig
+
+
+def learning_rate(config, step: int) -> float:
+    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters; a constant without decay_lr."""
+    if not config.decay_lr:
+        return config.learning_rate
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    end = config.lr_decay_iters or config.max_iters
+    if step >= end:
+        return config.min_lr
+    done = (step - config.warmup_iters) / (end - config.warmup_iters)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
+
+
+def make_optimizer(model, config, device_type: str) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors do not; the Kronecker input side may have its own learning rate."""
+    groups = {}
+    for name, p in model.named_parameters():
+        mult = (
+            config.wte_lr_mult if name.startswith("transformer.wte.") and config.wte == "kronecker" else 1.0
+        )
+        decay = config.weight_decay if p.dim() >= 2 else 0.0
+        groups.setdefault((mult, decay), []).append(p)
+    return torch.optim.AdamW(
+        [{"params": ps, "lr_mult": mult, "weight_decay": decay} for (mult, decay), ps in groups.items()],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        fused=device_type in ("cuda", "cpu"),
+    )
+
+
+def main(config) -> None:
+    # ---- where we run, and with how many
+    ranks = engine_ranks.start(config.device)
+    device, world = ranks.device, ranks.world
+    say = print if ranks.master else lambda *args, **kwargs: None
+    wishes = engine_ranks.Signals()
+    config.dtype, autocast = engine_ranks.number_format(config.dtype, device)
+    config.arm = (
+        config.arm
+        or f"{'bpe' if config.wte == 'stock' else config.wte}_{'tied' if config.tie_weights else 'untied'}"
+    )
+    if config.compile is None:
+        config.compile = device.type == "cuda"
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")  # float32 matmuls on CUDA may use TF32
+    rows, micro_steps = plan.batch_split(config, world)
+    tokens_per_step = rows * config.block_size
+
+    # ---- what the data is; a dry run needs no more than its description
+    data_dir = Path(config.data_dir or Path(__file__).parent / "data" / config.dataset)
+    meta = read_meta(data_dir) or {"tokenizer": "gpt2", "vocab_size": 50257}
+    config.vocab_size = config.vocab_size or -(-meta["vocab_size"] // 64) * 64
+
+    # ---- the model's shape, and what the run will cost
+    foreign_weights = None
+    if config.init_from not in ("scratch", "resume", "auto"):
+        foreign_weights, shape = foreign.read(config.init_from, config.wte)
+        for name, value in shape.items():  # the file knows better than the defaults
+            setattr(config, name, value)
+    names = [f.name for f in dataclasses.fields(GPTConfig)]
+    try:
+        model_config = GPTConfig(**{name: getattr(config, name) for name in names})
+    except ValueError as e:
+        raise RunError(str(e)) from None
+    for name in ("max_iters", "eval_interval", "log_interval", "keep", "max_skipped"):
+        if getattr(config, name) < 1:
+            raise RunError(f"{name} is {getattr(config, name)}, but it must be at least 1")
+    no_bytes = (
+        torch.zeros(config.vocab_size, config.pos_dim, dtype=torch.uint8),
+        torch.zeros(config.vocab_size).short(),
+    )
+    with torch.device("meta"):
+        params = GPT(model_config, no_bytes).count_parameters()
+    flops_token = flops.flops_per_token(model_config)
+    say(plan.describe(config, model_config, params, flops_token, rows, world, config.dtype != "float32"))
+    if config.dry_run:
+        say("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
+        return
+
+    # ---- data: batches are a pure function of (seed, step)
+    train = TrainBatches(data_dir, config.block_size, rows, config.seed)
+    val = ValWindows(data_dir, config.block_size, config.eval_tokens)
+    if meta["vocab_size"] > config.vocab_size:
+        raise RunError(
+            f"vocab_size {config.vocab_size} is below the tokenizer's {meta['vocab_size']}: leave it at 0"
+        )
+    check_ids(data_dir, config.vocab_size)
+    tokenizer = load_tokenizer(meta["tokenizer"], base_dir=data_dir)
+    byte_buffers = None
+    if config.wte == "kronecker":
+        byte_buffers = kronecker.build_byte_buffer(tokenizer.backend, config.pos_dim, config.byte_extraction)
+    say(f"data        {train.n_tokens:,} training tokens, {val.n_windows:,} validation windows in {data_dir}")
+
+    # ---- the model, drawn from the seed or read from elsewhere
+    model = GPT(model_config, byte_buffers, seed=config.seed)
+    body_sha256 = model.body_sha256()
+    if foreign_weights is not None:
+        model.load_state_dict(foreign_weights)
+
+    # ---- the run's folder: go on with what is there, or begin
+    out_dir = Path(config.out_dir)
+    lock = runs.Lock(out_dir) if ranks.master else None  # noqa: F841 - held until the process ends
+    identity = fingerprint(data_dir)
+    ends = [train.window_ids(0).tolist(), train.window_ids(config.max_iters - 1).tolist()]
+    run = {
+        "arm": config.arm,
+        "seed": config.seed,
+        "body_sha256": body_sha256,
+        "data_fingerprint": identity,
+        "data_sha256": runs.sha256_of([identity, ends]),
+        "val_sha256": val.sha256(),
+        "schedule_sha256": runs.schedule_sha256(
+            dataclasses.asdict(config) | {"tokens_per_step": tokens_per_step}
+        ),
+        "params": params,
+        "flops_per_token": flops_token,
+        "tokens_per_step": tokens_per_step,
+        "world": world,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else runs.machine(),
+        "torch": torch.__version__,
+        "commit": runs.commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "wandb_id": secrets.token_hex(4),
+    }
+    folder = ranks.master_first(lambda: runs.begin(out_dir, config, run))
+    model.to(device)
+    optimizer = make_optimizer(model, config, device.type)
+    state = {
+        "step": 0,
+        "best_val": None,
+        "skipped": 0,
+        "loss_scale": 65536.0 if config.dtype == "float16" else 1.0,
+    }
+    if folder is not None:
+        # rank 0 reads and tells the others, so that only its machine needs the folder
+        weights, moments, state = ranks.same(checkpoint.load(folder) if ranks.master else None)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+        say(f"resuming    at step {state['step']:,} from {folder}")
+        if metrics.is_finished(out_dir, config.max_iters) and state["step"] >= config.max_iters:
+            say("finished    already; nothing to do")
+            return
+    first = state["step"]
+    if ranks.master:
+        tokenizer.save(out_dir)
+        write_meta_copy(out_dir, meta, tokenizer)
+    log = None
+    if ranks.master:
+        wandb_run = metrics.start_wandb(dataclasses.asdict(config), run) if config.wandb_log else None
+        log = metrics.Metrics(out_dir, first, wandb_run)
+
+    # ---- the raw model is evaluated and saved; the compiled, wrapped one only trains
+    wrapped = torch.compile(model) if config.compile else model
+    if world > 1:
+        wrapped = DistributedDataParallel(
+            wrapped, device_ids=[device.index] if device.type == "cuda" else None
+        )
+    model.train()
+
+    def batches():
+        for step in range(first, config.max_iters):
+            for micro in range(micro_steps):
+                lo = (micro * world + ranks.rank) * config.batch_size
+                yield train.rows(step, lo, lo + config.batch_size)
+
+    def save(step: int) -> None:
+        state.update(skipped=int(skipped), loss_scale=float(loss_scale))
+        state["config"] = dataclasses.asdict(config)
+        ranks.master_first(
+            lambda: checkpoint.save(out_dir, step, model.state_dict(), optimizer.state_dict(), state) and None
+        )
+
+    # ---- the loop
+    peak = flops.peak_flops(device)
+    ckpt_interval = config.ckpt_interval or config.eval_interval
+    loss_scale = torch.tensor(state["loss_scale"], device=device)
+    skipped = torch.tensor(state["skipped"], device=device)
+    streak = torch.zeros_like(skipped)  # bad steps in a row
+    good = torch.zeros_like(skipped)  # good steps in a row, for float16's loss scale
+    incoming = prefetch(batches(), device)
+    byte_lengths = tokenizer.byte_lengths()
+    clock, timed_steps, started = 0.0, 0, time.perf_counter()
+
+    for step in range(first, config.max_iters + 1):
+        last = step == config.max_iters
+        wish = ranks.any(wishes.wish is not None)
+        saved = step == first and folder is not None
+        if ((step > first and (step % ckpt_interval == 0 or last)) or wish) and not saved:
+            save(step)  # before the evaluation, which may be long
+            saved = True
+        if wish:
+            say(
+                f"stopped by {wishes.wish.name if wishes.wish else 'another rank'} at step {step:,}; saved. ",
+                end="",
+            )
+            say("The same command with --init_from=auto goes on from here.")
+            sys.exit(128 + (wishes.wish or 15))
+        if step % config.eval_interval == 0 or last or config.eval_only:
+            figures = evaluation.evaluate(model, val, byte_lengths, config.batch_size, ranks, autocast)
+            row = {"iter": step, "tokens": step * tokens_per_step} | figures | model.wte_norms()
+            if log:
+                log.log(row)
+            bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
+            say(f"step {step:>6,}  val loss {row['val/loss']:.4f} +- {row['val/sem']:.4f}{bpb}")
+            if step > 0 and not (state["best_val"] is not None and row["val/loss"] >= state["best_val"]):
+                state["best_val"] = row["val/loss"]
+                if not saved:
+                    save(step)
+                if ranks.master:
+                    checkpoint.point(out_dir, "best", f"step_{step:06d}")
+            if ranks.master:
+                checkpoint.prune(out_dir, config.keep)
+        if last or config.eval_only:
+            break
+
+        began = time.perf_counter()  # the clock stands still during evaluations and saves
+        lr = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        loss_sum = torch.zeros((), device=device)
+        for micro in range(micro_steps):
+            x, y = next(incoming)
+            if config.dropout:
+                # no state to save: masks are a function of (seed, step, rows), so a resume draws the same
+                torch.manual_seed(hash((config.seed, step, micro * world + ranks.rank)) & 0x7FFFFFFFFFFFFFFF)
+            if world > 1:  # one gradient sync a step; the flag counts when the forward pass runs
+                wrapped.require_backward_grad_sync = micro == micro_steps - 1
+            with autocast:
+                _, loss = wrapped(x, y)
+            (loss * (loss_scale / micro_steps)).backward()
+            loss_sum += loss.detach()
+        loss_mean = loss_sum / (micro_steps * world)
+        if world > 1:
+            dist.all_reduce(loss_mean)
+
+        # A non-finite loss or gradient skips the step on the device itself: AdamW's fused kernel reads
+        # found_inf, and divides by grad_scale, which serves for clipping too.
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) / loss_scale
+        bad = ~(norm.isfinite() & loss_mean.isfinite())
+        divisor = loss_scale * (norm / config.grad_clip).clamp(min=1) if config.grad_clip else loss_scale
+        if device.type in ("cuda", "cpu"):
+            optimizer.found_inf, optimizer.grad_scale = bad.float(), divisor.float()
+            optimizer.step()
+        elif not bad:  # no fused kernel that reads these here
+            torch._foreach_div_(grads, divisor)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        skipped += bad
+        streak = (streak + 1) * bad
+        if config.dtype == "float16":  # halve the scale on overflow, double it after 2,000 good steps
+            good = (good + 1) * ~bad
+            loss_scale = torch.where(
+                bad, loss_scale / 2, torch.where(good % 2000 == 1999, loss_scale * 2, loss_scale)
+            )
+
+        if step % config.log_interval == 0 or step + 1 == config.max_iters:
+            row = {"iter": step, "tokens": step * tokens_per_step, "train/loss": loss_mean.item(), "lr": lr}
+            row |= {"grad_norm": norm.item(), "skipped": int(skipped)}  # these waited for the device
+            clock, timed_steps = clock + time.perf_counter() - began, timed_steps + 1
+            row["tok_per_sec"] = timed_steps * tokens_per_step / clock
+            if peak:
+                row["mfu"] = 100 * row["tok_per_sec"] * flops_token / (peak[0] * world)
+            row["mem_gb"] = metrics.memory_gb(device)
+            if log:
+                log.log(row)
+            left = (time.perf_counter() - started) / (step + 1 - first) * (config.max_iters - step - 1)
+            mfu = f"  mfu {row['mfu']:.1f}%" if peak else ""
+            say(
+                f"step {step:>6,}/{config.max_iters:,}  loss {row['train/loss']:.4f}  lr {lr:.2e}  norm {row['grad_norm']:.2f}"
+                f"  {row['tok_per_sec']:,.0f} tok/s{mfu}  {int(left) // 60}:{int(left) % 60:02d} left",
+                flush=True,
+            )
+            clock, timed_steps = 0.0, 0
+            if int(streak) >= config.max_skipped:
+                bad_steps = range(step + 1 - int(streak), step + 1)
+                if ranks.master:
+                    ids = {s: train.window_ids(s).tolist() for s in bad_steps}
+                    runs.write_json(out_dir / "nonfinite.json", {"steps": list(bad_steps), "window_ids": ids})
+                raise RunError(
+                    f"loss or gradient was not finite in {int(streak)} steps in a row up to step {step}: they were "
+                    f"skipped; their windows are in {out_dir / 'nonfinite.json'} and the last good checkpoint is "
+                    f"{checkpoint.pointed(out_dir, 'latest') or 'not yet there'}; lower learning_rate or look at the data"
+                )
+        else:
+            clock, timed_steps = clock + time.perf_counter() - began, timed_steps + 1
+
+    if log:
+        log.close()
+    engine_ranks.stop()
+
+
+def write_meta_copy(out_dir: Path, meta: dict, tokenizer) -> None:
+    """The data's description beside the weights: a run can be sampled and probed without its data."""
+    kept = {k: v for k, v in meta.items() if k != "shards"} | {"tokenizer": tokenizer.spec}
+    runs.write_json(out_dir / "data_meta.json", kept)
+
+
+if __name__ == "__main__":
+    settings = configurator.load(sys.argv[1:])
+    world_size = int(os.environ.get("WORLD_SIZE", 1) or 1)
+    with sentences(lambda: plan.memory_advice(settings, world_size)):
+        main(settings)
