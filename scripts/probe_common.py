@@ -1,0 +1,255 @@
+"""What the probes share: which runs, with what provenance, and how seeds' figures become a table's row."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from scripts import compare, report, stats
+
+DATA = Path(__file__).resolve().parent / "probe_data"
+
+
+class ProbeError(ValueError):
+    """What is wrong, in one sentence for the person who asked."""
+
+
+def add_arguments(parser, need_runs: bool = True) -> None:
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        metavar="DIR",
+        required=need_runs,
+        help="run folders, or folders that hold runs (out/demo)",
+    )
+    parser.add_argument("--out", help="folder whose compare/ gets the results (default: the first of --runs)")
+    parser.add_argument(
+        "--baseline", help="arm to pair the others with (default: bpe_tied, else the first arm)"
+    )
+    parser.add_argument(
+        "--which", default="latest", choices=["latest", "best"], help="checkpoint (%(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of sampling and resampling (%(default)s)")
+
+
+def out_folder(args, fallback: str) -> Path:
+    if args.out:
+        return Path(args.out)
+    return compare.default_out(args.runs) if args.runs else Path(fallback)
+
+
+def find_runs(paths) -> list[dict]:
+    """Runs with a checkpoint at or below the paths: [{"path", "arm", "seed"}], by arm and seed."""
+    runs, seen = [], {}
+    for path in compare.find_run_folders(paths):
+        info = compare.read_json(path / "run.json")
+        if not (path / "latest").exists():
+            progress(f"{path} has no checkpoint yet: left out")
+            continue
+        run = {"path": path, "arm": str(info.get("arm")), "seed": int(info.get("seed", 0))}
+        other = seen.setdefault((run["arm"], run["seed"]), path)
+        if other != path:
+            raise ProbeError(
+                f"{other} and {path} are both arm {run['arm']}, seed {run['seed']}; give only one of them"
+            )
+        runs.append(run)
+    if not runs:
+        raise ProbeError(f"no run with a checkpoint at or below {', '.join(map(str, paths))}; train first")
+    return sorted(runs, key=lambda r: (*report.arm_sort_key(r["arm"]), r["seed"]))
+
+
+def load(run: dict, args):
+    """(model, tokenizer, config) of one run, in eval mode on the device asked for."""
+    from engine.runs import load_run
+
+    return load_run(run["path"], device=args.device, which=args.which)
+
+
+def each_model(runs, args, what: str):
+    """Load the runs one after another: yields (run, model, tokenizer, config) and says how long each took."""
+    for number, run in enumerate(runs, 1):
+        start = time.time()
+        model, tokenizer, config = load(run, args)
+        yield run, model, tokenizer, config
+        progress(
+            f"{what}: {number} of {len(runs)}, {run['arm']} seed {run['seed']}, {time.time() - start:.1f} s"
+        )
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def pick_baseline(arms, wanted: str | None) -> str:
+    if wanted is None:
+        return "bpe_tied" if "bpe_tied" in arms else arms[0]
+    if wanted not in arms:
+        raise ProbeError(f"no run of the baseline {wanted}; there are {', '.join(arms)}")
+    return wanted
+
+
+def over_seeds(values: dict, arms, baseline: str) -> dict:
+    """Figures of runs to figures of arms: {(arm, seed): x} -> {arm: {"mean", "sd", ..., "difference"}}.
+
+    "difference" is the arm minus the baseline, paired by seed, with its t interval (None for the baseline
+    itself and where no seed is shared).
+    """
+    result = {}
+    for arm in arms:
+        mine = {s: x for (a, s), x in values.items() if a == arm and x is not None}
+        if not mine:
+            result[arm] = None
+            continue
+        entry = stats.interval(mine.values()) | {"by_seed": {str(s): x for s, x in mine.items()}}
+        shared = [s for s in mine if values.get((baseline, s)) is not None] if arm != baseline else []
+        entry["difference"] = (
+            stats.interval(mine[s] - values[baseline, s] for s in shared) if shared else None
+        )
+        result[arm] = entry
+    return result
+
+
+def cell(entry: dict | None, digits: int = 3, scale: float = 1.0) -> str:
+    """mean ± SD over seeds, for a table."""
+    if entry is None:
+        return "-"
+    mean = f"{entry['mean'] * scale:.{digits}f}"
+    return mean if entry["sd"] is None else f"{mean} ±{entry['sd'] * scale:.{digits}f}"
+
+
+def difference_cell(entry: dict | None, digits: int = 3, scale: float = 1.0) -> str:
+    """Paired difference from the baseline with its 95% interval, for a table."""
+    d = entry and entry["difference"]
+    if not d:
+        return ""
+    text = f"{d['mean'] * scale:+.{digits}f}"
+    if d["low"] is None:
+        return text
+    return f"{text} ({d['low'] * scale:+.{digits}f} to {d['high'] * scale:+.{digits}f})"
+
+
+@torch.no_grad()
+def last_states(model, prompts: list[list[int]], batch_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token logits (N, V) and output of ln_f at the last position (N, n_embd), fp32 on the CPU, of N prompts.
+
+    Prompts of one length go together, so nothing is padded and nothing has to be masked; a prompt longer than
+    the context keeps its end.
+    """
+    block_size = model.config.block_size
+    prompts = [p[-block_size:] for p in prompts]
+    if not all(prompts):
+        raise ProbeError("a prompt has no tokens at all; give every prompt some text")
+    device = model.transformer.wpe.weight.device
+    seen = {}
+    hook = model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: seen.update(x=output))
+    logits, hidden = [None] * len(prompts), [None] * len(prompts)
+    try:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        while order:
+            length = len(prompts[order[0]])
+            batch = [i for i in order[:batch_size] if len(prompts[i]) == length]
+            order = order[len(batch) :]
+            out, _ = model(torch.tensor([prompts[i] for i in batch], device=device))
+            for row, i in enumerate(batch):
+                logits[i], hidden[i] = out[row, -1].float().cpu(), seen["x"][row, -1].float().cpu()
+    finally:
+        hook.remove()
+    return torch.stack(logits), torch.stack(hidden)
+
+
+def read_data(path, what: str) -> dict:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise ProbeError(f"cannot read {what} from {path}: no such file") from None
+    except ValueError as e:
+        raise ProbeError(f"{path} is not valid JSON ({e})") from None
+
+
+def provenance(argv, settings: dict | None = None) -> dict:
+    """Command, commit, machine and date, which every figure under results/ has to name."""
+    try:
+        root = Path(__file__).resolve().parent.parent
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "command": "python " + " ".join([relative(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)]),
+        "commit": commit or None,
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+        "date": datetime.date.today().isoformat(),
+        "settings": settings or {},
+    }
+
+
+def relative(path: str) -> str:
+    root = Path(__file__).resolve().parent.parent
+    full = Path(path).resolve()
+    return str(full.relative_to(root)) if full.is_relative_to(root) else full.name
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def print_tables(tables: list[dict]) -> None:
+    """Tables in compare.py's form, on the terminal."""
+    for t in tables:
+        print(f"\n{t['title']}\n\n{report.text_table(t['header'], t['rows'], t['left'])}")
+        if t.get("note"):
+            print(compare.textwrap.fill(t["note"], 108))
+
+
+def tables_html(tables: list[dict]) -> str:
+    return "".join(
+        f"<h3>{report.html.escape(t['title'])}</h3>"
+        + report.html_table(t["header"], t["rows"], t["left"])
+        + (f"<p class=soft>{report.html.escape(t['note'])}</p>" if t.get("note") else "")
+        for t in tables
+    )
+
+
+def finish(
+    out: Path,
+    name: str,
+    title: str,
+    order: int,
+    result: dict,
+    tables: list[dict],
+    figure,
+    caption: str,
+    intro: list[str] | None = None,
+    extra_html: str = "",
+) -> None:
+    """Write the probe's JSON, figure and section of the page; print its tables and where everything lies."""
+    folder = out / "compare" / "probes"
+    report.write_json(folder / f"{name}.json", result)
+    body = report.paragraphs(*(intro or [])) + tables_html(tables)
+    if figure is not None:
+        body += report.figure_html(report.save_figure(figure, folder / name), caption)
+    page = report.write_section(out, name, title, order, body + extra_html)
+    print_tables(tables)
+    print(
+        f"\nresults {folder / (name + '.json')}" + (f"\nfigure  {folder / (name + '.png')}" if figure else "")
+    )
+    print(f"report  {page}")

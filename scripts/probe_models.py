@@ -1,0 +1,817 @@
+"""Across models: what lies near what in the embedding tables of public language models.
+
+    python scripts/probe_models.py --models ~/models/SmolLM2-135M HuggingFaceTB/SmolLM2-135M
+    python scripts/probe_models.py --runs out/demo
+
+Only the embedding matrix is read, never the model: its place comes from the safetensors index and header,
+its bytes from a local folder or by range requests from the hub (kept under --cache, resumed where a download
+broke off), so that a model of 671B parameters costs one tensor. Beside each trained table stand the codec of
+the same vocabulary (no training at all) and a random table of the same shape.
+
+The paper's six, 135M to 671B: HuggingFaceTB/SmolLM2-135M, meta-llama/Llama-3.2-1B (gated),
+google/gemma-3-1b-pt (gated), Qwen/Qwen3-32B, openai/gpt-oss-120b, deepseek-ai/DeepSeek-V3-Base. Gated ones
+need HF_TOKEN.
+
+Shown: cosine inside word families against random pairs (centred); of the 5 nearest neighbours, how many are
+typographic variants of the probe (Run, run, RUN), morphological kin (runs, runner) or neither; the fall-off
+of cosine with edit distance; nearest tokens of strings without a token in codec space; agreement across
+tokenizers.
+"""
+
+import argparse
+import http.client
+import json
+import math
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from itertools import combinations
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from scripts import probe_common as common
+from scripts import report
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+# The input table's name in the families of models, best first; a decoder's position table never matches.
+TABLE_NAMES = [
+    r"(^|\.)embed_tokens\.weight$",
+    r"(^|\.)wte\.weight$",
+    r"(^|\.)tok_embeddings\.weight$",
+    r"(^|\.)embed_in\.weight$",
+    r"(^|\.)word_embeddings\.weight$",
+    r"(^|\.)shared\.weight$",
+    r"(^|\.)(token_)?embeddings?\.weight$",
+]
+HEAD_NAMES = [r"(^|\.)lm_head\.weight$", r"(^|\.)embed_out\.weight$", r"(^|\.)output\.weight$"]
+CHUNK = 32 * 2**20
+POS_DIM = 32
+SPACES = ("trained", "codec", "random")
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class LocalFolder:
+    """A model folder on disk."""
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, path.name
+        self.bytes_read = 0
+
+    def read(self, file: str, start: int = 0, length: int | None = None) -> bytes | None:
+        """Bytes of a file, None where there is no such file."""
+        path = self.path / file
+        if not path.is_file():
+            return None
+        with open(path, "rb") as f:
+            f.seek(start)
+            data = f.read() if length is None else f.read(length)
+        self.bytes_read += len(data)
+        return data
+
+    def weight_files(self) -> list[str]:
+        return sorted(p.name for p in self.path.glob("*.safetensors"))
+
+    def matrix_file(self, info: dict) -> tuple[Path, int]:
+        self.bytes_read += info["length"]
+        return self.path / info["file"], info["start"]
+
+
+class Hub:
+    """A repository on the hub, read by range requests; only what was asked for crosses the network."""
+
+    def __init__(self, repo: str, revision: str, cache: Path):
+        self.repo, self.name, self.revision = repo, repo.split("/")[-1], revision
+        self.base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repo}/resolve/{revision}/"
+        self.cache = cache / repo.replace("/", "--") / revision
+        self.bytes_read = 0
+        self.opener = urllib.request.build_opener(KeepTokenAtHome)
+
+    def read(self, file: str, start: int = 0, length: int | None = None) -> bytes | None:
+        headers = {"User-Agent": "kronecker-nanogpt"}
+        if os.environ.get("HF_TOKEN"):
+            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
+        if start or length is not None:
+            end = "" if length is None else start + length - 1
+            headers["Range"] = f"bytes={start}-{end}"
+        for attempt in range(4):
+            try:
+                with self.opener.open(
+                    urllib.request.Request(self.base + file, headers=headers), timeout=60
+                ) as r:
+                    if "Range" in headers and r.status != 206:
+                        raise common.ProbeError(
+                            f"the server of {self.repo} ignores range requests; download it, give its folder"
+                        )
+                    data = r.read()
+                if length is not None and len(data) != length:
+                    raise OSError(f"{len(data)} of {length} bytes came")
+                self.bytes_read += len(data)
+                return data
+            except urllib.error.HTTPError as e:
+                if e.code == 404:
+                    return None
+                if e.code in (401, 403):
+                    raise common.ProbeError(
+                        f"{self.repo} is gated or private: accept its licence on its page and set HF_TOKEN"
+                    ) from None
+                problem = f"HTTP {e.code}"
+            except (OSError, http.client.HTTPException) as e:  # no route, time-out, body cut short
+                problem = str(getattr(e, "reason", e))
+            if attempt < 3:
+                time.sleep(0.5 * 4**attempt)
+        raise common.ProbeError(
+            f"cannot read {file} of {self.repo} ({problem}); a local folder works without network"
+        )
+
+    def weight_files(self) -> list[str]:
+        return ["model.safetensors"]
+
+    def matrix_file(self, info: dict) -> tuple[Path, int]:
+        """The tensor's bytes as a file of the cache; a broken download goes on where it stopped."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        done = self.cache / f"{info['tensor']}.bin"
+        if done.exists() and done.stat().st_size == info["length"]:
+            return done, 0
+        part = done.with_suffix(".part")
+        with open(part, "ab") as f:
+            while (have := f.tell()) < info["length"]:
+                f.write(self.read(info["file"], info["start"] + have, min(CHUNK, info["length"] - have)))
+                common.progress(f"{self.repo}: {f.tell() / 2**20:,.0f} of {info['length'] / 2**20:,.0f} MiB")
+        os.replace(part, done)
+        return done, 0
+
+
+class KeepTokenAtHome(urllib.request.HTTPRedirectHandler):
+    """The hub redirects to a file server; the token is for the hub alone, the range is for both."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if (
+            new is not None
+            and urllib.request.urlparse(newurl).netloc != urllib.request.urlparse(req.full_url).netloc
+        ):
+            new.headers.pop("Authorization", None)
+        return new
+
+
+def open_model(name: str, revision: str, cache: Path) -> LocalFolder | Hub:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return LocalFolder(path)
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise common.ProbeError(f"there is no folder {name}, and it is not a name of the hub (owner/name)")
+    return Hub(name, revision, cache)
+
+
+def read_header(source, file: str) -> tuple[dict, int] | None:
+    """Header of a safetensors file and where its data begin; None where there is no such file."""
+    size = source.read(file, 0, 8)
+    if size is None:
+        return None
+    n = int.from_bytes(size, "little")
+    if len(size) < 8 or not 2 <= n <= 100_000_000:
+        raise common.ProbeError(f"{file} of {source.name} is not a safetensors file")
+    try:
+        header = json.loads(source.read(file, 8, n))
+    except ValueError:
+        raise common.ProbeError(
+            f"the header of {file} of {source.name} is damaged; download it again"
+        ) from None
+    header.pop("__metadata__", None)
+    return header, 8 + n
+
+
+def find_table(source, tensor: str | None = None) -> dict:
+    """Where the input embedding lies: {"file", "tensor", "dtype", "shape", "start", "length"} (bytes)."""
+    index = source.read("model.safetensors.index.json")
+    weight_map = json.loads(index)["weight_map"] if index else {}
+    headers = {}
+    if not weight_map:
+        for file in source.weight_files():
+            found = read_header(source, file)
+            if found:
+                headers[file] = found
+                weight_map.update(dict.fromkeys(found[0], file))
+    if not weight_map:
+        raise common.ProbeError(
+            f"{source.name} has no model.safetensors and no index; convert its weights to safetensors first"
+        )
+    name = tensor or choose_table(source, weight_map)
+    if name not in weight_map:
+        near = ", ".join(sorted(n for n in weight_map if "emb" in n or "wte" in n)[:6])
+        raise common.ProbeError(
+            f"{source.name} has no tensor {name}" + (f"; there are {near}" if near else "")
+        )
+    file = weight_map[name]
+    found = headers.get(file) or read_header(source, file)
+    if found is None or name not in found[0]:
+        raise common.ProbeError(
+            f"{source.name}: the index names {name} in {file}, which is missing or lacks it"
+        )
+    header, data_start = found
+    entry = header[name]
+    if entry["dtype"] not in DTYPES or len(entry["shape"]) != 2:
+        raise common.ProbeError(
+            f"{name} of {source.name} is {entry['dtype']} {entry['shape']}, not a matrix of floats; name "
+            "another tensor (--tensor)"
+        )
+    first, last = entry["data_offsets"]
+    return {
+        "file": file,
+        "tensor": name,
+        "dtype": entry["dtype"],
+        "shape": entry["shape"],
+        "start": data_start + first,
+        "length": last - first,
+    }
+
+
+def choose_table(source, weight_map: dict) -> str:
+    """The input table by its name; the head where the two are tied and only the head was saved."""
+    for patterns in (TABLE_NAMES, HEAD_NAMES):
+        for pattern in patterns:
+            names = sorted((n for n in weight_map if re.search(pattern, n)), key=lambda n: (n.count("."), n))
+            names = [n for n in names if not re.search(r"position|token_type|segment|vision|visual|audio", n)]
+            if not names:
+                continue
+            if patterns is HEAD_NAMES:
+                config = json.loads(source.read("config.json") or b"{}")
+                tied = (config.get("text_config") or config).get(
+                    "tie_word_embeddings", config.get("tie_word_embeddings")
+                )
+                if tied is False:
+                    raise common.ProbeError(
+                        f"{source.name} has a head but no input table of a known name; give it with --tensor"
+                    )
+            return names[0]
+    raise common.ProbeError(
+        f"no embedding table under a known name in {source.name}; give its name with --tensor"
+    )
+
+
+def load_table(source, info: dict) -> torch.Tensor:
+    """(rows, width) in the file's own dtype, memory-mapped: rows become fp32 only as they are used."""
+    path, start = source.matrix_file(info)
+    flat = np.memmap(path, dtype=np.uint8, mode="c", offset=start, shape=(info["length"],))
+    return torch.from_numpy(flat).view(DTYPES[info["dtype"]]).reshape(info["shape"])
+
+
+def load_tokens(source, cache: Path) -> list[bytes]:
+    """True bytes of every token, from the model's tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    from kronecker import token_bytes
+
+    content = source.read("tokenizer.json")
+    if content is None:
+        raise common.ProbeError(
+            f"{source.name} has no tokenizer.json; save its tokenizer there in the fast format "
+            "(transformers' AutoTokenizer(...).save_pretrained)"
+        )
+    return token_bytes(Tokenizer.from_buffer(content))
+
+
+# ---------------------------------------------------------------------------------------------- spaces
+
+
+class TableSpace:
+    """Centred unit rows of a matrix. `order` keeps the ids whose rows count (those with a token)."""
+
+    def __init__(self, table: torch.Tensor, ids: np.ndarray):
+        rows = [
+            table[torch.from_numpy(part)].float() for part in np.array_split(ids, math.ceil(len(ids) / 16384))
+        ]
+        self.mean = sum(r.sum(0, dtype=torch.float64) for r in rows) / len(ids)
+        self.rows = torch.cat([torch.nn.functional.normalize(r - self.mean.float(), dim=1) for r in rows])
+
+    def against_all(self, k: np.ndarray) -> np.ndarray:
+        """Cosines (len(k), n) of rows k with all rows."""
+        return (self.rows[k] @ self.rows.T).numpy()
+
+    def pairs(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        return (self.rows[i] * self.rows[j]).sum(1).numpy()
+
+
+class CodecSpace:
+    """The same cosines for z, the codec's z-normalised vector of 256 * pos_dim numbers, which is never built.
+
+    z has exactly L equal spikes on a constant floor, so an inner product needs only the number of
+    (byte, position) cells that two tokens share, and centring needs only the vocabulary's mean vector.
+    """
+
+    def __init__(self, tokens: list[bytes], pos_dim: int = POS_DIM):
+        kept = [t[:pos_dim] for t in tokens]
+        self.pos_dim, self.d = pos_dim, 256 * pos_dim
+        self.length = np.array([len(t) for t in kept], dtype=np.float64)
+        # byte + 1, 0 = past the end: two pads must not count as a shared cell
+        self.cells = np.zeros((len(kept), pos_dim), dtype=np.int16)
+        for row, t in enumerate(kept):
+            self.cells[row, : len(t)] = np.frombuffer(t, dtype=np.uint8).astype(np.int16) + 1
+        self.spike, self.floor = self.levels(self.length)
+        position = np.arange(pos_dim)
+        mean = np.full(self.d, self.floor.mean())
+        at, where = np.nonzero(self.cells)
+        np.add.at(mean, (self.cells[at, where] - 1) * pos_dim + where, self.spike[at] / len(kept))
+        self.mean, self.mean_sum, self.mean_sq = mean, mean.sum(), mean @ mean
+        flat = np.where(self.cells > 0, (self.cells - 1) * pos_dim + position, 0)
+        self.with_mean = self.floor * self.mean_sum + self.spike * np.where(
+            self.cells > 0, mean[flat], 0
+        ).sum(1)
+        self.norm = np.sqrt(
+            np.maximum(self.dot(self.length, self.length, self.length, self.with_mean, self.with_mean), 1e-12)
+        )
+
+    def levels(self, length):
+        """Height of a spike above the floor, and the floor, of tokens of these lengths."""
+        length = np.maximum(length, 1e-9)
+        mean = np.sqrt(length) / self.d
+        std = np.sqrt((1 - length / self.d) / (self.d - 1)) + 1e-6
+        return 1 / np.sqrt(length) / std, -mean / std
+
+    def dot(self, shared, length_a, length_b, mean_a, mean_b):
+        """Centred inner product of tokens that share `shared` cells."""
+        spike_a, floor_a = self.levels(length_a)
+        spike_b, floor_b = self.levels(length_b)
+        plain = (
+            spike_a * spike_b * shared
+            + floor_a * spike_b * length_b
+            + floor_b * spike_a * length_a
+            + floor_a * floor_b * self.d
+        )
+        return plain - mean_a - mean_b + self.mean_sq
+
+    def pairs(self, i, j):
+        shared = ((self.cells[i] == self.cells[j]) & (self.cells[i] > 0)).sum(1)
+        dots = self.dot(shared, self.length[i], self.length[j], self.with_mean[i], self.with_mean[j])
+        return dots / (self.norm[i] * self.norm[j])
+
+    def against_all(self, k):
+        return np.stack(
+            [self.pairs(np.full(len(self.length), row), np.arange(len(self.length))) for row in k]
+        )
+
+
+# ---------------------------------------------------------------------------------------------- measures
+
+
+def canonical(token: bytes) -> str:
+    """What is left of a token without case, spaces and marks: ' Run', 'RUN' and '.run' are all 'run'."""
+    text = token.decode("utf-8", errors="replace").replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+    return "".join(c for c in text.casefold() if c.isalnum())
+
+
+def find_word(word: str, row_of: dict) -> int | None:
+    """Row of a word that is one token, with a space before it or without."""
+    for form in (b" " + word.encode(), word.encode()):
+        if form in row_of:
+            return row_of[form]
+    return None
+
+
+def edit_distances(words: list[str], i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Levenshtein distances of many pairs at once: the usual table, each cell a vector over the pairs."""
+    width = max(map(len, words))
+    codes = np.zeros((len(words), width), dtype=np.int32)
+    for row, word in enumerate(words):
+        codes[row, : len(word)] = [ord(c) for c in word]
+    length = np.array([len(w) for w in words])
+    a, b = codes[i], codes[j]
+    table = np.tile(np.arange(width + 1, dtype=np.int16), (len(i), 1))
+    result = np.where(length[i] == 0, length[j], 0).astype(np.int16)
+    for r in range(1, width + 1):
+        row = np.empty_like(table)
+        row[:, 0] = r
+        for c in range(1, width + 1):
+            swap = table[:, c - 1] + (a[:, r - 1] != b[:, c - 1])
+            row[:, c] = np.minimum(np.minimum(table[:, c], row[:, c - 1]) + 1, swap)
+        table = row
+        ends = length[i] == r
+        result[ends] = table[ends, length[j][ends]]
+    return result
+
+
+def measure_space(space, tokens: list[bytes], row_of: dict, families: list[dict], rng) -> dict:
+    n = len(tokens)
+    i, j = rng.integers(0, n, 5000), rng.integers(0, n, 5000)
+    i, j = i[i != j], j[i != j]
+    result = {"random_pair_cosine": float(space.pairs(i, j).mean())}
+
+    inside, near, examples = [], {"typographic": [], "kin": [], "other": []}, {}
+    for family in families:
+        rows = sorted({r for w in family["exact_family"] if (r := find_word(w, row_of)) is not None})
+        if len(rows) > 1:
+            pairs = np.array(list(combinations(rows, 2)))
+            inside.append(float(space.pairs(pairs[:, 0], pairs[:, 1]).mean()))
+        probes = [(w, r) for w in family["probes"] if (r := find_word(w, row_of)) is not None]
+        if not probes:
+            continue
+        cosines = space.against_all(np.array([r for _, r in probes]))
+        for (word, row), line in zip(probes, cosines, strict=True):
+            line = line.copy()
+            line[row] = -2.0
+            top = np.argsort(-line, kind="stable")[:5]
+            forms = [canonical(tokens[t]) for t in top]
+            kin = set(family["exact_family"])
+            near["typographic"].append(sum(f == canonical(tokens[row]) for f in forms) / 5)
+            near["kin"].append(sum(f in kin and f != canonical(tokens[row]) for f in forms) / 5)
+            near["other"].append(1 - near["typographic"][-1] - near["kin"][-1])
+            examples[word] = [[show(tokens[t]), round(float(line[t]), 4)] for t in top]
+    result["in_family_cosine"] = float(np.mean(inside)) if inside else None
+    result["families_used"] = len(inside)
+    result["probes_used"] = len(examples)
+    result["neighbours_at_5"] = {k: float(np.mean(v)) if v else None for k, v in near.items()}
+    result["examples"] = examples
+    return result
+
+
+def falloff(
+    space, words: list[str], rows: np.ndarray, i: np.ndarray, j: np.ndarray, distance: np.ndarray
+) -> dict:
+    """Mean cosine of word pairs by edit distance (7 stands for 7 and more)."""
+    result = {}
+    for d in range(1, 8):
+        which = np.nonzero(distance == d if d < 7 else distance >= 7)[0][:20000]
+        if len(which):
+            cosines = space.pairs(rows[i[which]], rows[j[which]])
+            result[str(d)] = {"mean": float(cosines.mean()), "n": len(which)}
+    return result
+
+
+def show(token: bytes) -> str:
+    return token.decode("utf-8", errors="backslashreplace")
+
+
+def plain_words(tokens: list[bytes]) -> dict[str, int]:
+    """Lower-case words of 3 to 12 letters that are one token after a space: word -> row."""
+    found = {}
+    for row, token in enumerate(tokens):
+        if re.fullmatch(rb" [a-z]{3,12}", token):
+            found[token[1:].decode()] = row
+    return found
+
+
+def oov_neighbours(tokens: list[bytes], strings: list[str]) -> dict:
+    """Nearest tokens of strings without a token, in codec space: what a forced-OOV slot would lie next to."""
+    space = CodecSpace([*tokens, *(s.encode() for s in strings)])
+    cosines = space.against_all(np.arange(len(tokens), len(tokens) + len(strings)))[:, : len(tokens)]
+    top = np.argsort(-cosines, axis=1, kind="stable")[:, :5]
+    return {
+        s: [[show(tokens[t]), round(float(cosines[k, t]), 4)] for t in top[k]] for k, s in enumerate(strings)
+    }
+
+
+def measure_model(name: str, table: torch.Tensor, tokens: list[bytes], families, strings, seed: int) -> dict:
+    """Everything about one model, JSON-able but for the keys that start with "_" (kept for agreement())."""
+    ids = np.array([i for i in range(min(len(tokens), table.shape[0])) if tokens[i]])
+    kept = [tokens[i] for i in ids]
+    if len(set(kept)) < 100:
+        raise common.ProbeError(
+            f"{name}: only {len(set(kept))} tokens match rows of the table; wrong tokenizer?"
+        )
+    row_of = {}
+    for row, token in enumerate(kept):
+        row_of.setdefault(token, row)
+    generator = torch.Generator().manual_seed(seed)
+    spaces = {
+        "trained": TableSpace(table, ids),
+        "codec": CodecSpace(kept),
+        "random": TableSpace(
+            torch.randn(len(ids), min(table.shape[1], 768), generator=generator), np.arange(len(ids))
+        ),
+    }
+    words = plain_words(kept)
+    rng = np.random.default_rng(seed)
+    sample = sorted(words)
+    if len(sample) > 1500:
+        sample = sorted(rng.choice(sample, 1500, replace=False).tolist())
+    i, j = np.triu_indices(len(sample), 1)
+    if len(i) > 400_000:  # near pairs are rare: keep all that are close in length, thin the rest
+        pick = rng.choice(len(i), 400_000, replace=False)
+        i, j = i[pick], j[pick]
+    distance = edit_distances(sample, i, j) if len(sample) > 1 else np.zeros(0)
+    rows = np.array([words[w] for w in sample])
+    return {
+        "model": name,
+        "vocab": len(ids),
+        "width": table.shape[1],
+        "words": len(words),
+        "spaces": {
+            k: measure_space(s, kept, row_of, families, np.random.default_rng(seed))
+            for k, s in spaces.items()
+        },
+        "falloff": {k: falloff(s, sample, rows, i, j, distance) for k, s in spaces.items()}
+        if len(sample) > 1
+        else {},
+        "oov": oov_neighbours(kept, strings),
+        "_words": words,
+        "_spaces": spaces,
+        "_tokens": kept,
+        "_row_of": row_of,
+    }
+
+
+def agreement(results: list[dict], families, seed: int) -> list[dict]:
+    """For every two models: do the same words lie alike? Over the words that are one token in both.
+
+    "rsa": Spearman correlation of the two cosine matrices over up to 400 shared words.
+    "jaccard": overlap of the forms of the 5 nearest tokens of the probe words, each in its own vocabulary.
+    """
+    found = []
+    for a, b in combinations(results, 2):
+        shared = sorted(a["_words"].keys() & b["_words"].keys())
+        rng = np.random.default_rng(seed)
+        if len(shared) > 400:
+            shared = sorted(rng.choice(shared, 400, replace=False).tolist())
+        entry = {"models": [a["model"], b["model"]], "shared_words": len(shared)}
+        if len(shared) >= 10:
+            i, j = np.triu_indices(len(shared), 1)
+            ra, rb = np.array([a["_words"][w] for w in shared]), np.array([b["_words"][w] for w in shared])
+            entry["rsa"] = {
+                k: float(
+                    spearmanr(
+                        a["_spaces"][k].pairs(ra[i], ra[j]), b["_spaces"][k].pairs(rb[i], rb[j])
+                    ).statistic
+                )
+                for k in SPACES
+            }
+        probes = [w for f in families for w in f["probes"]]
+        probes = [
+            w
+            for w in probes
+            if find_word(w, a["_row_of"]) is not None and find_word(w, b["_row_of"]) is not None
+        ]
+        if probes:
+            entry["jaccard"] = {
+                k: float(np.mean([jaccard(nearest_forms(a, k, w), nearest_forms(b, k, w)) for w in probes]))
+                for k in SPACES
+            }
+            entry["probes"] = len(probes)
+        found.append(entry)
+    return found
+
+
+def nearest_forms(result: dict, kind: str, word: str) -> set[str]:
+    cache = result.setdefault("_near", {})
+    if (kind, word) not in cache:
+        row = find_word(word, result["_row_of"])
+        line = result["_spaces"][kind].against_all(np.array([row]))[0].copy()
+        line[row] = -2.0
+        cache[kind, word] = {canonical(result["_tokens"][t]) for t in np.argsort(-line, kind="stable")[:5]}
+    return cache[kind, word]
+
+
+def jaccard(a: set, b: set) -> float:
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+# ---------------------------------------------------------------------------------------------- output
+
+
+def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[dict]:
+    def mean(values):
+        values = [v for v in values if v is not None]
+        return float(np.mean(values)) if values else None
+
+    def text(value, form="{:+.3f}"):
+        return "-" if value is None else form.format(value)
+
+    rows = []
+    for name, members in groups.items():
+        for kind in SPACES:
+            s = [m["spaces"][kind] for m in members]
+            near = {k: mean(x["neighbours_at_5"][k] for x in s) for k in ("typographic", "kin", "other")}
+            rows.append(
+                [
+                    name if kind == SPACES[0] else "",
+                    kind,
+                    text(mean(x["in_family_cosine"] for x in s)),
+                    text(mean(x["random_pair_cosine"] for x in s)),
+                    *(
+                        text(near[k] and 100 * near[k] if near[k] is not None else None, "{:.0f}%")
+                        for k in near
+                    ),
+                    str(members[0]["spaces"][kind]["probes_used"]),
+                ]
+            )
+    tables = [
+        {
+            "title": "Word families and nearest neighbours",
+            "header": ["model", "table", "in family", "random pair", "typographic", "kin", "other", "probes"],
+            "rows": rows,
+            "left": 2,
+            "note": "Cosines are centred. typographic, kin, other: share of the 5 nearest tokens that are "
+            "the probe in another case or spacing, a word of its family, or neither (the paper counts all "
+            "that is not typographic as morphological).",
+        }
+    ]
+    rows = []
+    for name, members in groups.items():
+        for kind in SPACES:
+            cells = [
+                mean((m["falloff"].get(kind, {}).get(str(d)) or {}).get("mean") for m in members)
+                for d in range(1, 8)
+            ]
+            rows.append([name if kind == SPACES[0] else "", kind, *map(text, cells)])
+    tables.append(
+        {
+            "title": "Cosine of two words by their edit distance",
+            "header": ["model", "table", *map(str, range(1, 7)), "7+"],
+            "rows": rows,
+            "left": 2,
+            "note": "",
+        }
+    )
+    if pairs:
+        rows = []
+        for p in pairs[:30]:
+            rsa, jac = p.get("rsa") or {}, p.get("jaccard") or {}
+            rows.append(
+                [" / ".join(p["models"]), str(p["shared_words"])]
+                + [text(rsa.get(k), "{:.2f}") for k in SPACES]
+                + [text(jac.get(k), "{:.2f}") for k in SPACES]
+            )
+        tables.append(
+            {
+                "title": "Agreement of two models",
+                "header": ["models", "words", *(f"rsa {k}" for k in SPACES), *(f"nn {k}" for k in SPACES)],
+                "rows": rows,
+                "left": 1,
+                "note": "rsa: rank correlation of the cosines of shared words; nn: Jaccard overlap of the 5 "
+                "nearest tokens' forms, each in its own vocabulary.",
+            }
+        )
+    oov = results[0]["oov"]
+    tables.append(
+        {
+            "title": f"Strings without a token: nearest in codec space ({results[0]['model']})",
+            "header": ["string", "nearest tokens"],
+            "rows": [[s, ", ".join(repr(t) for t, _ in near[:4])] for s, near in list(oov.items())[:8]],
+            "left": 2,
+            "note": "",
+        }
+    )
+    return tables
+
+
+def draw(groups: dict):
+    with report.plt.rc_context(report.FIGURE_STYLE):
+        figure, (left, right) = report.plt.subplots(
+            1, 2, figsize=(10.5, 0.5 * len(groups) + 3.4), width_ratios=[1.1, 1]
+        )
+        names = list(groups)
+        colours = {"trained": "#0072B2", "codec": "#D55E00", "random": "#7F7F7F"}
+        shades = {"typographic": 1.0, "kin": 0.55}
+        for k, kind in enumerate(SPACES):
+            y = np.arange(len(names)) + (1 - k) * 0.27
+            start = np.zeros(len(names))
+            for what, alpha in shades.items():
+                share = np.array(
+                    [
+                        np.mean([m["spaces"][kind]["neighbours_at_5"][what] or 0 for m in groups[n]]) * 100
+                        for n in names
+                    ]
+                )
+                left.barh(
+                    y,
+                    share,
+                    0.25,
+                    left=start,
+                    color=colours[kind],
+                    alpha=alpha,
+                    linewidth=0,
+                    label=f"{kind}: {what}",
+                )
+                start += share
+        left.set_yticks(range(len(names)), names)
+        left.invert_yaxis()
+        left.grid(axis="y", visible=False)
+        left.set_xlabel("per cent of the 5 nearest tokens")
+        left.set_title("What lies nearest")
+        handles, labels = left.get_legend_handles_labels()
+        left.legend(
+            handles[:6], labels[:6], fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3
+        )
+        for kind in SPACES:
+            lines = []
+            for members in groups.values():
+                y = [
+                    np.mean(
+                        [
+                            m["falloff"][kind][str(d)]["mean"]
+                            for m in members
+                            if str(d) in m["falloff"].get(kind, {})
+                        ]
+                        or [np.nan]
+                    )
+                    for d in range(1, 8)
+                ]
+                lines.append(y)
+                right.plot(
+                    range(1, 8), y, color=colours[kind], alpha=0.35 if len(groups) > 1 else 0, linewidth=0.9
+                )
+            right.plot(
+                range(1, 8), np.nanmean(np.array(lines), axis=0), color=colours[kind], linewidth=2, label=kind
+            )
+        right.set_xticks(range(1, 8), [*map(str, range(1, 7)), "7+"])
+        right.set_xlabel("edit distance of two words")
+        right.set_title("Centred cosine")
+        right.legend()
+    return figure
+
+
+def run_tables(args):
+    """Tables of our own runs, as if they were models: (name, arm, table, token bytes)."""
+    from kronecker import token_bytes
+
+    for run, model, tokenizer, _ in common.each_model(common.find_runs(args.runs), args, "table"):
+        wte = model.transformer.wte
+        with torch.no_grad():
+            table = (wte.table() if hasattr(wte, "table") else wte.weight).detach().float().cpu()
+        yield f"{run['arm']}_s{run['seed']}", run["arm"], table, token_bytes(tokenizer.backend)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="probe_models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common.add_arguments(parser, need_runs=False)
+    parser.add_argument(
+        "--models", nargs="+", default=[], help="model folders, or names on the hub (owner/name)"
+    )
+    parser.add_argument("--tensor", help="the table's name, where it is an unusual one (for all --models)")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
+    parser.add_argument(
+        "--cache", default="out/embeddings", help="where downloaded tables are kept (%(default)s)"
+    )
+    args = parser.parse_args(argv)
+    if not args.models and not args.runs:
+        parser.error("give --models or --runs")
+    try:
+        families = common.read_data(common.DATA / "word_families.json", "word families")["families"]
+        prompts = common.read_data(common.DATA / "generation_prompts.json", "prompts")["prompts"]
+        strings = [p["forced_oov"].split("{{")[1].split("}}")[0] for p in prompts]
+        results, groups = [], {}
+        for name in args.models:
+            source = open_model(name, args.revision, Path(args.cache))
+            info = find_table(source, args.tensor)
+            tokens = load_tokens(source, Path(args.cache))
+            result = measure_model(
+                source.name, load_table(source, info), tokens, families, strings, args.seed
+            )
+            result["source"] = {"name": name, **info, "bytes_read": source.bytes_read}
+            results.append(result)
+            groups.setdefault(result["model"], []).append(result)
+            common.progress(
+                f"{name}: {info['tensor']} {info['shape']}, {source.bytes_read / 2**20:,.1f} MiB read"
+            )
+        for name, arm, table, tokens in run_tables(args) if args.runs else ():
+            result = measure_model(name, table, tokens, families, strings, args.seed)
+            results.append(result)
+            groups.setdefault(arm, []).append(result)
+        pairs = agreement(results, families, args.seed)
+        tables = make_tables(results, pairs if args.models else [], groups)
+        out = common.out_folder(args, "out/probe_models")
+        record = {
+            "models": [{k: v for k, v in r.items() if not k.startswith("_")} for r in results],
+            "agreement": pairs,
+            "provenance": common.provenance(argv, {"seed": args.seed, "pos_dim": POS_DIM}),
+        }
+        intro = [
+            "What lies near what in the input embedding: the trained table, the untrained codec of the same "
+            "vocabulary, and a random table of the same shape. Our own runs appear as arms, means over seeds."
+        ]
+        common.finish(
+            out,
+            "models",
+            "Across models",
+            50,
+            record,
+            tables,
+            draw(groups),
+            "Left: share of the 5 nearest tokens that are typographic variants (full colour) or kin (pale). "
+            "Right: mean centred cosine of word pairs by edit distance; thin lines are single models.",
+            intro,
+        )
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()
