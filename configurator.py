@@ -38,6 +38,9 @@ class Config:
         " | gpt2-xl | a nanoGPT ckpt.pt | a folder with GPT-2 weights as transformers writes them",
     )
     dry_run: bool = key(False, "print what the run will be and need, then stop before any data is read")
+    check_only: bool = key(
+        False, "print the run's identity (hashes of body, data, schedule) as JSON, then stop"
+    )
     # data
     dataset: str = key("fineweb_edu", "name of a folder in data/")
     data_dir: str = key("", "folder with the shards (empty: data/<dataset>)")
@@ -131,7 +134,8 @@ def load(argv: list[str], prog: str = "train.py", also: type | None = None, quie
             name, sep, text = arg[2:].partition("=")
             if not sep:
                 raise ConfigError(f"{arg} has no value: write --{name}=VALUE")
-            given = [(name, parse(text), "on the command line")]
+            is_text = name in known and known[name].type is str  # --start=1e5 means these three characters
+            given = [(name, text if is_text else parse(text), "on the command line")]
         else:
             given = [(k, v, f"in {arg}") for k, v in read_file(arg).items()]
         for name, value, where in given:

@@ -6,6 +6,8 @@ python train.py --help
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import secrets
@@ -126,21 +128,18 @@ def main(config) -> None:
 
     # ---- the model, drawn from the seed or read from elsewhere
     model = GPT(model_config, byte_buffers, seed=config.seed)
-    body_sha256 = model.body_sha256()
     if foreign_weights is not None:
         model.load_state_dict(foreign_weights)
 
-    # ---- the run's folder: go on with what is there, or begin
-    out_dir = Path(config.out_dir)
-    lock = runs.Lock(out_dir) if ranks.master else None  # noqa: F841 - held until the process ends
+    # ---- who this run is: what must be equal in runs that are compared, and what made it
     identity = fingerprint(data_dir)
-    ends = [train.window_ids(0).tolist(), train.window_ids(config.max_iters - 1).tolist()]
+    ends = [hashlib.sha256(train.rows(s, 0, rows)[0].numpy()).hexdigest() for s in (0, config.max_iters - 1)]
     run = {
         "arm": config.arm,
         "seed": config.seed,
-        "body_sha256": body_sha256,
+        "body_sha256": model.body_sha256(),
         "data_fingerprint": identity,
-        "data_sha256": runs.sha256_of([identity, ends]),
+        "data_sha256": runs.sha256_of([identity, *ends]),
         "val_sha256": val.sha256(),
         "schedule_sha256": runs.schedule_sha256(
             dataclasses.asdict(config) | {"tokens_per_step": tokens_per_step}
@@ -156,6 +155,13 @@ def main(config) -> None:
         "command": " ".join(sys.argv),
         "wandb_id": secrets.token_hex(4),
     }
+    if config.check_only:
+        say(json.dumps(run))
+        return
+
+    # ---- the run's folder: go on with what is there, or begin
+    out_dir = Path(config.out_dir)
+    lock = runs.Lock(out_dir) if ranks.master else None  # noqa: F841 - held until the process ends
     folder = ranks.master_first(lambda: runs.begin(out_dir, config, run))
     model.to(device)
     optimizer = make_optimizer(model, config, device.type)
