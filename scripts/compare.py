@@ -39,27 +39,11 @@ MATCH_ALL = {
     "tokens_per_step": "their global batches differ",
 }
 # Config keys in which the seeds of one arm may differ without becoming another arm.
-FREE_KEYS = {
-    "seed",
-    "out_dir",
-    "device",
-    "compile",
-    "dry_run",
-    "init_from",
-    "nproc_per_node",
-    "gradient_accumulation_steps",
-}
-FREE_PREFIXES = (
-    "wandb",
-    "log_",
-    "batch_size",
-    "micro",
-    "num_workers",
-    "always_save",
-    "keep_",
-    "save_",
-    "ckpt",
+FREE_KEYS = set(
+    "seed out_dir data_dir device compile dry_run init_from eval_only keep max_skipped deterministic batch_size "
+    "gradient_accumulation_steps global_batch_size".split()
 )
+FREE_PREFIXES = ("wandb_", "log_", "ckpt_")
 
 PAPER = {
     "pair": "kronecker over bpe_tied",

@@ -166,6 +166,20 @@ def last_states(model, prompts: list[list[int]], batch_size: int = 64) -> tuple[
     return torch.stack(logits), torch.stack(hidden)
 
 
+@torch.no_grad()
+def block_states(model, ids_BxT: torch.Tensor, blocks: int | None = None) -> list[torch.Tensor]:
+    """[embedding without position, after block 0, after block 1, ...], each (B, T, n_embd) fp32 on the CPU."""
+    parts = model.transformer
+    ids_BxT = ids_BxT.to(parts.wpe.weight.device)
+    x = parts.wte(ids_BxT)
+    states = [x.float().cpu()]
+    x = x + parts.wpe.weight[: ids_BxT.shape[1]]
+    for block in list(parts.h)[:blocks]:
+        x = block(x)
+        states.append(x.float().cpu())
+    return states
+
+
 def read_data(path, what: str) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

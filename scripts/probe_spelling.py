@@ -118,9 +118,14 @@ def held_out_text(args, run: dict) -> str:
     from data.shards import find_shards, open_shard
 
     _, tokenizer, config = common.load(run, args)
-    shards = find_shards(config.get("data_dir", "."), "val")
+    root = Path(__file__).resolve().parent.parent
+    folder = Path(config.get("data_dir") or root / "data" / str(config.get("dataset")))
+    try:
+        shards = find_shards(folder, "val")
+    except (ValueError, OSError):
+        shards = []
     if not shards:
-        raise common.ProbeError("the run's validation shard is not here; give held-out text with --text FILE")
+        raise common.ProbeError(f"no validation shard in {folder}; give held-out text with --text FILE")
     tokens = open_shard(shards[0]).tokens[:2_000_000]
     return tokenizer.decode(tokens.tolist())
 

@@ -1,0 +1,398 @@
+"""Generation: does a model carry a misspelled or made-up word of the prompt into what it writes?
+
+    python scripts/probe_generation.py --runs out/demo
+    python scripts/probe_generation.py --runs out/demo --prompts generation_probe_results.json   the paper's prompts
+
+Each prompt is continued in three conditions: as it is, misspelled, and with a made-up word in a slot in double
+braces (`The {{zorblescope}} is used to`), which on a kronecker arm is one position embedded from the word's own
+bytes (forced OOV); a stock arm has no such slot and reads the word in pieces. Sampled with top-p 0.9 at T 0.7,
+and greedy beside it, 30 tokens each.
+
+echo: a word that was misspelled or made up comes back in the continuation; as a control, in the plain condition
+the same place's ordinary word. partial: a piece of it does, of at least 4 letters and 60% of it. gibberish: some
+word comes back five times or more (this rule gives the published flag of all 88 published records).
+"""
+
+import argparse
+import html
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from scripts import probe_common as common
+from scripts import report
+
+CONDITIONS = ("normal", "misspelled", "forced_oov")
+SLOT = re.compile(r" ?\{\{(.+?)\}\}")
+RATES = {"echo": "echo", "partial_echo": "partial", "gibberish_flag": "gibberish"}
+
+
+def read_prompts(path: Path) -> list[dict]:
+    """Prompts as [{"prompt_id", "condition", "text", "targets", "oov_target"}], from our file or the published one."""
+    content = common.read_data(path, "prompts")
+    if "prompts" in content:
+        found = {(p["prompt_id"], c): p[c] for p in content["prompts"] for c in CONDITIONS if p.get(c)}
+    elif "results" in content:
+        found = {}
+        for r in content["results"]:
+            text, target = r["prompt_text"], r.get("oov_target")
+            if (
+                r["condition"] == "forced_oov" and target
+            ):  # published: the word stands in the text, in any case
+                text = re.sub(re.escape(target), "{{" + target + "}}", text, count=1, flags=re.IGNORECASE)
+            found[r["prompt_id"], r["condition"]] = text
+    else:
+        raise common.ProbeError(f"{path} holds neither 'prompts' nor published 'results'")
+    prompts = []
+    for (number, condition), text in sorted(
+        found.items(), key=lambda x: (x[0][0], CONDITIONS.index(x[0][1]))
+    ):
+        normal, wrong = found.get((number, "normal"), ""), found.get((number, "misspelled"), "")
+        slots = SLOT.findall(text)
+        if condition == "forced_oov":
+            targets = slots
+        else:
+            ours, other = (normal, wrong) if condition == "normal" else (wrong, normal)
+            targets = changed_words(ours, other)
+        prompts.append(
+            {
+                "prompt_id": number,
+                "condition": condition,
+                "text": text,
+                "targets": targets,
+                "oov_target": slots[0] if slots else None,
+            }
+        )
+    if not prompts:
+        raise common.ProbeError(f"{path} holds no prompt")
+    return prompts
+
+
+def changed_words(mine: str, other: str) -> list[str]:
+    """Words of mine that the other lacks, 3 letters or longer."""
+    theirs = set(re.findall(r"\w+", other.lower()))
+    return [w for w in re.findall(r"\w+", mine.lower()) if w not in theirs and len(w) > 2]
+
+
+def encode_slots(text: str, tokenizer, slot_id: int) -> tuple[list[int], dict[int, bytes]]:
+    """(ids, {position: bytes}): each slot becomes one position; the space before it belongs to its bytes."""
+    ids, overrides, at = [], {}, 0
+    for match in SLOT.finditer(text):
+        before = text[at : match.start()]
+        ids += tokenizer.encode(before) if before else []
+        overrides[len(ids)] = (" " if match.group().startswith(" ") else "").encode() + match.group(
+            1
+        ).encode()
+        ids.append(slot_id)
+        at = match.end()
+    rest = text[at:]
+    return ids + (tokenizer.encode(rest) if rest else []), overrides
+
+
+def is_gibberish(completion: str) -> bool:
+    return max(Counter(completion.split()).values(), default=0) >= 5
+
+
+def echoes(targets: list[str], completion: str) -> tuple[bool, bool]:
+    """(a target comes back whole, a target comes back at least in part)."""
+    low = completion.lower()
+    whole = any(t.lower() in low for t in targets)
+    part = whole or any(longest_common(t.lower(), low) >= max(4, math.ceil(0.6 * len(t))) for t in targets)
+    return whole, part
+
+
+def longest_common(a: str, b: str) -> int:
+    """Length of the longest substring that two strings share."""
+    best, row = 0, [0] * (len(b) + 1)
+    for x in a:
+        old, row = row, [0] * (len(b) + 1)
+        for j, y in enumerate(b, 1):
+            if x == y:
+                row[j] = old[j - 1] + 1
+                best = max(best, row[j])
+    return best
+
+
+@torch.no_grad()
+def complete(model, prompts: list[tuple], args, greedy: bool, seed: int) -> list[list[int]]:
+    """Continuations (ids) of prompts [(ids, {position: bytes})]; prompts of one length go as one batch."""
+    device = model.transformer.wpe.weight.device
+    result = [None] * len(prompts)
+    by_length = {}
+    for i, (ids, _) in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(i)
+    for length, members in sorted(by_length.items()):
+        for start in range(0, len(members), args.batch_size):
+            batch = members[start : start + args.batch_size]
+            overrides = {(row, p): b for row, i in enumerate(batch) for p, b in prompts[i][1].items()}
+            generator = torch.Generator(device=device).manual_seed(seed * 1000 + length)
+            idx = torch.tensor([prompts[i][0] for i in batch], device=device)
+            steps = model.generate(
+                idx,
+                args.max_new_tokens,
+                temperature=0 if greedy else args.temperature,
+                top_p=None if greedy else args.top_p,
+                generator=generator,
+                byte_overrides=overrides or None,
+            )
+            tokens = torch.cat(list(steps), dim=1).tolist()
+            for row, i in enumerate(batch):
+                result[i] = tokens[row]
+    return result
+
+
+def measure(model, tokenizer, run: dict, prompts: list[dict], args) -> list[dict]:
+    """One record a prompt and sample, with the keys of the published results and ours behind them."""
+    kronecker = model.config.wte == "kronecker"
+    slot_id = tokenizer.n_vocab if tokenizer.n_vocab < model.config.vocab_size else 0
+    encoded = []
+    for p in prompts:
+        text = (
+            p["text"]
+            if kronecker
+            else SLOT.sub(lambda m: m.group().replace("{{", "").replace("}}", ""), p["text"])
+        )
+        ids, overrides = encode_slots(text, tokenizer, slot_id)
+        if not ids:
+            raise common.ProbeError(f"prompt {p['prompt_id']} ({p['condition']}) has no text")
+        encoded.append((ids, overrides))
+    greedy = complete(model, encoded, args, True, args.seed)
+    samples = [complete(model, encoded, args, False, args.seed + k) for k in range(args.samples)]
+    settings = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+    }
+    records = []
+    for i, p in enumerate(prompts):
+        greedy_text = tokenizer.decode(greedy[i])
+        greedy_whole, greedy_part = echoes(p["targets"], greedy_text)
+        for k in range(args.samples):
+            text = tokenizer.decode(samples[k][i])
+            whole, part = echoes(p["targets"], text)
+            records.append(
+                {
+                    "prompt_id": p["prompt_id"],
+                    "prompt_text": p["text"].replace("{{", "").replace("}}", ""),
+                    "condition": p["condition"],
+                    "arm": run["arm"],
+                    "oov_target": p["oov_target"],
+                    "bpe_oov_equivalence_flag": p["condition"] == "forced_oov" and not kronecker,
+                    "input_token_count": len(encoded[i][0]),
+                    "input_tokens": encoded[i][0],
+                    "completion": text,
+                    "completion_tokens": samples[k][i],
+                    "greedy_completion": greedy_text,
+                    "gibberish_flag": is_gibberish(text),
+                    "settings": settings | {"seed": args.seed + k},
+                    "run_seed": run["seed"],
+                    "sample": k,
+                    "targets": p["targets"],
+                    "echo": whole,
+                    "partial_echo": part,
+                    "greedy_echo": greedy_whole,
+                    "greedy_partial_echo": greedy_part,
+                    "greedy_gibberish": is_gibberish(greedy_text),
+                }
+            )
+    return records
+
+
+def sanity(model, tokenizer) -> dict:
+    logits, _ = common.last_states(model, [tokenizer.encode("The")])
+    return {"top5_after_The": [tokenizer.decode([i]) for i in logits[0].topk(5).indices.tolist()]}
+
+
+def rates(records: list[dict], arms, baseline: str) -> dict:
+    """{condition: {rate: {arm: over seeds}}}, of sampled continuations and (greedy_...) greedy ones."""
+    found = {}
+    for condition in dict.fromkeys(r["condition"] for r in records):
+        mine = [r for r in records if r["condition"] == condition]
+        seeds = {(r["arm"], r["run_seed"]) for r in mine}
+        found[condition] = {
+            key: common.over_seeds(
+                {
+                    run: float(np.mean([r[key] for r in mine if (r["arm"], r["run_seed"]) == run]))
+                    for run in sorted(seeds)
+                },
+                arms,
+                baseline,
+            )
+            for key in (*RATES, "greedy_echo", "greedy_partial_echo", "greedy_gibberish")
+        }
+    return found
+
+
+def published_rates(path: Path) -> dict:
+    """The same rates of the published continuations: {condition: {arm: {"echo", "partial_echo", ...}}}."""
+    content = common.read_data(path, "prompts")
+    if "results" not in content:
+        return {}
+    targets = {(p["prompt_id"], p["condition"]): p["targets"] for p in read_prompts(path)}
+    found = {}
+    for r in content["results"]:
+        whole, part = echoes(targets[r["prompt_id"], r["condition"]], r["completion"])
+        cell = found.setdefault(r["condition"], {}).setdefault(r["arm"], {k: [] for k in RATES})
+        for key, value in (("echo", whole), ("partial_echo", part), ("gibberish_flag", r["gibberish_flag"])):
+            cell[key].append(value)
+    return {
+        c: {a: {k: float(np.mean(v)) for k, v in x.items()} for a, x in arms.items()}
+        for c, arms in found.items()
+    }
+
+
+def make_tables(found: dict, arms, baseline: str, published: dict, n: int) -> list[dict]:
+    rows = []
+    for condition, by_rate in found.items():
+        for arm in arms:
+            if by_rate["echo"][arm] is None:
+                continue
+            cells = [common.cell(by_rate[k][arm], 1, 100) for k in RATES]
+            greedy = [common.cell(by_rate[k][arm], 1, 100) for k in ("greedy_echo", "greedy_gibberish")]
+            rows.append(
+                [
+                    condition,
+                    arm,
+                    *cells,
+                    *greedy,
+                    common.difference_cell(by_rate["partial_echo"][arm], 1, 100),
+                ]
+            )
+        for arm, cell in published.get(condition, {}).items():
+            rows.append([condition, f"paper: {arm}", *(f"{100 * cell[k]:.1f}" for k in RATES), "-", "-", ""])
+    header = [
+        "condition",
+        "arm",
+        "echo",
+        "partial",
+        "gibberish",
+        "greedy echo",
+        "gibberish",
+        f"partial less {baseline}'s",
+    ]
+    return [
+        {
+            "title": f"Echo of the novel or misspelled word, in per cent ({n} continuations a condition and run)",
+            "header": header,
+            "rows": rows,
+            "left": 2,
+            "note": "Mean ± SD over seeds; last column: paired over seeds, 95%. normal: the ordinary word of the same "
+            "place, as a control. forced_oov: one position made from bytes on kronecker arms, pieces on stock arms.",
+        }
+    ]
+
+
+def draw(found: dict, arms):
+    with report.plt.rc_context(report.FIGURE_STYLE):
+        figure, axes = report.plt.subplots(1, 2, figsize=(10.0, 3.6))
+        for ax, key, title in (
+            (axes[0], "partial_echo", "Echo, whole or in part (%)"),
+            (axes[1], "gibberish_flag", "Gibberish (%)"),
+        ):
+            for k, arm in enumerate(arms):
+                x = np.arange(len(found)) + 0.8 / len(arms) * (k - (len(arms) - 1) / 2)
+                entries = [by_rate[key][arm] for by_rate in found.values()]
+                colour = report.arm_style(arm, arms)["color"]
+                ax.bar(
+                    x,
+                    [100 * e["mean"] if e else 0 for e in entries],
+                    0.74 / len(arms),
+                    color=colour,
+                    label=arm,
+                )
+                for xx, e in zip(x, entries, strict=True):
+                    points = [100 * v for v in e["by_seed"].values()] if e else []
+                    ax.plot([xx] * len(points), points, ".", color=report.INK, markersize=4)
+            ax.set_xticks(range(len(found)), [c.replace("_", " ") for c in found])
+            ax.grid(axis="x", visible=False)
+            ax.set_title(title)
+        axes[0].legend(loc="upper center", bbox_to_anchor=(1.05, -0.1), ncols=len(arms))
+    return figure
+
+
+def examples_html(records: list[dict], arms, count: int = 4) -> str:
+    """A few continuations side by side: the first run of each arm, the first sample."""
+    first = {a: min(r["run_seed"] for r in records if r["arm"] == a) for a in arms}
+    wanted = sorted(
+        {r["prompt_id"] for r in records if r["condition"] == "forced_oov"}
+        or {r["prompt_id"] for r in records}
+    )
+    rows = []
+    for number in wanted[:count]:
+        for condition in CONDITIONS:
+            for r in records:
+                if (r["prompt_id"], r["condition"], r["sample"]) == (number, condition, 0) and r[
+                    "run_seed"
+                ] == first[r["arm"]]:
+                    prompt = f"{r['prompt_text']} ({condition.replace('_', ' ')}, {r['arm']})"
+                    rows.append(
+                        f"<p class=soft>{html.escape(prompt)}</p><blockquote>{html.escape(r['completion'])}</blockquote>"
+                    )
+    return f"<details><summary>Some continuations</summary>{''.join(rows)}</details>"
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="probe_generation.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common.add_arguments(parser)
+    parser.add_argument(
+        "--prompts", default=str(common.DATA / "generation_prompts.json"), help="prompts (default: our 20)"
+    )
+    parser.add_argument("--samples", type=int, default=4, help="sampled continuations a prompt (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=30)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--batch_size", type=int, default=64)
+    args = parser.parse_args(argv)
+    try:
+        if args.samples < 1 or args.max_new_tokens < 1 or args.temperature <= 0:
+            raise common.ProbeError(
+                "--samples and --max_new_tokens have to be at least 1, --temperature above 0"
+            )
+        prompts = read_prompts(Path(args.prompts))
+        published = published_rates(Path(args.prompts))
+        records, checks = [], {}
+        for run, model, tokenizer, _ in common.each_model(common.find_runs(args.runs), args, "generation"):
+            records += measure(model, tokenizer, run, prompts, args)
+            checks[f"{run['arm']}_s{run['seed']}"] = sanity(model, tokenizer)
+        arms = sorted({r["arm"] for r in records}, key=report.arm_sort_key)
+        baseline = common.pick_baseline(arms, args.baseline)
+        found = rates(records, arms, baseline)
+        result = {
+            "results": records,
+            "sanity": checks,
+            "settings": records[0]["settings"] | {"samples": args.samples},
+            "rates": found,
+            "published_rates": published,
+            "provenance": common.provenance(argv),
+        }
+        n = sum(p["condition"] == "normal" for p in prompts) * args.samples
+        name = "generation_published" if published else "generation"
+        title = "Generation" + (", the paper's prompts" if published else "")
+        common.finish(
+            common.out_folder(args, ""),
+            name,
+            title,
+            30 + bool(published),
+            result,
+            make_tables(found, arms, baseline, published, n),
+            draw(found, arms),
+            "Bars: mean over seeds of sampled continuations; points: seeds.",
+            ["Does a misspelled or made-up word of the prompt come back in what the model writes?"],
+            examples_html(records, arms),
+        )
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

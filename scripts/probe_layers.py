@@ -1,0 +1,350 @@
+"""Layers: what lies near a word in the embedding and after the first blocks.
+
+    python scripts/probe_layers.py --runs out/demo
+    python scripts/probe_layers.py --runs out/demo --families layered_probe_results.json   the paper's families
+
+Every token of the vocabulary goes through the model alone, at position 0. At each level (E_raw: the embedding;
+E_post: with its position, what enters block 0; L0, L1: after block 0 and 1) the vectors are centred over the
+vocabulary, and of the 10 nearest tokens of a probe word one counts
+
+    L (loose)          those that are not the probe itself in another case or spacing
+    M (root-substring) those that contain the family's root
+    S (strict)         those that are words of the family
+
+The published results take the first token of a word that is several; here a word counts as whole where it is one
+token (with or without a space before it), and the summary over whole words stands beside the one over all.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from scripts import probe_common as common
+from scripts import report
+
+LEVELS = ("E_raw", "E_post", "L0", "L1")
+NEIGHBOURS = 10
+
+
+def read_families(path: Path) -> tuple[list[dict], dict]:
+    """(families, published results or {}) from our file or the published one."""
+    content = common.read_data(path, "word families")
+    if "families" in content:
+        return content["families"], {}
+    arms = {a: x for a, x in content.items() if isinstance(x, dict) and "probes" in x}
+    if not arms:
+        raise common.ProbeError(f"{path} holds neither 'families' nor published 'probes'")
+    probes = next(iter(arms.values()))["probes"]
+    families = [
+        {
+            "family": name,
+            "family_root": f["family_root"],
+            "exact_family": f["exact_family"],
+            "probes": [p["probe"] for p in f["per_probe"]],
+        }
+        for name, f in probes.items()
+    ]
+    return families, arms
+
+
+def scores(strings: list[str], probe: str, root: str, family) -> dict:
+    """The three counts of a list of neighbours, as shares."""
+    forms = [s.strip().lower() for s in strings]
+    n = len(forms)
+    return {
+        "L": sum(f != probe.lower() for f in forms) / n,
+        "M": sum(root in f for f in forms) / n,
+        "S": sum(f in set(family) for f in forms) / n,
+    }
+
+
+def probe_token(word: str, tokenizer, bare: bool) -> tuple[int, bool]:
+    """(token id that stands for a word, whether it is the whole word)."""
+    forms = [word] if bare else [" " + word, word]
+    for form in forms:
+        ids = tokenizer.encode(form)
+        if len(ids) == 1:
+            return ids[0], True
+    return tokenizer.encode(word)[0], False
+
+
+def vocabulary_states(model, ids: np.ndarray, batch_size: int) -> dict[str, torch.Tensor]:
+    """Every token by itself at position 0: {level: centred unit rows (n, n_embd)}, and norms under 'norm'."""
+    parts = {level: [] for level in LEVELS}
+    position = model.transformer.wpe.weight[0].detach().float().cpu()
+    for start in range(0, len(ids), batch_size):
+        batch = torch.from_numpy(ids[start : start + batch_size])[:, None]
+        states = [s[:, 0] for s in common.block_states(model, batch, blocks=2)]
+        states = [states[0], states[0] + position, *states[1:]]
+        for level, state in zip(LEVELS, states, strict=False):  # a one-block model has no L1
+            parts[level].append(state)
+    rows = {level: torch.cat(part) for level, part in parts.items() if part}
+    centred = {level: x - x.mean(0) for level, x in rows.items()}
+    norms = {level: x.norm(dim=1).mean().item() for level, x in centred.items()}
+    return {level: torch.nn.functional.normalize(x, dim=1) for level, x in centred.items()} | {"norm": norms}
+
+
+def measure(model, tokenizer, run: dict, families: list[dict], bare: bool, args) -> dict:
+    """One run in the published schema; `whole` on each probe and the *_whole aggregates are ours."""
+    lengths = tokenizer.byte_lengths()
+    ids = np.nonzero(lengths[: model.config.vocab_size])[0].astype(np.int64)
+    row_of = {int(i): r for r, i in enumerate(ids)}
+    states = vocabulary_states(model, ids, args.batch_size)
+    levels = [level for level in LEVELS if level in states]
+    rng = np.random.default_rng(args.seed)
+    i, j = rng.integers(0, len(ids), 4000), rng.integers(0, len(ids), 4000)
+    i, j = i[i != j], j[i != j]
+
+    probes, self_found, in_vocab = {}, True, True
+    for family in families:
+        entries = []
+        for word in family["probes"]:
+            token, whole = probe_token(word, tokenizer, bare)
+            if token not in row_of:
+                in_vocab = False
+                continue
+            entry = {"probe": word, "first_token_id": token, "first_token_decoded": tokenizer.decode([token])}
+            entry["whole"] = whole
+            for level in levels:
+                cosines = states[level] @ states[level][row_of[token]]
+                self_found &= bool(cosines[row_of[token]] >= cosines.max() - 1e-4)
+                cosines[row_of[token]] = -2
+                top = cosines.topk(min(NEIGHBOURS, len(ids) - 1))
+                near = ids[top.indices.numpy()].tolist()
+                strings = [tokenizer.decode([t]) for t in near]
+                entry[level] = {
+                    "top10_ids": near,
+                    "top10_strings": strings,
+                    "top10_cosines": [round(c, 4) for c in top.values.tolist()],
+                    **scores(strings, word, family["family_root"], family["exact_family"]),
+                }
+            entries.append(entry)
+        probes[family["family"]] = {
+            "family_root": family["family_root"],
+            "exact_family": family["exact_family"],
+            "per_probe": entries,
+        }
+    kronecker = model.config.wte == "kronecker"
+    result = {
+        "model_info": {
+            "checkpoint_path": str(run["path"]),
+            "vocab_size": model.config.vocab_size,
+            "d_model": model.config.n_embd,
+            "num_layers": model.config.n_layer,
+            "embed_type": "kronecker" if kronecker else "bpe",
+            "architecture_notes": "GPT-2 as in nanoGPT: pre-norm blocks, learned positions",
+            "preprocessing_before_layer_0": "x = wte(id) + wpe(0)",
+            "stream_collapse_used": "n/a (single-stream)",
+            **{f"centered_norm_{level}": states["norm"][level] for level in levels},
+        },
+        "sanity_checks": {
+            "self_retrieval_pass": self_found,
+            **{
+                f"centered_random_pair_cos_{level}": (states[level][i] * states[level][j])
+                .sum(1)
+                .mean()
+                .item()
+                for level in levels
+            },
+            "probe_in_vocab_pass": in_vocab,
+        },
+        "probes": probes,
+    }
+    return result | aggregate(probes)
+
+
+def aggregate(probes: dict) -> dict:
+    """per_family_aggregate and overall_aggregate as published, and the overall one over whole words only."""
+    per_family, whole = {}, []
+    levels = [level for level in LEVELS if any(level in p for f in probes.values() for p in f["per_probe"])]
+    everything = [p for f in probes.values() for p in f["per_probe"]]
+
+    def mean(entries, level, score):
+        return round(float(np.mean([e[level][score] for e in entries])), 4)
+
+    for name, family in probes.items():
+        entries = family["per_probe"]
+        if not entries:
+            continue
+        per_family[name] = {level: {f"{s}_mean": mean(entries, level, s) for s in "LMS"} for level in levels}
+        for low, high in (("E_raw", "L0"), ("L0", "L1")):
+            if high in levels:
+                key = f"delta_{high}_minus_{low.replace('_', '')}"
+                per_family[name][key] = {
+                    s: round(per_family[name][high][f"{s}_mean"] - per_family[name][low][f"{s}_mean"], 4)
+                    for s in "LMS"
+                }
+    overall = (
+        {level: {s: mean(everything, level, s) for s in "LMS"} for level in levels} if everything else {}
+    )
+    for low, high in (("E_raw", "L0"), ("L0", "L1")):
+        if high in overall:
+            key = f"delta_{high}_minus_{low.replace('_', '')}_overall"
+            overall[key] = {s: round(overall[high][s] - overall[low][s], 4) for s in "LMS"}
+    whole = [p for p in everything if p.get("whole", True)]
+    return {
+        "per_family_aggregate": per_family,
+        "overall_aggregate": overall,
+        "overall_whole": {level: {s: mean(whole, level, s) for s in "LMS"} for level in levels}
+        if whole
+        else {},
+        "whole_probes": len(whole),
+        "all_probes": len(everything),
+    }
+
+
+def make_tables(by_run: dict, arms, baseline: str, published: dict) -> list[dict]:
+    levels = [level for level in LEVELS if all(level in r["overall_aggregate"] for r in by_run.values())]
+    tables = []
+    first = next(iter(by_run.values()))
+    kinds = [("overall_aggregate", f"all {first['all_probes']} probes")]
+    if first["whole_probes"] < first["all_probes"] and all(r["overall_whole"] for r in by_run.values()):
+        kinds.append(("overall_whole", f"the {first['whole_probes']} probes that are one token"))
+    for kind, words in kinds:
+        rows = []
+        for arm in arms:
+            for level in levels:
+                if level == "E_post":  # equals E_raw: a constant goes when the vectors are centred
+                    continue
+                cells = {
+                    s: common.over_seeds(
+                        {run: r[kind][level][s] for run, r in by_run.items()}, arms, baseline
+                    )
+                    for s in "LMS"
+                }
+                rows.append(
+                    [arm if level == "E_raw" else "", level]
+                    + [common.cell(cells[s][arm], 1, 100) for s in "LMS"]
+                    + [common.difference_cell(cells["S"][arm], 1, 100)]
+                )
+        if kind == "overall_aggregate":
+            for arm, entry in published.items():
+                for level in levels:
+                    if level != "E_post" and level in entry["overall_aggregate"]:
+                        cell = [f"{100 * entry['overall_aggregate'][level][s]:.1f}" for s in "LMS"]
+                        rows.append([f"paper: {arm}" if level == "E_raw" else "", level, *cell, ""])
+        tables.append(
+            {
+                "title": f"Of the 10 nearest tokens, per cent: {words}",
+                "header": ["arm", "level", "loose", "root", "strict", f"strict less {baseline}'s (95%)"],
+                "rows": rows,
+                "left": 2,
+                "note": "Mean ± SD over seeds. loose: not the probe in another case or spacing; root: contains the "
+                "family's root; strict: a word of the family.",
+            }
+        )
+    rows = []
+    for arm in arms:
+        checks = [r["sanity_checks"] for (a, _), r in by_run.items() if a == arm]
+        random_pair = [
+            max(abs(c[f"centered_random_pair_cos_{level}"]) for c in checks)
+            for level in levels
+            if level != "E_post"
+        ]
+        norms = [
+            np.mean([r["model_info"][f"centered_norm_{level}"] for (a, _), r in by_run.items() if a == arm])
+            for level in levels
+            if level != "E_post"
+        ]
+        rows.append(
+            [
+                arm,
+                "yes" if all(c["self_retrieval_pass"] for c in checks) else "NO",
+                *(f"{x:.4f}" for x in random_pair),
+                *(f"{x:.2f}" for x in norms),
+            ]
+        )
+    shown = [level for level in levels if level != "E_post"]
+    tables.append(
+        {
+            "title": "Sanity: each token finds itself, random pairs are at right angles",
+            "header": ["arm", "finds itself", *(f"cos {s}" for s in shown), *(f"norm {s}" for s in shown)],
+            "rows": rows,
+            "left": 1,
+            "note": "cos: largest absolute mean cosine of random pairs over the seeds, centred; norm: mean centred norm.",
+        }
+    )
+    return tables
+
+
+def draw(by_run: dict, arms):
+    with report.plt.rc_context(report.FIGURE_STYLE):
+        figure, axes = report.plt.subplots(1, 3, figsize=(11.0, 3.4), sharey=False)
+        levels = [
+            x for x in LEVELS if x != "E_post" and all(x in r["overall_aggregate"] for r in by_run.values())
+        ]
+        for ax, score, title in zip(
+            axes, "LMS", ("Loose (%)", "Root-substring (%)", "Strict (%)"), strict=True
+        ):
+            for arm in arms:
+                y = np.array(
+                    [
+                        [100 * r["overall_aggregate"][x][score] for x in levels]
+                        for (a, _), r in by_run.items()
+                        if a == arm
+                    ]
+                )
+                style = report.arm_style(arm, arms)
+                ax.plot(levels, y.mean(0), marker="o", label=arm, linewidth=1.8, **style)
+                if len(y) > 1:
+                    ax.fill_between(levels, y.min(0), y.max(0), color=style["color"], alpha=0.18, linewidth=0)
+            ax.set_title(title)
+            ax.margins(x=0.08)
+        axes[0].legend(fontsize=9)
+    return figure
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="probe_layers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common.add_arguments(parser)
+    parser.add_argument(
+        "--families", default=str(common.DATA / "word_families.json"), help="word families (default: ours)"
+    )
+    parser.add_argument("--batch_size", type=int, default=4096, help="tokens at a time (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        families, published = read_families(Path(args.families))
+        by_run = {}
+        for run, model, tokenizer, _ in common.each_model(common.find_runs(args.runs), args, "layers"):
+            by_run[run["arm"], run["seed"]] = measure(model, tokenizer, run, families, bool(published), args)
+        arms = sorted({a for a, _ in by_run}, key=report.arm_sort_key)
+        baseline = common.pick_baseline(arms, args.baseline)
+        keep = ("sanity_checks", "per_family_aggregate", "overall_aggregate", "overall_whole", "whole_probes")
+        result = {
+            # in the published place: the first seed of each arm, neighbours and all
+            **{a: by_run[min(k for k in by_run if k[0] == a)] for a in arms},
+            "by_run": {f"{a}_s{s}": {k: r[k] for k in keep} for (a, s), r in by_run.items()},
+            "provenance": common.provenance(argv, {"seed": args.seed}),
+        }
+        name = "layers_published" if published else "layers"
+        title = "Nearest neighbours by layer" + (", the paper's families" if published else "")
+        intro = [
+            "Which tokens lie nearest to a word, in the embedding and after the first two blocks? Strict kin near a "
+            "word means morphology in the geometry; variants of case and spacing mean typography."
+        ]
+        caption = "Line: mean over seeds; band: lowest to highest seed."
+        tables = make_tables(by_run, arms, baseline, published)
+        common.finish(
+            common.out_folder(args, ""),
+            name,
+            title,
+            40 + bool(published),
+            result,
+            tables,
+            draw(by_run, arms),
+            caption,
+            intro,
+        )
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Trade-off: words alike in bytes but not in meaning, and where the network pulls them apart.
+
+    python scripts/probe_tradeoff.py --runs out/demo
+
+A byte codec puts compute next to commute and nation next to notion. For such pairs, for synonyms, for
+morphological kin and for random pairs: cosine at the embedding and after each block. A word goes through the
+model by itself (or after --prefix); its vector at a level is the mean over its tokens, centred over all the
+probe's words. `separation` is the cosine of kin less that of the byte-alike: above 0, kin are nearer.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from scripts import probe_common as common
+from scripts import report
+
+KINDS = {"byte_similar": "alike in bytes", "kin": "kin", "synonyms": "synonyms", "random": "random"}
+
+
+def read_pairs(path: Path, seed: int) -> dict[str, list[tuple[str, str]]]:
+    content = common.read_data(path, "word pairs")
+    kinds = {k: [tuple(p) for p in content.get(k, [])] for k in ("byte_similar", "kin", "synonyms")}
+    if not all(kinds.values()) or not all(len(p) == 2 for pairs in kinds.values() for p in pairs):
+        raise common.ProbeError(f"{path} must hold pairs of words under byte_similar, kin and synonyms")
+    words = sorted({w for pairs in kinds.values() for p in pairs for w in p})
+    rng = np.random.default_rng(seed)
+    random = [tuple(rng.choice(words, 2, replace=False).tolist()) for _ in range(300)]
+    return kinds | {"random": random}
+
+
+def word_states(model, tokenizer, words: list[str], prefix: str) -> tuple[list[torch.Tensor], set[str]]:
+    """([level: (words, n_embd), centred over the words], words that are one token)."""
+    before = tokenizer.encode(prefix) if prefix else []
+    encoded = {w: tokenizer.encode(" " + w) for w in words}
+    longest = max(len(e) for e in encoded.values()) + len(before)
+    if longest > model.config.block_size:
+        raise common.ProbeError(
+            f"--prefix and a word make {longest} tokens, the context is {model.config.block_size}"
+        )
+    rows = [None] * len(words)
+    for length in sorted({len(e) for e in encoded.values()}):
+        members = [i for i, w in enumerate(words) if len(encoded[w]) == length]
+        ids = torch.tensor([before + encoded[words[i]] for i in members])
+        states = torch.stack([s[:, len(before) :].mean(1) for s in common.block_states(model, ids)])
+        for k, i in enumerate(members):
+            rows[i] = states[:, k]
+    levels = torch.stack(rows, dim=1)  # (levels, words, n_embd)
+    return list(levels - levels.mean(1, keepdim=True)), {w for w, e in encoded.items() if len(e) == 1}
+
+
+def measure(model, tokenizer, pairs: dict, prefix: str) -> dict:
+    words = sorted({w for p in pairs.values() for pair in p for w in pair})
+    at = {w: i for i, w in enumerate(words)}
+    levels, single = word_states(model, tokenizer, words, prefix)
+    result = {
+        "levels": ["embedding", *(f"block {k}" for k in range(len(levels) - 1))],
+        "cosine": {},
+        "pairs": {},
+    }
+    for kind, members in pairs.items():
+        i = torch.tensor([at[a] for a, _ in members])
+        j = torch.tensor([at[b] for _, b in members])
+        cosines = torch.stack(
+            [torch.nn.functional.cosine_similarity(x[i], x[j], dim=-1) for x in levels], dim=1
+        )
+        result["cosine"][kind] = cosines.mean(0).tolist()
+        one = torch.tensor([a in single and b in single for a, b in members])
+        result.setdefault("cosine_single_token", {})[kind] = (
+            cosines[one].mean(0).tolist() if one.any() else None
+        )
+        result.setdefault("n", {})[kind] = {"pairs": len(members), "single_token": int(one.sum())}
+        if kind != "random":
+            result["pairs"][kind] = {
+                f"{a}/{b}": [round(c, 4) for c in row]
+                for (a, b), row in zip(members, cosines.tolist(), strict=True)
+            }
+    kin, alike = result["cosine"]["kin"], result["cosine"]["byte_similar"]
+    result["separation"] = [k - a for k, a in zip(kin, alike, strict=True)]
+    return result
+
+
+def make_tables(by_run: dict, arms, baseline: str) -> list[dict]:
+    levels = min((r["levels"] for r in by_run.values()), key=len)
+    rows = []
+    for arm in arms:
+        for k, level in enumerate(levels):
+            cells = [
+                common.cell(
+                    common.over_seeds({run: r["cosine"][kind][k] for run, r in by_run.items()}, [arm], arm)[
+                        arm
+                    ]
+                )
+                for kind in KINDS
+            ]
+            apart = common.over_seeds({run: r["separation"][k] for run, r in by_run.items()}, arms, baseline)[
+                arm
+            ]
+            rows.append([arm if k == 0 else "", level, *cells, common.cell(apart)])
+    n = next(iter(by_run.values()))["n"]
+    tables = [
+        {
+            "title": "Cosine of word pairs, centred, by level",
+            "header": ["arm", "level", *KINDS.values(), "separation"],
+            "rows": rows,
+            "left": 2,
+            "note": "Mean ± SD over seeds; "
+            + ", ".join(
+                f"{n[k]['pairs']} pairs {KINDS[k]} ({n[k]['single_token']} of single tokens)" for k in KINDS
+            )
+            + ". separation: kin less alike in bytes.",
+        }
+    ]
+    rows = []
+    for pair in ("compute/commute", "nation/notion"):
+        for arm in arms:
+            cells = []
+            for k in range(len(levels)):
+                values = {
+                    run: r["pairs"]["byte_similar"].get(pair, [None] * 99)[k] for run, r in by_run.items()
+                }
+                cells.append(common.cell(common.over_seeds(values, [arm], arm)[arm]))
+            rows.append([pair if arm == arms[0] else "", arm, *cells])
+    tables.append(
+        {
+            "title": "The paper's two examples",
+            "header": ["pair", "arm", *levels],
+            "rows": rows,
+            "left": 2,
+            "note": "",
+        }
+    )
+    return tables
+
+
+def draw(by_run: dict, arms):
+    colours = {"byte_similar": "#D55E00", "kin": "#009E73", "synonyms": "#0072B2", "random": "#7F7F7F"}
+    levels = min((r["levels"] for r in by_run.values()), key=len)
+    short = ["emb", *(str(k) for k in range(len(levels) - 1))]
+    with report.plt.rc_context(report.FIGURE_STYLE):
+        figure, axes = report.plt.subplots(
+            1, len(arms), figsize=(2.9 * len(arms) + 1.6, 3.5), sharey=True, squeeze=False
+        )
+        for ax, arm in zip(axes[0], arms, strict=True):
+            for kind, words in KINDS.items():
+                y = np.array([r["cosine"][kind][: len(levels)] for (a, _), r in by_run.items() if a == arm])
+                ax.plot(
+                    short,
+                    y.mean(0),
+                    marker="o",
+                    markersize=4,
+                    color=colours[kind],
+                    label=words,
+                    linewidth=1.8,
+                )
+                if len(y) > 1:
+                    ax.fill_between(short, y.min(0), y.max(0), color=colours[kind], alpha=0.18, linewidth=0)
+            ax.set_title(arm)
+            ax.set_xlabel("after block")
+            ax.margins(x=0.08)
+        axes[0][0].set_ylabel("cosine, centred")
+        axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="probe_tradeoff.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common.add_arguments(parser)
+    parser.add_argument(
+        "--pairs", default=str(common.DATA / "tradeoff_pairs.json"), help="word pairs (default: ours)"
+    )
+    parser.add_argument("--prefix", default="", help="text before the word, for instance 'The word'")
+    args = parser.parse_args(argv)
+    try:
+        pairs = read_pairs(Path(args.pairs), args.seed)
+        by_run = {}
+        for run, model, tokenizer, _ in common.each_model(common.find_runs(args.runs), args, "trade-off"):
+            by_run[run["arm"], run["seed"]] = measure(model, tokenizer, pairs, args.prefix)
+        arms = sorted({a for a, _ in by_run}, key=report.arm_sort_key)
+        baseline = common.pick_baseline(arms, args.baseline)
+        result = {
+            "by_run": {f"{a}_s{s}": r for (a, s), r in by_run.items()},
+            "provenance": common.provenance(argv, {"seed": args.seed, "prefix": args.prefix}),
+        }
+        intro = [
+            "A codec of bytes cannot know that compute and commute mean different things; the blocks have to pull such "
+            "pairs apart. In the pictures the orange line should fall and the green one stay."
+        ]
+        caption = "Line: mean over seeds; band: lowest to highest seed."
+        tables = make_tables(by_run, arms, baseline)
+        common.finish(
+            common.out_folder(args, ""),
+            "tradeoff",
+            "Alike in bytes, not in meaning",
+            45,
+            result,
+            tables,
+            draw(by_run, arms),
+            caption,
+            intro,
+        )
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()
