@@ -11,7 +11,6 @@ import hashlib
 import os
 import queue
 import threading
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -311,12 +310,3 @@ def prefetch(iterator, device):
     finally:
         stop.set()
         thread.join(timeout=5)
-
-
-def is_prepared(data_dir) -> bool:
-    """Whether a folder holds a finished set: both splits, and no preparation still under way."""
-    folder = Path(data_dir)
-    if not folder.is_dir() or not find_shards(folder, "train") or not find_shards(folder, "val"):
-        return False
-    meta = read_meta(folder)
-    return meta is None or meta.get("complete", True)

@@ -17,7 +17,7 @@ import pickle
 from pathlib import Path
 
 from data import DataError
-from data.shards import write_atomic
+from data.shards import find_shards, write_atomic
 
 META_NAME = "meta.json"
 
@@ -87,3 +87,12 @@ def characters_meta(dataset: str, characters: list[str]) -> dict:
         "dtype": "uint16",
         "byte_lengths": [len(c.encode("utf-8", "surrogatepass")) for c in characters],
     }
+
+
+def is_prepared(data_dir) -> bool:
+    """Whether a folder holds a finished set: both splits, and no preparation still under way."""
+    folder = Path(data_dir)
+    if not folder.is_dir() or not find_shards(folder, "train") or not find_shards(folder, "val"):
+        return False
+    meta = read_meta(folder)
+    return meta is None or meta.get("complete", True)

@@ -30,8 +30,7 @@ if __package__ in (None, ""):  # run as a file: let `import data` find the proje
 import numpy as np
 
 from data import DataError
-from data.loader import is_prepared
-from data.meta import write_meta
+from data.meta import is_prepared, write_meta
 from data.shards import write_atomic, write_shard
 from data.tokenizers import FILE_NAME, load_tokenizer
 
@@ -50,7 +49,7 @@ SKIP_FOLDERS = {
     "ensurepip",
 }
 # Written in C, so their docstrings are in no source file; all of them are harmless to import.
-C_MODULES = (  # noqa: SIM905
+C_MODULES = (
     "_asyncio _bisect _codecs _collections _csv _datetime _decimal _elementtree _functools _heapq _io _json "
     "_operator _pickle _random _socket _sqlite3 _sre _ssl _string _struct _thread _weakref array atexit "
     "binascii builtins cmath errno faulthandler gc itertools marshal math mmap nt posix pyexpat resource "
