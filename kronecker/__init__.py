@@ -1,4 +1,4 @@
-"""Kronecker Embeddings (arXiv 2605.29459): token embeddings from a fixed byte codec and one learned projection.
+"""Kronecker Embeddings (arXiv 2605.29459): a fixed byte codec and one learned projection.
 
 from kronecker import KroneckerEmbedding
 emb = KroneckerEmbedding(vocab_size=50304, d_model=768, tokenizer=tokenizer, pos_dim=16)

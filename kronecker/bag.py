@@ -2,16 +2,17 @@
 
     e = W z = scale_L * sum_p W[:, byte_p * pos_dim + p]  -  shift_L * W.sum(1)
 
-(`bag_coefficients` in codec.py gives scale and shift for each length L), so a token costs at most pos_dim rows of
-W^T and the (tokens, D) codec never exists. One path per device:
+(`bag_coefficients` in codec.py gives scale and shift for each length L), so a token costs at most pos_dim
+rows of W^T and the (tokens, D) codec never exists. One path per device:
 
-- CPU: each distinct token of the batch is computed once, from a ragged bag that holds only its real bytes, and
-  the gradient runs the same two sums backwards, as bags over sorted keys, so that every row is added up in one
-  fixed order (deterministic, and parallel over rows). A text batch repeats its tokens: 8,192 hold about 2,550.
+- CPU: each distinct token of the batch is computed once, from a ragged bag that holds only its real bytes,
+  and the gradient runs the same two sums backwards, as bags over sorted keys, so that every row is added up
+  in one fixed order (deterministic, and parallel over rows). A text batch repeats its tokens: 8,192 hold
+  about 2,550.
 - every other device: all tokens, bags of a fixed width padded to pos_dim, in plain torch operations. No step
   depends on the data's values, so the host never waits for the device and the whole compiles.
 
-In all of this W^T is (D, d_model) contiguous; see KroneckerEmbedding for how the parameter is laid out.
+All of it reads W^T as (D, M = d_model) contiguous; KroneckerEmbedding lays its parameter out so by default.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def embed(ids: Tensor, wT_DxM: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor) -> Tensor:
-    """Embeddings (N, M) of `ids` (int64, N), each the weighted bag of its token's bytes; differentiable in wT.
+def embed(ids: Tensor, weight_MxD: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor) -> Tensor:
+    """Embeddings (*ids.shape, M) of int64 ids: weighted bags of their tokens' bytes, differentiable in weight.
 
-    bytes uint8 (V, P), lengths int16 (V,), coef (P + 1, 2): scale and shift for each length, in the dtype to sum in.
-    Raises IndexError on CPU for an id outside 0..V-1 (elsewhere it is a device-side assertion, as in nn.Embedding).
+    bytes uint8 (V, P), lengths int16 (V,), coef (P + 1, 2): scale and shift of each length, in the dtype to
+    sum in. Raises IndexError on CPU for an id outside 0..V-1 (elsewhere, as in nn.Embedding, that is a
+    device-side assertion).
     """
-    wT_DxM = wT_DxM.contiguous()
-    if wT_DxM.device.type != "cpu":
-        return _embed_padded(ids, wT_DxM, bytes_VxP, lengths_V, coef_Lx2)
-    if torch.compiler.is_compiling():
-        return torch.ops.kronecker.embed(ids, wT_DxM, bytes_VxP, lengths_V, coef_Lx2)
-    return _EmbedCPU.apply(ids, wT_DxM, bytes_VxP, lengths_V, coef_Lx2)
+    if weight_MxD.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _EmbedCPU.apply(ids, weight_MxD, bytes_VxP, lengths_V, coef_Lx2)
+    path = torch.ops.kronecker.embed if weight_MxD.device.type == "cpu" else _embed_padded
+    e_NxM = path(ids.reshape(-1), weight_MxD.t().contiguous(), bytes_VxP, lengths_V, coef_Lx2)
+    return e_NxM.view(*ids.shape, len(weight_MxD))
 
 
 # ---- every device but the CPU ----
@@ -59,7 +60,7 @@ def _embed_padded(ids, wT_DxM, bytes_VxP, lengths_V, coef_Lx2) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """Which rows go where, for one batch. U distinct tokens with K bytes in all; NumPy, for its small overhead."""
+    """Which rows go where, for a batch of U distinct tokens with K bytes in all (NumPy: small overhead)."""
 
     inverse_N: np.ndarray | None  # distinct token of each id; None when the ids are 0..V-1 in order
     flat_K: np.ndarray  # row of W^T of each byte, token by token
@@ -96,7 +97,7 @@ def _sum_rows(source: Tensor, index_K: np.ndarray, counts: np.ndarray) -> Tensor
 
 
 def _sort_by(destination_K: np.ndarray) -> np.ndarray:
-    """Stable argsort of non-negative integers: key and position in one int64, which sorts faster than argsort."""
+    """Stable argsort of non-negative integers: key and position in one int64 sort faster than argsort."""
     key = (destination_K << 32) | np.arange(len(destination_K))
     key.sort()
     return key & 0xFFFFFFFF
@@ -119,26 +120,54 @@ def _backward(plan: Plan, g_NxM: Tensor, D: int) -> Tensor:
         g_UxM = _sum_rows(g_UxM.contiguous(), _sort_by(plan.inverse_N), counts_U)
     scale_Ux1, shift_Ux1 = plan.coef_Ux2.unsqueeze(2).unbind(1)
     shared_M = shift_Ux1[:, 0] @ g_UxM
-    token_K = np.repeat(np.arange(U), plan.lengths_U)[_sort_by(plan.flat_K)]
-    grad_DxM = _sum_rows(g_UxM * scale_Ux1, token_K, np.bincount(plan.flat_K, minlength=D))
-    return grad_DxM.sub_(shared_M).to(g_NxM.dtype)
+    order_K = _sort_by(plan.flat_K)
+    sorted_K = plan.flat_K[order_K]
+    starts_R = np.flatnonzero(np.diff(sorted_K, prepend=-1))  # R rows of W^T are touched at all
+    counts_R = np.diff(starts_R, append=len(sorted_K))
+    token_K = np.repeat(np.arange(U), plan.lengths_U)[order_K]
+    touched_RxM = _sum_rows(g_UxM * scale_Ux1, token_K, counts_R).sub_(shared_M)
+    grad_DxM = shared_M.neg().expand(D, -1).contiguous()
+    grad_DxM.numpy()[sorted_K[starts_R]] = touched_RxM.numpy()
+    return grad_DxM.to(g_NxM.dtype)
 
 
 class _EmbedCPU(torch.autograd.Function):
+    """Takes ids and weight in their own shapes: each view outside would be one more node of the graph."""
+
     @staticmethod
-    def forward(ctx, ids, wT_DxM, bytes_VxP, lengths_V, coef_Lx2):
+    def forward(ctx, ids, weight_MxD, bytes_VxP, lengths_V, coef_Lx2):
+        ctx.shape = weight_MxD.shape
         if ids.numel() == 0:
             ctx.plan = None
-            ctx.shape = wT_DxM.shape
-            return wT_DxM.new_empty(0, wT_DxM.size(1))
-        ctx.plan, ctx.shape = _plan(ids, bytes_VxP, lengths_V, coef_Lx2), wT_DxM.shape
-        return _forward(ctx.plan, wT_DxM)
+            return weight_MxD.new_empty(*ids.shape, len(weight_MxD))
+        ctx.plan = _plan(ids.reshape(-1), bytes_VxP, lengths_V, coef_Lx2)
+        return _forward(ctx.plan, weight_MxD.t().contiguous()).view(*ids.shape, len(weight_MxD))
+
+    @staticmethod
+    def backward(ctx, g):
+        M, D = ctx.shape
+        if ctx.plan is None:
+            return None, g.new_zeros(M, D), None, None, None
+        g_NxM = g.reshape(-1, M)
+        if torch.is_grad_enabled():  # only with create_graph=True
+            grad_DxM = _EmbedGradCPU.apply(g_NxM, ctx.plan, D)
+        else:
+            grad_DxM = _backward(ctx.plan, g_NxM, D)
+        return None, grad_DxM.t(), None, None, None
+
+
+class _EmbedGradCPU(torch.autograd.Function):
+    """The gradient as a function of g, for double backward: linear, and its transpose is _forward again."""
+
+    @staticmethod
+    def forward(ctx, g_NxM, plan, D):
+        ctx.plan = plan
+        return _backward(plan, g_NxM, D)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_NxM):
-        grad = g_NxM.new_zeros(ctx.shape) if ctx.plan is None else _backward(ctx.plan, g_NxM, ctx.shape[0])
-        return None, grad, None, None, None
+    def backward(ctx, gg_DxM):
+        return _forward(ctx.plan, gg_DxM.contiguous()), None, None
 
 
 # The same as opaque operators, so that torch.compile keeps them whole instead of breaking the graph on NumPy.

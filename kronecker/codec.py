@@ -1,9 +1,9 @@
 """The Kronecker codec (arXiv 2605.29459, section 3): the definition, and its moments in closed form.
 
 A token with bytes b_1..b_L is the sum over positions p of onehot(b_p) (x) onehot(p), scaled by 1/sqrt(L) and
-z-normalised over its D = char_dim * pos_dim entries. `kronecker_codec` writes that down densely and literally:
-it is what the fast path is tested against, and nothing in training calls it. `bag_coefficients` gives the two
-numbers a token of length L needs when the codec is never made dense (see bag.py).
+z-normalised over its D = char_dim * pos_dim entries. `kronecker_codec` writes that down densely and
+literally: it is what the fast path is tested against, and nothing in training calls it. `bag_coefficients`
+gives the two numbers a token of length L needs when the codec is never made dense (see bag.py).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def encode_single(
 def bag_coefficients(
     char_dim: int, pos_dim: int, length_normalize: bool = True, z_normalize: bool = True, eps: float = 1e-6
 ) -> list[tuple[float, float]]:
-    """For each length L = 0..pos_dim the pair (scale, shift) with  W z = scale * sum_p W[:, flat_p] - shift * W.sum(1).
+    """For each length L = 0..pos_dim (scale, shift):  W z = scale * sum_p W[:, flat_p] - shift * W.sum(1).
 
     kappa has L entries equal to s (1/sqrt(L), or 1 without length_normalize) and D - L zeros, so that
     mean = s L / D and unbiased variance = s^2 L (1 - L/D) / (D - 1): both depend on L alone.
@@ -96,7 +96,8 @@ def check_buffers(byte_buffer: Tensor, length_buffer: Tensor, char_dim: int, pos
     """Raise ValueError, in one sentence, when bytes and lengths do not describe tokens of this codec."""
     if byte_buffer.dim() != 2 or byte_buffer.size(1) != pos_dim:
         raise ValueError(
-            f"the byte buffer must have shape (tokens, pos_dim={pos_dim}), but it has {tuple(byte_buffer.shape)}"
+            f"the byte buffer must have shape (tokens, pos_dim={pos_dim}), but it has "
+            f"{tuple(byte_buffer.shape)}"
         )
     if length_buffer.shape != byte_buffer.shape[:1]:
         raise ValueError(

@@ -1,7 +1,8 @@
 """KroneckerEmbedding: the nn.Embedding that holds no table.
 
-ids -> bytes of each token -> fixed Kronecker codec -> one learned projection W (d_model, D). The codec is never
-made dense (bag.py), so the module costs its (d_model, D) weight and one small byte buffer, whatever the vocabulary.
+ids -> bytes of each token -> fixed Kronecker codec -> one learned projection W (d_model, D). The codec is
+never made dense (bag.py), so the module costs its (d_model, D) weight and one small byte buffer, whatever the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from kronecker.tokens import build_byte_buffer, utf8_safe_truncate
 
 
 class KroneckerEmbedding(nn.Module):
-    """Drop-in replacement for nn.Embedding (arXiv 2605.29459, section 3): ids (...) -> embeddings (..., d_model).
+    """Drop-in replacement for nn.Embedding: ids (...) -> embeddings (..., d_model). Paper: section 3.
 
     vocab_size: number of ids; ids past the tokenizer's own have no bytes and embed to zero.
     tokenizer: whatever build_byte_buffer takes; or give byte_buffer (vocab_size, pos_dim) and length_buffer
         (vocab_size,) instead.
-    mode: "dynamic" computes embeddings from the weight at each call; "cached" keeps the (vocab_size, d_model) table
-        while the module is in eval() mode and gradients are off. Training is the same in both.
+    mode: "dynamic" computes embeddings from the weight at each call; "cached" keeps the (vocab_size, d_model)
+        table while the module is in eval() mode and gradients are off. Training is the same in both.
     projection_init: "normal" (std 1/sqrt(D), the paper's) or "xavier".
     length_normalize, z_normalize: the codec's two normalisations (both on in the paper).
-    byte_extraction: "bytes" for the tokens' true bytes, "decode" for the reference package's decode() extraction.
-    row_major: lay projection.weight out as usual instead of transposed. The transposed layout (the default) has the
-        same shape and values; it only lets the rows of W^T be read without a copy of the weight at each step.
-        FSDP2's fully_shard takes row-major parameters only.
+    byte_extraction: "bytes" for the tokens' true bytes, "decode" for what the reference package extracts.
+    row_major: lay projection.weight out as usual instead of transposed. The transposed layout (the default)
+        has the same shape and values, and spares a transposed copy of the weight and of its gradient at each
+        step. FSDP2's fully_shard takes row-major parameters only.
 
-    state_dict() is exactly {"projection.weight": (d_model, D)}, row-major. The bytes are no part of it and follow
-    the module's device as plain attributes, so neither half() nor a meta-device start can spoil them.
+    state_dict() is exactly {"projection.weight": (d_model, D)}, row-major. The bytes are no part of it and
+    follow the module's device as plain attributes, so neither half() nor a meta-device start can spoil them.
     Raises ValueError for arguments that do not fit together, TypeError for a tokenizer of an unknown kind.
     """
 
@@ -102,11 +103,15 @@ class KroneckerEmbedding(nn.Module):
         self.register_load_state_dict_pre_hook(_check_loaded_shape)
 
     def reset_parameters(self) -> None:
-        """Draw the projection anew, as projection_init says."""
+        """Draw the projection anew, as projection_init says; a seed gives the same values in any layout."""
+        weight = self.projection.weight
+        fresh_MxD = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
         if self.projection_init == "normal":
-            nn.init.normal_(self.projection.weight, std=1 / math.sqrt(self.D))
+            nn.init.normal_(fresh_MxD, std=1 / math.sqrt(self.D))
         else:
-            nn.init.xavier_uniform_(self.projection.weight)
+            nn.init.xavier_uniform_(fresh_MxD)
+        with torch.no_grad():
+            weight.copy_(fresh_MxD)
 
     # nn.Embedding's names
     @property
@@ -117,10 +122,6 @@ class KroneckerEmbedding(nn.Module):
     def embedding_dim(self) -> int:
         return self.d_model
 
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return self.projection.weight.dtype
-
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embeddings (*input_ids.shape, d_model) in the weight's dtype, for integer ids of any shape.
 
@@ -130,11 +131,10 @@ class KroneckerEmbedding(nn.Module):
             raise TypeError(f"token ids must be integers, but they are {input_ids.dtype}")
         if self.mode == "cached" and not self.training and not torch.is_grad_enabled():
             return nn.functional.embedding(input_ids.long(), self._cached_table())
-        e_NxM = self._embed(input_ids.reshape(-1).long(), self._byte_buffer, self._length_buffer)
-        return e_NxM.view(*input_ids.shape, self.d_model)
+        return self._embed(input_ids.long(), self._byte_buffer, self._length_buffer)
 
     def table(self) -> Tensor:
-        """The whole table E (vocab_size, d_model) = codec(every token) W^T; differentiable, computed at each call."""
+        """The whole table codec(all tokens) W^T (vocab_size, d_model): differentiable, fresh each call."""
         ids_V = torch.arange(self.vocab_size, device=self.projection.weight.device)
         return self._embed(ids_V, self._byte_buffer, self._length_buffer)
 
@@ -152,8 +152,9 @@ class KroneckerEmbedding(nn.Module):
     ) -> Tensor:
         """forward(), but with the given bytes in place of some tokens (forced-OOV inference, section 6.12).
 
-        Overrides of a single row (ids (L,) or (1, L)): {position: bytes}. Of a batch: {(row, position): bytes}, or a
-        list with one {position: bytes} (or None) a row. Bytes past pos_dim are dropped as the tokens' own are.
+        Overrides of a single row (ids (L,) or (1, L)): {position: bytes}. Of a batch: {(row, position):
+        bytes}, or a list with one {position: bytes} (or None) a row. Bytes past pos_dim are dropped as the
+        tokens' own are.
         Raises IndexError for a position outside the input, TypeError for a value that is not bytes.
         """
         out = self.forward(input_ids)
@@ -172,6 +173,8 @@ class KroneckerEmbedding(nn.Module):
                 else raw[: self.pos_dim]
             )
             flat_R.append(position)
+        if not kept:
+            return out
         device = self.projection.weight.device
         bytes_RxP, lengths_R = build_byte_buffer(kept, self.pos_dim)
         check_buffers(bytes_RxP, lengths_R, self.char_dim, self.pos_dim)
@@ -186,21 +189,21 @@ class KroneckerEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.vocab_size}, {self.d_model}, char_dim={self.char_dim}, pos_dim={self.pos_dim}, D={self.D}, "
-            f"mode={self.mode!r}"
+            f"{self.vocab_size}, {self.d_model}, char_dim={self.char_dim}, pos_dim={self.pos_dim}, "
+            f"D={self.D}, mode={self.mode!r}"
         )
 
     # ---- inside ----
 
-    def _embed(self, ids_N: Tensor, bytes_VxP: Tensor, lengths_V: Tensor) -> Tensor:
+    def _embed(self, ids: Tensor, bytes_VxP: Tensor, lengths_V: Tensor) -> Tensor:
         weight = self.projection.weight
         if self._coef.device != weight.device or self._coef.dtype != _sum_dtype(weight):
             self._place_constants()  # the weight was moved by something else than the module's own to()
             bytes_VxP, lengths_V = bytes_VxP.to(weight.device), lengths_V.to(weight.device)
-        return embed(ids_N, weight.t(), bytes_VxP, lengths_V, self._coef)
+        return embed(ids, weight, bytes_VxP, lengths_V, self._coef)
 
     def _place_constants(self) -> None:
-        """Keep bytes, lengths and coefficients beside the weight; a meta weight leaves them where they are."""
+        """Keep bytes and coefficients beside the weight; a meta weight leaves them where they are."""
         weight = self.projection.weight
         if weight.device.type == "meta":
             return

@@ -2,9 +2,9 @@
 
 True bytes (`byte_extraction="bytes"`) are what the token stands for in encoded text: tiktoken's own bytes, a
 byte-level piece mapped back through its byte-to-unicode alphabet, U+2581 of a SentencePiece piece as a space,
-`<0xNN>` as one byte, an added or special token's literal text. Going through `decode()` instead, as the reference
-package does, turns every piece that is not whole UTF-8 into U+FFFD and so gives many tokens the same embedding;
-that way stays available as `byte_extraction="decode"`.
+`<0xNN>` as one byte, an added or special token's literal text. Going through `decode()` instead, as the
+reference package does, turns every piece that is not whole UTF-8 into U+FFFD and so gives many tokens the
+same embedding; that way stays available as `byte_extraction="decode"`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ EXTRACTIONS = ("bytes", "decode")
 def build_byte_buffer(tokenizer, pos_dim: int = 32, byte_extraction: str = "bytes") -> tuple[Tensor, Tensor]:
     """Bytes and lengths of every token: uint8 (V, pos_dim) zero-padded, int16 (V,).
 
-    tokenizer: a tiktoken.Encoding, a transformers tokenizer, a tokenizers.Tokenizer, mistral-common's Tekkenizer or
-    the path of a tekken*.json, a SentencePieceProcessor, or a plain list of bytes (one entry a token id).
-    Longer tokens keep their first pos_dim bytes; with byte_extraction="decode" (the reference's way) they are cut
-    before the character that would cross pos_dim. Ids without a token have length 0.
+    tokenizer: a tiktoken.Encoding, a transformers tokenizer, a tokenizers.Tokenizer, mistral-common's
+    Tekkenizer or the path of a tekken*.json, a SentencePieceProcessor, or a plain list of bytes (one entry a
+    token id). Longer tokens keep their first pos_dim bytes; with byte_extraction="decode" (the reference's
+    way) they are cut before the character that would cross pos_dim. Ids without a token have length 0.
     Raises TypeError for a tokenizer of an unknown kind, ValueError for an unknown byte_extraction.
     """
     pieces = token_bytes(tokenizer, byte_extraction)
@@ -47,7 +47,7 @@ def build_byte_buffer(tokenizer, pos_dim: int = 32, byte_extraction: str = "byte
 
 
 def token_bytes(tokenizer, byte_extraction: str = "bytes") -> list[bytes]:
-    """The untruncated bytes of token ids 0..V-1 (b"" for an id without a token). Arguments as build_byte_buffer."""
+    """The untruncated bytes of ids 0..V-1, b"" for an id without a token; arguments as build_byte_buffer."""
     if byte_extraction not in EXTRACTIONS:
         raise ValueError(f"byte_extraction must be 'bytes' or 'decode', but it is {byte_extraction!r}")
     if isinstance(tokenizer, list | tuple):
@@ -76,7 +76,7 @@ def token_id_to_bytes(
 
 
 def utf8_safe_truncate(byte_seq: bytes, max_bytes: int) -> bytes:
-    """The longest prefix of at most max_bytes bytes that is valid UTF-8 (the reference's rule: looks back 4 bytes)."""
+    """The longest valid UTF-8 prefix of at most max_bytes bytes (the reference's rule: it looks back 4)."""
     if len(byte_seq) <= max_bytes:
         return byte_seq
     for end in range(max_bytes, max(max_bytes - 4, -1), -1):
@@ -89,7 +89,7 @@ def utf8_safe_truncate(byte_seq: bytes, max_bytes: int) -> bytes:
 
 
 def coverage_stats(length_buffer: Tensor, pos_dim: int = 32) -> dict:
-    """How many tokens reach pos_dim: vocab_size, pos_dim, n_at_or_above_pos_dim, pct_within_pos_dim, max_observed_length."""
+    """How many tokens reach pos_dim, as a dict with the reference's keys."""
     lengths_V = torch.as_tensor(length_buffer)
     n = lengths_V.numel()
     n_at = int((lengths_V >= pos_dim).sum())
@@ -129,9 +129,9 @@ def _reader(tokenizer, byte_extraction: str) -> Reader:
             tokenizer.sp_model, byte_extraction, len(tokenizer), tokenizer.convert_ids_to_tokens
         )
     raise TypeError(
-        f"cannot read the token bytes of a {type(tokenizer).__module__}.{type(tokenizer).__name__}: give a tiktoken "
-        "Encoding, a transformers fast tokenizer, a tokenizers.Tokenizer, a Tekkenizer, a SentencePieceProcessor, "
-        "or a list with the bytes of each token id"
+        f"cannot read the token bytes of a {type(tokenizer).__module__}.{type(tokenizer).__name__}: give a "
+        "tiktoken Encoding, a transformers fast tokenizer, a tokenizers.Tokenizer, a Tekkenizer, "
+        "a SentencePieceProcessor, or a list with the bytes of each token id"
     )
 
 
@@ -147,7 +147,7 @@ def _checked_list(pieces, byte_extraction: str) -> list[bytes]:
 
 
 def _through_text(piece: bytes) -> bytes:
-    """What is left of a piece after decode(): each broken UTF-8 sequence becomes U+FFFD (3 bytes)."""
+    """What decode() leaves of a piece: each broken UTF-8 sequence becomes U+FFFD (3 bytes)."""
     return piece.decode("utf-8", errors="replace").encode("utf-8")
 
 
@@ -220,21 +220,22 @@ def _metaspace_piece(piece: str, space: str) -> bytes:
 
 
 def _huggingface(backend, byte_extraction: str, special_ids: set[int]) -> Reader:
-    """A tokenizers.Tokenizer: the decoder (else the pre-tokenizer) tells in which alphabet its pieces are written."""
-    n_tokens = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    """A tokenizers.Tokenizer; its decoder, else its pre-tokenizer, tells the alphabet of its pieces."""
+    pieces = {i: piece for piece, i in backend.get_vocab(with_added_tokens=True).items()}
+    n_tokens = max(pieces, default=-1) + 1
     if byte_extraction == "decode":
-        return n_tokens, _huggingface_decode(backend, n_tokens, special_ids)
+        return n_tokens, _huggingface_decode(backend, pieces, n_tokens, special_ids)
 
     literal = {i: added.content.encode("utf-8") for i, added in backend.get_added_tokens_decoder().items()}
     steps = _steps(backend.decoder) or _steps(backend.pre_tokenizer)
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
-        alphabet = {character: byte for byte, character in byte_level_alphabet().items()}
+        to_latin1 = _byte_level_table()
 
         def spell(piece: str) -> bytes:
             try:
-                return bytes([alphabet[character] for character in piece])
-            except KeyError:  # a piece outside the alphabet stands for itself, as in the library's decoder
+                return piece.translate(to_latin1).encode("latin-1")
+            except UnicodeEncodeError:  # outside the alphabet: stands for itself, as in the library's decoder
                 return piece.encode("utf-8")
     elif space := _space_symbol(steps):
 
@@ -242,29 +243,29 @@ def _huggingface(backend, byte_extraction: str, special_ids: set[int]) -> Reader
             return _metaspace_piece(piece, space)
     else:
         raise TypeError(
-            f"cannot read true token bytes of this tokenizer (decoder steps: {', '.join(sorted(kinds)) or 'none'}): "
-            "byte-level and SentencePiece (Metaspace) kinds are known; give a list with the bytes of each token id, "
-            "or byte_extraction='decode'"
+            "cannot read true token bytes of this tokenizer (decoder steps: "
+            f"{', '.join(sorted(kinds)) or 'none'}): byte-level and SentencePiece (Metaspace) kinds are known; "
+            "give a list with the bytes of each token id, or byte_extraction='decode'"
         )
 
     def read(token_id: int) -> bytes:
         if token_id in literal:
             return literal[token_id]
-        piece = backend.id_to_token(token_id)
+        piece = pieces.get(token_id)
         return b"" if piece is None else spell(piece)
 
     return n_tokens, read
 
 
-def _huggingface_decode(backend, n_tokens: int, special_ids: set[int]) -> Callable[[int], bytes]:
+def _huggingface_decode(backend, pieces: dict[int, str], n_tokens: int, special_ids: set[int]):
     decoded = backend.decode_batch([[i] for i in range(n_tokens)], skip_special_tokens=False)
 
     def read(token_id: int) -> bytes:
-        piece = backend.id_to_token(token_id)
-        byte = BYTE_PIECE.fullmatch(piece or "")
+        piece = pieces.get(token_id, "")
+        byte = BYTE_PIECE.fullmatch(piece)
         if byte:
             return bytes([int(byte.group(1), 16)])
-        return (piece or "" if token_id in special_ids else decoded[token_id]).encode("utf-8")
+        return (piece if token_id in special_ids else decoded[token_id]).encode("utf-8")
 
     return read
 
@@ -278,7 +279,7 @@ def _steps(component) -> list[dict]:
 
 
 def _space_symbol(steps: list[dict]) -> str | None:
-    """The symbol that stands for a space in SentencePiece-like pieces, or None when they are not of this kind."""
+    """The symbol that stands for a space in SentencePiece-like pieces; None for another kind."""
     for step in steps:
         if step["type"] == "Metaspace":
             return step["replacement"]
@@ -287,8 +288,14 @@ def _space_symbol(steps: list[dict]) -> str | None:
     return None
 
 
+def _byte_level_table() -> dict[int, str]:
+    """For str.translate: alphabet character -> the Latin-1 character of its byte, others out of Latin-1."""
+    table = {code: "\uffff" for code in range(256)}
+    return table | {ord(character): chr(byte) for byte, character in byte_level_alphabet().items()}
+
+
 def byte_level_alphabet() -> dict[int, str]:
-    """GPT-2's byte -> character map: printable Latin-1 stands for itself, the other bytes for U+0100, U+0101, ..."""
+    """GPT-2's byte -> character map: printable Latin-1 as it is, the other bytes U+0100, U+0101, ..."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

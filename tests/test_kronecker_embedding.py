@@ -1,0 +1,429 @@
+"""The fast path against the dense definition, and everything that nn.Embedding promises."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kronecker import KroneckerEmbedding, kronecker_codec
+from kronecker.bag import _embed_padded
+from kronecker.codec import bag_coefficients
+
+quick = settings(deadline=None, max_examples=40)
+
+
+def random_embedding(V=50, d=8, pos_dim=5, char_dim=256, seed=0, **kwargs):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, pos_dim + 1, V)
+    lengths[:2] = (0, pos_dim)[:V]  # the two ends are always there
+    buffer = rng.integers(0, char_dim, (V, pos_dim))
+    torch.manual_seed(seed)
+    return KroneckerEmbedding(
+        V,
+        d,
+        char_dim=char_dim,
+        pos_dim=pos_dim,
+        byte_buffer=torch.from_numpy(buffer.astype(np.uint8)),
+        length_buffer=torch.from_numpy(lengths.astype(np.int16)),
+        **kwargs,
+    )
+
+
+def dense_table(emb, weight):
+    """The definition: codec of every token, in float64, times the projection."""
+    z_VxD = kronecker_codec(
+        emb._byte_buffer,
+        emb._length_buffer,
+        emb.char_dim,
+        emb.pos_dim,
+        emb.length_normalize,
+        emb.z_normalize,
+        compute_dtype=torch.float64,
+    )
+    return z_VxD @ weight.double().t()
+
+
+def relative(a, b):
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+# ---- the definition ----
+
+
+@quick
+@given(
+    V=st.integers(2, 40),
+    d=st.integers(1, 9),
+    pos_dim=st.integers(1, 20),
+    char_dim=st.sampled_from([1, 2, 7, 128, 256]),
+    length_normalize=st.booleans(),
+    z_normalize=st.booleans(),
+    row_major=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    shape=st.lists(st.integers(0, 7), min_size=0, max_size=3),
+    seed=st.integers(0, 10**6),
+)
+def test_sparse_path_equals_dense_definition(
+    V, d, pos_dim, char_dim, length_normalize, z_normalize, row_major, dtype, shape, seed
+):
+    if z_normalize and char_dim == 1:
+        char_dim = 3  # a codec full of ones has no deviation to divide by
+    emb = random_embedding(
+        V,
+        d,
+        pos_dim,
+        char_dim,
+        seed,
+        length_normalize=length_normalize,
+        z_normalize=z_normalize,
+        row_major=row_major,
+    ).to(dtype)
+    ids = torch.from_numpy(np.random.default_rng(seed + 1).integers(0, V, shape))
+    weight = emb.projection.weight.detach().double().requires_grad_()
+    expected = dense_table(emb, weight)[ids]
+    out = emb(ids)
+    assert out.shape == (*shape, d) and out.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    assert relative(out, expected) < tolerance
+    assert relative(emb.table(), dense_table(emb, weight)) < tolerance
+
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    out.backward(g)
+    (expected_grad,) = torch.autograd.grad(expected, weight, g.double())
+    assert emb.projection.weight.grad.shape == (d, emb.D)
+    if float(expected_grad.norm()) > 1e-6:  # a mean that cancels exactly leaves nothing to compare with
+        assert relative(emb.projection.weight.grad, expected_grad) < tolerance
+
+    # the path of every other device, run here in plain torch
+    flat = ids.reshape(-1)
+    padded = _embed_padded(
+        flat, emb.projection.weight.t().contiguous(), emb._byte_buffer, emb._length_buffer, emb._coef
+    )
+    assert relative(padded.reshape(out.shape), expected) < tolerance
+
+
+@quick
+@given(pos_dim=st.integers(1, 32), char_dim=st.integers(2, 256), length_normalize=st.booleans())
+def test_moments_in_closed_form(pos_dim, char_dim, length_normalize):
+    D, eps = char_dim * pos_dim, 1e-6
+    for L, (scale, shift) in enumerate(bag_coefficients(char_dim, pos_dim, length_normalize)):
+        kappa = np.zeros(D)
+        kappa[:L] = (1 / math.sqrt(L) if length_normalize else 1.0) if L else 0
+        if L == 0 or L == D:
+            continue
+        std = kappa.std(ddof=1) + eps
+        assert scale == pytest.approx(kappa[0] / std, rel=1e-9)
+        assert shift == pytest.approx(kappa.mean() / std, rel=1e-9)
+
+
+def test_no_bytes_is_the_zero_vector_and_gives_no_gradient():
+    emb = random_embedding(V=3, pos_dim=4)
+    out = emb(torch.tensor([0, 0]))  # id 0 has length 0
+    assert torch.equal(out, torch.zeros(2, 8))
+    out.sum().backward()
+    assert torch.equal(emb.projection.weight.grad, torch.zeros_like(emb.projection.weight))
+
+
+def test_first_and_second_derivatives():
+    emb = random_embedding(V=7, d=3, pos_dim=2, char_dim=3).double()
+    ids = torch.tensor([[1, 1, 5], [0, 6, 2]])
+
+    def of_weight(weight):
+        return torch.func.functional_call(emb, {"projection.weight": weight}, (ids,))
+
+    weight = emb.projection.weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(of_weight, (weight,))
+    assert torch.autograd.gradgradcheck(of_weight, (weight,))
+
+
+def test_table_gradient_equals_lookup_of_every_id():
+    a = random_embedding()
+    b = copy.deepcopy(a)
+    g = torch.randn(50, 8)
+    a.table().backward(g)
+    b(torch.arange(50).flip(0)).backward(g.flip(0))
+    assert relative(a.projection.weight.grad, b.projection.weight.grad) < 1e-6
+
+
+# ---- nn.Embedding's contract ----
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_integer_ids_of_any_dtype(dtype):
+    emb = random_embedding()
+    ids = torch.tensor([[3, 4, 4]], dtype=dtype)
+    assert torch.equal(emb(ids), emb(ids.long()))
+
+
+def test_names_and_parameters():
+    emb = random_embedding()
+    assert (emb.num_embeddings, emb.embedding_dim) == (50, 8)
+    assert list(emb.state_dict()) == ["projection.weight"]
+    assert [name for name, _ in emb.named_parameters()] == ["projection.weight"]
+    assert emb.projection.weight.shape == (8, 256 * 5)
+    assert "50, 8" in repr(emb)
+
+
+def test_ids_need_not_be_contiguous():
+    emb = random_embedding()
+    ids = torch.arange(12).view(3, 4).t()
+    assert torch.equal(emb(ids), emb(ids.contiguous()))
+
+
+def test_to_half_and_back():
+    emb = random_embedding()
+    ids = torch.arange(20)
+    full = emb(ids)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = copy.deepcopy(emb).to(dtype)
+        assert half(ids).dtype == dtype
+        assert half._byte_buffer.dtype == torch.uint8 and half._coef.dtype == torch.float32
+        assert relative(half(ids), full) < 1e-2
+    assert copy.deepcopy(emb).double()(ids).dtype == torch.float64
+
+
+def test_autocast_leaves_the_lookup_in_the_weights_dtype():
+    emb = random_embedding()
+    ids = torch.arange(20)
+    expected = emb(ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = emb(ids)
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
+
+
+def test_compile_without_a_graph_break():
+    emb = random_embedding()
+    ids = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))
+    expected = emb(ids)
+    g = torch.randn_like(expected)
+    (expected_grad,) = torch.autograd.grad(expected, emb.projection.weight, g)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda ids: emb(ids) * 2.0, fullgraph=True)
+    out = compiled(ids)
+    out.backward(g)
+    assert relative(out, 2 * expected) < 1e-6
+    assert relative(emb.projection.weight.grad, 2 * expected_grad) < 1e-6
+    table = torch.compile(lambda: emb.table().sum(), fullgraph=True, backend="aot_eager")()
+    assert relative(table, emb.table().sum()) < 1e-5
+    empty = torch.compile(emb, fullgraph=True, backend="aot_eager")(ids[:0])
+    assert empty.shape == (0, 9, 8)
+
+
+def test_padded_path_compiles_too():
+    emb = random_embedding()
+    weight = emb.projection.weight
+
+    def run(ids):
+        return _embed_padded(ids, weight.t().contiguous(), emb._byte_buffer, emb._length_buffer, emb._coef)
+
+    ids = torch.arange(30)
+    torch._dynamo.reset()
+    assert relative(torch.compile(run, fullgraph=True, backend="aot_eager")(ids), emb(ids)) < 1e-6
+
+
+def test_deepcopy_and_pickle():
+    emb = random_embedding()
+    ids = torch.arange(50)
+    for twin in (copy.deepcopy(emb), pickle.loads(pickle.dumps(emb))):
+        assert torch.equal(twin(ids), emb(ids))
+        assert twin.projection.weight.stride() == emb.projection.weight.stride()
+        with torch.no_grad():
+            twin.projection.weight.zero_()
+        assert float(emb(ids).detach().abs().sum()) > 0
+
+
+def test_meta_device_start_keeps_the_bytes():
+    with torch.device("meta"):
+        emb = random_embedding(seed=3)
+    assert emb.projection.weight.device.type == "meta"
+    emb.to_empty(device="cpu")
+    emb.load_state_dict(random_embedding(seed=3).state_dict())
+    ids = torch.arange(50)
+    assert torch.equal(emb(ids), random_embedding(seed=3)(ids))
+
+
+def test_assigned_checkpoint_of_a_meta_model():
+    with torch.device("meta"):
+        emb = random_embedding(seed=3)
+    emb.load_state_dict(random_embedding(seed=3).state_dict(), assign=True)
+    ids = torch.arange(50)
+    assert relative(emb(ids), random_embedding(seed=3)(ids)) < 1e-6
+
+
+def test_state_dict_is_contiguous_and_round_trips(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    emb = random_embedding(seed=1)
+    safetensors.save_file(emb.state_dict(), tmp_path / "e.safetensors")
+    other = random_embedding(seed=1, row_major=True)
+    other.reset_parameters()
+    other.load_state_dict(safetensors.load_file(tmp_path / "e.safetensors"))
+    assert torch.equal(other.projection.weight, emb.projection.weight)
+    inside = nn.Sequential(emb)  # the hook must hold below a parent, too
+    assert all(t.is_contiguous() for t in inside.state_dict().values())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_both_layouts_train_alike(optimizer):
+    a, b = random_embedding(seed=2), random_embedding(seed=2, row_major=True)
+    b.load_state_dict(a.state_dict())
+    ids = torch.arange(50)
+    for emb in (a, b):
+        opt = optimizer(emb.parameters(), lr=0.1)
+        for _ in range(3):
+            opt.zero_grad()
+            emb(ids).square().sum().backward()
+            opt.step()
+        assert emb.projection.weight.grad.stride() == emb.projection.weight.stride()
+    assert relative(a.projection.weight, b.projection.weight) < 1e-5
+
+
+def test_deterministic():
+    emb = random_embedding(V=300, d=32)
+    ids = torch.randint(0, 300, (4000,), generator=torch.Generator().manual_seed(0))
+    g = torch.randn(4000, 32, generator=torch.Generator().manual_seed(1))
+
+    def grad():
+        return torch.autograd.grad(emb(ids), emb.projection.weight, g)[0]
+
+    first = grad()
+    assert torch.equal(first, grad())
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(first, grad())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_cached_mode_follows_the_weights():
+    emb = random_embedding(mode="cached").eval()
+    plain = random_embedding()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert relative(emb(ids), plain(ids)) < 1e-6
+        assert emb._table is not None
+        for p in (*emb.parameters(), *plain.parameters()):
+            p.mul_(3)
+        assert relative(emb(ids), plain(ids)) < 1e-6
+    assert emb(ids).requires_grad  # gradients never go through the stale table
+    assert emb.train()._table is None
+
+
+def test_to_embedding():
+    emb = random_embedding()
+    plain = emb.to_embedding()
+    assert type(plain) is nn.Embedding and plain.weight.requires_grad
+    ids = torch.arange(50).view(5, 10)
+    assert relative(plain(ids), emb(ids)) < 1e-6
+
+
+def test_buffers_stay_small_at_the_production_size():
+    V, pos_dim = 131_072, 32
+    emb = KroneckerEmbedding(
+        V,
+        2,
+        pos_dim=pos_dim,
+        byte_buffer=torch.zeros(V, pos_dim, dtype=torch.uint8),
+        length_buffer=torch.zeros(V, dtype=torch.int16),
+    )
+    assert emb.buffer_bytes() <= 4.5e6
+
+
+# ---- byte overrides ----
+
+
+def test_override_of_one_row_and_of_a_batch():
+    emb = random_embedding(pos_dim=5)
+    new = [b"ab", b"", b"longer than five"]
+    expected = dense_table(
+        KroneckerEmbedding(3, 8, tokenizer=new, pos_dim=5), emb.projection.weight.detach()
+    ).float()
+    row = emb.forward_with_byte_override(torch.tensor([4, 5, 6, 7]), {1: new[0], 3: new[1]})
+    assert torch.equal(row[[0, 2]], emb(torch.tensor([4, 6])))
+    assert relative(row[1], expected[0]) < 1e-5 and torch.equal(row[3], torch.zeros(8))
+
+    ids = torch.tensor([[4, 5], [6, 7]])
+    by_pair = emb.forward_with_byte_override(ids, {(0, 1): new[0], (1, 0): new[2]})
+    by_row = emb.forward_with_byte_override(ids, [{1: new[0]}, {0: new[2]}])
+    assert torch.equal(by_pair, by_row)
+    assert relative(by_pair[1, 0], expected[2]) < 1e-5
+    assert torch.equal(by_pair[0, 0], emb(ids)[0, 0])
+    assert torch.equal(emb.forward_with_byte_override(ids), emb(ids))
+    assert torch.equal(emb.forward_with_byte_override(ids, [None, {}]), emb(ids))
+    by_pair.sum().backward()
+    assert emb.projection.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("ids", "overrides", "error", "says"),
+    [
+        ([1, 2], {2: b"x"}, IndexError, "position 2"),
+        ([1, 2], {-1: b"x"}, IndexError, "position -1"),
+        ([1, 2], {0: "text"}, TypeError, "must be bytes"),
+        ([[1], [2]], {0: b"x"}, ValueError, "(row, position)"),
+        ([[1], [2]], [{0: b"x"}], IndexError, "1 rows of overrides for 2"),
+    ],
+)
+def test_bad_overrides(ids, overrides, error, says):
+    with pytest.raises(error) as caught:
+        random_embedding().forward_with_byte_override(torch.tensor(ids), overrides)
+    assert says in str(caught.value)
+
+
+# ---- bad input: one sentence each ----
+
+
+@pytest.mark.parametrize("bad", [-1, 50])
+def test_id_out_of_range(bad):
+    emb = random_embedding()
+    with pytest.raises(IndexError, match=f"token id {bad} is outside 0..49"):
+        emb(torch.tensor([1, bad]))
+
+
+def test_ids_must_be_integers():
+    with pytest.raises(TypeError, match="must be integers"):
+        random_embedding()(torch.tensor([1.0]))
+
+
+def buffers(byte=0, length=1, V=2, pos_dim=3):
+    return {
+        "byte_buffer": torch.full((V, pos_dim), byte, dtype=torch.uint8),
+        "length_buffer": torch.full((V,), length, dtype=torch.int16),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"byte_buffer": None}, "either a tokenizer or both"),
+        (buffers(length=4), "length 4, outside 0..pos_dim=3"),
+        (buffers(length=-1), "length -1"),
+        ({**buffers(byte=9), "char_dim": 9}, "byte 9 at position 0, outside 0..char_dim-1=8"),
+        (buffers(pos_dim=4), "must have shape (tokens, pos_dim=3)"),
+        (buffers(V=3), "describes 3 tokens, but vocab_size is 2"),
+        ({**buffers(), "mode": "fast"}, "mode must be"),
+        ({**buffers(), "projection_init": "zeros"}, "projection_init must be"),
+        ({"tokenizer": [b"a", b"b", b"c"]}, "vocab_size is 2, but the tokenizer has 3"),
+    ],
+)
+def test_bad_construction(kwargs, says):
+    with pytest.raises(ValueError) as caught:
+        KroneckerEmbedding(2, 4, pos_dim=3, **kwargs)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_checkpoint_of_another_pos_dim():
+    with pytest.raises(ValueError, match="its pos_dim was 5, here it is 6"):
+        random_embedding(pos_dim=6).load_state_dict(random_embedding(pos_dim=5).state_dict())
+
+
+def test_ids_past_the_tokenizer_embed_to_zero():
+    emb = KroneckerEmbedding(5, 4, tokenizer=[b"a", b"bc"], pos_dim=2)
+    assert torch.equal(emb(torch.tensor([2, 3, 4])), torch.zeros(3, 4))
+    assert float(emb(torch.tensor([1])).detach().abs().sum()) > 0
