@@ -193,7 +193,11 @@ def shown(prompt: tuple[list[int], dict[int, bytes]], tokenizer) -> str:
     return text
 
 
-if __name__ == "__main__":
-    settings = configurator.load(sys.argv[1:], prog="sample.py", also=SampleConfig)
+def cli(argv: list[str]) -> None:
+    config = configurator.load(argv, prog="sample.py", also=SampleConfig)
     with sentences():
-        main(settings)
+        main(config)
+
+
+if __name__ == "__main__":
+    cli(sys.argv[1:])

@@ -336,8 +336,13 @@ def write_meta_copy(out_dir: Path, meta: dict, tokenizer) -> None:
     runs.write_json(out_dir / "data_meta.json", kept)
 
 
+def cli(argv: list[str]) -> None:
+    config = configurator.load(argv)
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
+    with sentences(lambda: plan.memory_advice(config, rows, world)):
+        main(config)
+
+
 if __name__ == "__main__":
-    settings = configurator.load(sys.argv[1:])
-    world_size = int(os.environ.get("WORLD_SIZE", 1) or 1)
-    with sentences(lambda: plan.memory_advice(settings, world_size)):
-        main(settings)
+    cli(sys.argv[1:])

@@ -1,6 +1,6 @@
 # The comparison in miniature, for a laptop: two layers on the docstrings that Python itself carries.
 #   python train.py config/demo.py config/arms/kronecker.py --seed=1337
-# `make demo` runs three arms with three seeds. 0.92M body and head parameters, 600 steps of 1,024 tokens.
+# `make demo` runs three arms with three seeds. 0.92M body and head parameters, 500 steps of 1,024 tokens.
 dataset = "pydocs"
 out_dir = "out/demo/one"
 
@@ -10,7 +10,7 @@ gradient_accumulation_steps = 1
 pos_dim = 16
 
 learning_rate, min_lr = 3e-3, 3e-4
-warmup_iters, max_iters = 40, 600
+warmup_iters, max_iters = 40, 500
 eval_interval, eval_tokens, log_interval = 100, 32_768, 10
 keep = 1
 dtype = "float32"  # the same figures on every CPU

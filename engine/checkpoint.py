@@ -103,7 +103,8 @@ def choose(out_dir, which: str = "latest") -> Path:
     elif which == "best":
         folder = pointed(out_dir, "best")
     else:
-        folder = Path(out_dir) / "ckpt" / (which if which.startswith("step_") else f"step_{int(which):06d}")
+        number = which.removeprefix("step_")
+        folder = Path(out_dir) / "ckpt" / f"step_{int(number):06d}" if number.isdigit() else None
     if folder is None or not folder.is_dir():
         raise RunError(f"{out_dir} has no {which} checkpoint: train it first, or name another run")
     if which != "latest" and (wrong := fault(folder)):

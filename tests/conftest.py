@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,3 +25,60 @@ def gpt2_encoding(shared_dir):
     import tiktoken
 
     return tiktoken.get_encoding("gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A prepared character-level set of 30,000 training and 3,000 validation tokens, without any download."""
+    from data.meta import characters_meta, write_meta
+    from data.shards import write_shard
+
+    folder = tmp_path_factory.mktemp("tiny")
+    characters = list("\n abcdefghijklmnopqrstuvwxyz")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(characters[2:], rng.integers(1, 7))) for _ in range(60)]
+    text = " ".join(rng.choice(words, 12_000))
+    tokens = np.array([characters.index(c) for c in text], np.uint16)
+    write_shard(folder / "tiny_val_000000.bin", tokens[:3_000])
+    write_shard(folder / "tiny_train_000001.bin", tokens[3_000:18_000])
+    write_shard(folder / "tiny_train_000002.bin", tokens[18_000:33_000])
+    write_meta(folder, characters_meta("tiny", characters))
+    return folder
+
+
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "global_batch_size": 8,
+    "max_iters": 12, "eval_interval": 5, "eval_tokens": 512, "log_interval": 1, "warmup_iters": 2,
+    "learning_rate": 3e-3, "device": "cpu", "dtype": "float32", "pos_dim": 4, "keep": 5,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_flags(tiny_data):
+    """Function that makes train.py's arguments for a run of a few steps: tiny_flags(out_dir, key=value, ...)."""
+
+    def flags(out_dir, **changes) -> list[str]:
+        keys = TINY | {"data_dir": tiny_data, "out_dir": out_dir} | changes
+        return [f"--{k}={v}" for k, v in keys.items()]
+
+    return flags
+
+
+@pytest.fixture
+def train_tiny(tiny_flags):
+    """Function that trains a run of a few steps in this process and returns its metrics' rows."""
+
+    def run(out_dir, **changes) -> list[dict]:
+        import configurator
+        import train
+        from engine.metrics import read_metrics
+
+        train.main(configurator.load(tiny_flags(out_dir, **changes)))
+        return read_metrics(out_dir)
+
+    return run
+
+
+def losses(rows: list[dict]) -> dict:
+    """{(iter, key): loss} of train and validation rows: what two equal runs share."""
+    return {(r["iter"], k): r[k] for r in rows for k in ("train/loss", "val/loss", "val/bpb") if k in r}

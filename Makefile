@@ -1,0 +1,45 @@
+# make setup   .venv with the locked requirements
+# make demo    prepare the embedded corpus, train three arms with three seeds, compare, probe, sample
+# make test    lint and tests
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+OUT ?= out/demo
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python %d.%d is too old, 3.10 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the locked requirements into $(VENV) (a few minutes the first time)"
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	@echo "installing what the tests need"
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+demo: setup
+	@$(RUN) data/pydocs/prepare.py
+	@$(RUN) scripts/matched.py config/demo.py --out=$(OUT)
+	@$(RUN) scripts/probe_spelling.py --runs $(OUT)
+	@for arm in bpe_tied bpe_untied kronecker; do \
+	  echo; echo "--- a sample of $$arm, seed 1337"; \
+	  $(RUN) sample.py --out_dir=$(OUT)/$${arm}_s1337 --start="Return a new" --num_samples=1 --max_new_tokens=60 || exit 1; \
+	done
+	@echo; $(RUN) scripts/compare.py $(OUT)
+
+test: $(VENV)/.installed-dev
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(RUN) -m pytest
+
+lint: $(VENV)/.installed-dev
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,114 @@
+"""configurator.py: layers, types, refusals."""
+
+import dataclasses
+
+import pytest
+
+import configurator
+from configurator import Config, load
+
+
+def write(tmp_path, text, name="recipe.py"):
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_layers_win_in_the_order_given(tmp_path):
+    one = write(tmp_path, "n_layer, n_head = 3, 5\nlearning_rate = 1\n", "one.py")
+    two = write(tmp_path, "n_head = 7\n", "two.py")
+    config = load([one, two, "--n_layer=9"])
+    assert (config.n_layer, config.n_head, config.learning_rate) == (9, 7, 1.0)
+    assert config.n_embd == Config().n_embd
+    assert load(["--n_layer=9", one]).n_layer == 3
+
+
+def test_types():
+    config = load(
+        ["--learning_rate=1", "--max_iters=1e3", "--bias=1", "--compile=auto", "--arm=12", "--wandb_log=true"]
+    )
+    assert isinstance(config.learning_rate, float)
+    assert config.max_iters == 1000
+    assert isinstance(config.max_iters, int)
+    assert config.bias is True
+    assert config.compile is None
+    assert config.arm == "12"
+    assert config.wandb_log is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--n_layers=3"], "did you mean n_layer"),
+        (["--n_layer=many"], "whole number"),
+        (["--n_layer=2.5"], "whole number"),
+        (["--n_layer=True"], "whole number"),
+        (["--learning_rate=fast"], "must be a number"),
+        (["--bias=perhaps"], "True or False"),
+        (["--wte=bpe"], "one of stock, kronecker"),
+        (["--n_layer"], "has no value"),
+        (["nowhere.py"], "no config file"),
+    ],
+)
+def test_refusals_on_the_command_line(argv, words):
+    with pytest.raises(SystemExit, match=words):
+        load(argv)
+
+
+def test_a_typo_in_a_file_is_refused_with_its_place(tmp_path):
+    path = write(tmp_path, "learning_rte = 1e-3\n")
+    with pytest.raises(SystemExit, match=r"learning_rte in .*recipe.py: did you mean learning_rate"):
+        load([path])
+
+
+def test_a_file_that_does_not_run_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"recipe.py does not run: ZeroDivisionError"):
+        load([write(tmp_path, "n_layer = 1 / 0\n")])
+
+
+# Facts about nanoGPT's own recipes: the keys that they set (github.com/karpathy/nanoGPT, config/).
+NANOGPT = {
+    "train_gpt2": "wandb_log = True\nwandb_project = 'owt'\nwandb_run_name = 'gpt2-124M'\nbatch_size = 12\nblock_size = 1024\n"
+    "gradient_accumulation_steps = 5 * 8\nmax_iters = 600000\nlr_decay_iters = 600000\neval_interval = 1000\neval_iters = 200\n"
+    "log_interval = 10\nweight_decay = 1e-1\n",
+    "train_shakespeare_char": "out_dir = 'out-shakespeare-char'\neval_interval = 250\neval_iters = 200\nlog_interval = 10\n"
+    "always_save_checkpoint = False\nwandb_log = False\nwandb_project = 'shakespeare-char'\nwandb_run_name = 'mini-gpt'\n"
+    "dataset = 'shakespeare_char'\ngradient_accumulation_steps = 1\nbatch_size = 64\nblock_size = 256\nn_layer = 6\nn_head = 6\n"
+    "n_embd = 384\ndropout = 0.2\nlearning_rate = 1e-3\nmax_iters = 5000\nlr_decay_iters = 5000\nmin_lr = 1e-4\nbeta2 = 0.99\n"
+    "warmup_iters = 100\n",
+    "finetune_shakespeare": "import time\nout_dir = 'out-shakespeare'\neval_interval = 5\neval_iters = 40\nwandb_log = False\n"
+    "wandb_project = 'shakespeare'\nwandb_run_name = 'ft-' + str(time.time())\ndataset = 'shakespeare'\ninit_from = 'gpt2-xl'\n"
+    "always_save_checkpoint = False\nbatch_size = 1\ngradient_accumulation_steps = 32\nmax_iters = 20\nlearning_rate = 3e-5\n"
+    "decay_lr = False\n",
+    "eval_gpt2": "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\ninit_from = 'gpt2'\n",
+}
+
+
+@pytest.mark.parametrize("name", NANOGPT)
+def test_nanogpts_recipes_run_unchanged_and_lost_keys_are_said(name, tmp_path, capsys):
+    config = load([write(tmp_path, NANOGPT[name])])
+    assert "note: eval_iters in" in capsys.readouterr().out
+    if name == "train_gpt2":
+        assert config.gradient_accumulation_steps == 40
+    if name == "eval_gpt2":
+        assert config.eval_only
+
+
+def test_help_lists_every_key_with_type_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        load(["--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    for f in dataclasses.fields(Config):
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"--{f.name} "))
+        assert f.metadata["meaning"] in line
+
+
+def test_a_second_set_of_keys_is_as_strict():
+    @dataclasses.dataclass
+    class Other:
+        start: str = configurator.key("x", "a text")
+
+    assert load(["--start=1e5"], also=Other).start == "1e5"
+    with pytest.raises(SystemExit, match="did you mean start"):
+        load(["--stat=1"], also=Other)

@@ -1,0 +1,224 @@
+"""model.py against written-out definitions."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import GPT, ChunkedLinearCrossEntropy, GPTConfig, pick
+
+SHAPE = {
+    "block_size": 16,
+    "vocab_size": 50,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "bias": False,
+    "pos_dim": 4,
+}
+ARMS = {
+    "bpe_tied": ("stock", True),
+    "bpe_untied": ("stock", False),
+    "kronecker": ("kronecker", False),
+    "kronecker_tied": ("kronecker", True),
+}
+
+
+def byte_buffers(vocab=50, pos_dim=4):
+    g = torch.Generator().manual_seed(5)
+    lengths = torch.randint(0, pos_dim + 1, (vocab,), generator=g)
+    data = torch.randint(0, 256, (vocab, pos_dim), generator=g)
+    data[torch.arange(pos_dim) >= lengths[:, None]] = 0
+    return data.to(torch.uint8), lengths.short()
+
+
+def make(arm="bpe_untied", seed=1337, **changes) -> GPT:
+    wte, tied = ARMS[arm]
+    return GPT(GPTConfig(**SHAPE | changes, wte=wte, tie_weights=tied), byte_buffers(), seed=seed)
+
+
+def all_logits(model, idx):
+    """Logits of every position, by one hook on ln_f and a plain product with the head."""
+    seen = []
+    hook = model.transformer.ln_f.register_forward_hook(lambda m, i, o: seen.append(o))
+    model(idx)
+    hook.remove()
+    table = model.wte_table() if model.lm_head is None else model.lm_head.weight
+    scale = 1.0 if model.head_scale is None else model.head_scale
+    return seen[0] * scale @ table.T
+
+
+def test_names_are_nanogpts():
+    blocks = [
+        f"transformer.h.{i}.{n}.weight"
+        for i in range(2)
+        for n in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    ]
+    body = [*blocks, "transformer.wpe.weight", "transformer.ln_f.weight"]
+    assert set(make("bpe_tied").state_dict()) == {*body, "transformer.wte.weight"}
+    assert set(make("bpe_untied").state_dict()) == {*body, "transformer.wte.weight", "lm_head.weight"}
+    assert set(make("kronecker").state_dict()) == {
+        *body,
+        "transformer.wte.projection.weight",
+        "lm_head.weight",
+    }
+    assert set(make("kronecker_tied").state_dict()) == {
+        *body,
+        "transformer.wte.projection.weight",
+        "head_scale",
+    }
+
+
+def test_bodies_are_the_same_bit_for_bit_in_every_arm():
+    hashes = {arm: make(arm).body_sha256() for arm in ARMS}
+    assert len(set(hashes.values())) == 1
+    assert make("kronecker", seed=1338).body_sha256() != hashes["kronecker"]
+    first, second = (dict(make(arm).named_parameters()) for arm in ("bpe_tied", "kronecker"))
+    shared = set(first) & set(second)
+    assert len(shared) == 14
+    assert all(torch.equal(first[n], second[n]) for n in shared)
+
+
+def test_initial_spread_of_each_tensor():
+    model = make("kronecker", n_embd=128, n_layer=4, vocab_size=50)
+    std = {n: p.std().item() for n, p in model.named_parameters()}
+    assert std["transformer.h.0.attn.c_attn.weight"] == pytest.approx(0.02, rel=0.05)
+    assert std["transformer.h.3.mlp.c_proj.weight"] == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+    assert std["transformer.wte.projection.weight"] == pytest.approx(1 / math.sqrt(256 * 4), rel=0.05)
+    assert std["lm_head.weight"] == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_first_loss_is_near_the_logarithm_of_the_vocabulary(arm):
+    idx = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
+    _, loss = make(arm)(idx, idx.roll(-1, 1))
+    assert loss.item() == pytest.approx(math.log(50), abs=0.15)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_loss_and_logits_against_plain_cross_entropy(arm):
+    model = make(arm)
+    idx = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
+    targets = idx.roll(-1, 1)
+    logits = all_logits(model, idx)
+    torch.testing.assert_close(model(idx)[0], logits[:, -1:])
+    expected = F.cross_entropy(logits.view(-1, 50), targets.view(-1))
+    torch.testing.assert_close(model(idx, targets)[1], expected)
+    with torch.no_grad():
+        each = model(idx, targets, reduction="none")[1]
+    torch.testing.assert_close(each, F.cross_entropy(logits.view(-1, 50), targets.view(-1), reduction="none"))
+
+
+def test_attention_against_its_written_definition():
+    torch.manual_seed(0)
+    attn = make().transformer.h[0].attn
+    x = torch.randn(2, 7, 32)
+    q, k, v = (t.view(2, 7, 2, 16).transpose(1, 2) for t in attn.c_attn(x).split(32, dim=2))
+    scores = (q @ k.transpose(-1, -2)) / 4.0
+    scores = scores.masked_fill(torch.triu(torch.ones(7, 7, dtype=torch.bool), 1), -torch.inf)
+    expected = attn.c_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 7, 32))
+    torch.testing.assert_close(attn(x), expected)
+
+
+@pytest.mark.parametrize("rows_in_a_chunk", [1, 3, 100])
+def test_chunked_cross_entropy_and_its_gradients(rows_in_a_chunk, monkeypatch):
+    monkeypatch.setattr(ChunkedLinearCrossEntropy, "CHUNK_BYTES", rows_in_a_chunk * 4 * 23)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(23, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    t = torch.randint(0, 23, (10,), generator=g)
+    expected = F.cross_entropy(x @ w.T, t) * 3
+    gx, gw = torch.autograd.grad(expected, (x, w))
+    loss = ChunkedLinearCrossEntropy.apply(x, w, t, torch.float64) * 3
+    loss.backward()
+    # p is made in float32, as it is in training
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad, gx, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(w.grad, gw, rtol=1e-5, atol=1e-6)
+
+
+def test_tied_table_gets_the_sum_of_both_gradients():
+    tied, untied = make("bpe_tied"), make("bpe_untied")
+    with torch.no_grad():
+        untied.load_state_dict(tied.state_dict() | {"lm_head.weight": tied.transformer.wte.weight})
+    idx = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
+    for m in (tied, untied):
+        m(idx, idx.roll(-1, 1))[1].backward()
+    both = untied.transformer.wte.weight.grad + untied.lm_head.weight.grad
+    torch.testing.assert_close(tied.transformer.wte.weight.grad, both)
+
+
+def test_induced_tie_is_the_table_times_one_scalar():
+    model = make("kronecker_tied")
+    table = model.transformer.wte.table()
+    assert table.shape == (50, 32)
+    idx = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model.embed(idx)[1], table[idx])
+    model(idx, idx)[1].backward()
+    assert model.head_scale.grad.abs() > 0
+    assert model.transformer.wte.projection.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("arm", ["bpe_tied", "kronecker"])
+def test_cached_generation_equals_plain_recomputation(arm):
+    """Greedy tokens, 40 of them with a context of 16, so that the window slides too."""
+    model = make(arm).eval()
+    idx = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(2))
+    fast = torch.cat(list(model.generate(idx, 40, temperature=0)), dim=1)
+    slow = idx
+    for _ in range(40):
+        with torch.no_grad():
+            slow = torch.cat((slow, model(slow[:, -16:])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(fast, slow[:, 5:])
+
+
+def test_byte_override_equals_a_token_with_those_bytes():
+    model = make("kronecker").eval()
+    data, lengths = byte_buffers()
+    token = int(lengths.argmax())
+    raw = bytes(data[token, : lengths[token]].tolist())
+    idx = torch.tensor([[1, 2, token, 3]])
+    replaced = torch.tensor([[1, 2, 0, 3]])
+    torch.testing.assert_close(model(replaced, byte_overrides={(0, 2): raw})[0], model(idx)[0])
+    with pytest.raises(ValueError, match="no slot made from bytes"):
+        make("bpe_tied")(idx, byte_overrides={(0, 2): b"x"})
+
+
+def test_parameter_counts_of_the_124m_arms():
+    """By hand: 12 blocks of 12 C^2 + 2 C, wpe, ln_f; table 50304 x 768; projection 4096 x 768."""
+    body = 12 * (12 * 768 * 768 + 2 * 768) + 1024 * 768 + 768
+    table, projection = 50304 * 768, 4096 * 768
+    expected = {
+        "bpe_tied": (table, 0),
+        "bpe_untied": (table, table),
+        "kronecker": (projection, table),
+        "kronecker_tied": (projection, 1),
+    }
+    buffers = (torch.zeros(50304, 16, dtype=torch.uint8), torch.zeros(50304, dtype=torch.int16))
+    for arm, (wte, tied) in ARMS.items():
+        with torch.device("meta"):
+            counts = GPT(GPTConfig(bias=False, wte=wte, tie_weights=tied), buffers).count_parameters()
+        assert (counts["input"], counts["head"]) == expected[arm]
+        assert counts["body"] == body
+        assert counts["total"] == body + sum(expected[arm])
+    assert 1 - projection / table == pytest.approx(0.919, abs=0.001)  # the paper's 91%
+
+
+def test_pick_keeps_to_top_k_and_top_p():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    g = torch.Generator().manual_seed(0)
+    assert set(pick(logits, 1.0, 2, None, g).flatten().tolist()) == {0, 1}
+    assert set(pick(logits, 1.0, None, 0.7, g).flatten().tolist()) == {0, 1}
+    share = (pick(logits, 1.0, None, None, g) == 0).float().mean().item()
+    assert share == pytest.approx(0.5, abs=0.03)
+    assert pick(logits, 0, None, None, g).unique().tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"n_head": 3}, "not a multiple"), ({"wte": "bytes"}, "stock"), ({"n_layer": 0}, "at least 1")],
+)
+def test_impossible_shapes_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        GPTConfig(**SHAPE | changes)

@@ -1,0 +1,294 @@
+"""train.py: the loop's promises, on runs of a dozen steps."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, losses
+
+import configurator
+import train
+from engine import checkpoint
+from engine.errors import RunError
+from engine.metrics import read_metrics
+
+ARMS = ["bpe_tied", "bpe_untied", "kronecker", "kronecker_tied"]
+
+
+def arm_keys(arm):
+    return {
+        "arm": arm,
+        "wte": arm.split("_")[0].replace("bpe", "stock"),
+        "tie_weights": arm.endswith("_tied"),
+    }
+
+
+def torchrun(n, flags, *more, env=None, timeout=180):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run(
+        [*command, "train.py", *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def assert_close(one: dict, two: dict, rel=1e-5):
+    assert one.keys() == two.keys()
+    assert len(one) > 12
+    for k in one:
+        assert one[k] == pytest.approx(two[k], rel=rel), k
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_same_config_and_seed_give_identical_losses(arm, train_tiny, tmp_path):
+    first = train_tiny(tmp_path / "a", **arm_keys(arm))
+    second = train_tiny(tmp_path / "b", **arm_keys(arm))
+    assert losses(first) == losses(second)
+    assert losses(train_tiny(tmp_path / "c", **arm_keys(arm), seed=1)) != losses(first)
+    val = [r["val/loss"] for r in first if "val/loss" in r]
+    assert val[-1] < val[0] - 0.1  # it learns
+
+
+def test_rows_bear_the_names_that_people_compare(train_tiny, tmp_path):
+    rows = train_tiny(tmp_path)
+    train_rows = [r for r in rows if "train/loss" in r]
+    assert [r["iter"] for r in train_rows] == list(range(12))
+    assert {
+        "iter",
+        "tokens",
+        "train/loss",
+        "lr",
+        "grad_norm",
+        "tok_per_sec",
+        "skipped",
+        "mem_gb",
+    } <= train_rows[0].keys()
+    val_rows = [r for r in rows if "val/loss" in r]
+    assert [r["iter"] for r in val_rows] == [0, 5, 10, 12]
+    assert {"val/sem", "val/bpb", "wte/rms", "wte/weight_norm"} <= val_rows[0].keys()
+    assert val_rows[0]["wte/rms"] == pytest.approx(0.02, rel=0.1)
+    assert val_rows[-1]["tokens"] == 12 * 8 * 16
+    assert "mfu" not in train_rows[0]  # nobody knows this CPU's peak
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["tokens_per_step"] == 128
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 64
+
+
+def test_learning_rate_schedule_by_hand():
+    config = configurator.Config(learning_rate=1.0, min_lr=0.1, warmup_iters=4, max_iters=14)
+    assert train.learning_rate(config, 0) == pytest.approx(0.2)
+    assert train.learning_rate(config, 4) == pytest.approx(1.0)
+    assert train.learning_rate(config, 9) == pytest.approx(0.55)
+    assert train.learning_rate(config, 14) == pytest.approx(0.1)
+    config.decay_lr = False
+    assert train.learning_rate(config, 9) == 1.0
+
+
+def test_one_step_against_a_loop_written_out_here(train_tiny, tmp_path, tiny_data):
+    """AdamW, clipping and accumulation by torch's plain parts, from the same start and batch."""
+    from data.loader import TrainBatches
+    from model import GPT, GPTConfig
+
+    train_tiny(tmp_path, max_iters=1, tie_weights=False, grad_clip=0.1, ckpt_interval=1)
+    saved, _, _ = checkpoint.load(tmp_path / "ckpt" / "step_000001")
+    shape = GPTConfig(16, 64, 2, 2, 32, bias=False, tie_weights=False)
+    model = GPT(shape, seed=1337)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=3e-3 / 3, betas=(0.9, 0.95), fused=False, foreach=False,
+    )  # fmt: skip
+    x, y = TrainBatches(tiny_data, 16, 8, 1337).rows(0, 0, 8)
+    torch.nn.functional.cross_entropy(logits_everywhere(model, x).flatten(0, 1), y.flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(saved[name], p.detach(), rtol=1e-4, atol=2e-6, msg=name)
+
+
+def logits_everywhere(model, x):
+    seen = []
+    hook = model.transformer.ln_f.register_forward_hook(lambda m, i, o: seen.append(o))
+    model(x)
+    hook.remove()
+    return seen[0] @ model.lm_head.weight.T
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("arm", ["bpe_tied", "kronecker_tied"])
+def test_a_resume_is_bit_identical(arm, dropout, train_tiny, tmp_path):
+    keys = arm_keys(arm) | {"dropout": dropout, "ckpt_interval": 3}
+    whole = train_tiny(tmp_path / "whole", **keys)
+    train_tiny(tmp_path / "cut", **keys, init_from="auto")
+    for step in (9, 12):  # as if it had died before these were written
+        os.rename(tmp_path / f"cut/ckpt/step_{step:06d}", tmp_path / f"gone_{step}")
+    cut = train_tiny(tmp_path / "cut", **keys, init_from="auto")
+    assert losses(cut) == losses(whole)
+    ours, theirs = (checkpoint.load(tmp_path / d / "ckpt/step_000012")[0] for d in ("whole", "cut"))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_micro_batches_change_nothing_but_rounding(train_tiny, tmp_path):
+    one = losses(train_tiny(tmp_path / "a", batch_size=8))
+    assert_close(one, losses(train_tiny(tmp_path / "b", batch_size=2)))
+
+
+@pytest.mark.parametrize(("ranks", "batch_size", "arm"), [(2, 4, "kronecker"), (4, 1, "bpe_tied")])
+def test_ranks_change_nothing_but_rounding(ranks, batch_size, arm, train_tiny, tiny_flags, tmp_path):
+    one = losses(train_tiny(tmp_path / "one", **arm_keys(arm)))
+    done = torchrun(ranks, tiny_flags(tmp_path / "many", batch_size=batch_size, **arm_keys(arm)))
+    assert done.returncode == 0, done.stderr
+    assert_close(one, losses(read_metrics(tmp_path / "many")))
+
+
+def test_a_resume_on_another_number_of_ranks(train_tiny, tiny_flags, tmp_path):
+    keys = {"ckpt_interval": 4, **arm_keys("kronecker")}
+    whole = losses(train_tiny(tmp_path / "whole", **keys))
+    done = torchrun(2, tiny_flags(tmp_path / "cut", batch_size=2, **keys))
+    assert done.returncode == 0, done.stderr
+    for step in (8, 10, 12):
+        folder = tmp_path / f"cut/ckpt/step_{step:06d}"
+        if folder.exists():
+            os.rename(folder, tmp_path / f"gone_{step}")
+    assert_close(whole, losses(train_tiny(tmp_path / "cut", **keys, init_from="auto")))
+
+
+def test_sigterm_finishes_the_step_saves_and_says_so(train_tiny, tiny_flags, tmp_path):
+    keys = {"max_iters": 400, "eval_interval": 400, "ckpt_interval": 400, "log_interval": 1}
+    command = [sys.executable, "train.py", *tiny_flags(tmp_path / "cut", **keys, init_from="auto")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step      5/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at step" in rest
+    assert checkpoint.newest(tmp_path / "cut") is not None
+    cut = losses(train_tiny(tmp_path / "cut", **keys, init_from="auto"))
+    assert cut == losses(train_tiny(tmp_path / "whole", **keys))
+
+
+def poison(monkeypatch, steps, value=float("nan")):
+    """Make the loss of these optimiser steps non-finite."""
+    import model
+
+    plain, calls = model.GPT.forward, iter(range(10**6))
+
+    def forward(self, idx, targets=None, reduction="mean", **kw):
+        logits, loss = plain(self, idx, targets, reduction, **kw)
+        if targets is not None and reduction == "mean" and next(calls) in steps:
+            loss = loss * value
+        return logits, loss
+
+    monkeypatch.setattr(model.GPT, "forward", forward)
+
+
+def test_a_non_finite_step_is_skipped_and_counted(train_tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, {3, 6}, value=float("inf"))
+    rows = train_tiny(tmp_path, batch_size=8, ckpt_interval=1, keep=99)
+    assert [r["skipped"] for r in rows if "train/loss" in r] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"]
+    before, _, _ = checkpoint.load(tmp_path / "ckpt/step_000003")
+    after, _, _ = checkpoint.load(tmp_path / "ckpt/step_000004")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert '"train/loss": null' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(train_tiny, tmp_path, tiny_data, monkeypatch):
+    from data.loader import TrainBatches
+
+    poison(monkeypatch, set(range(6, 100)))
+    with pytest.raises(RunError, match=r"not finite in 3 steps in a row up to step 8.*step_000005"):
+        train_tiny(tmp_path, batch_size=8, max_skipped=3)
+    written = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert written["steps"] == [6, 7, 8]
+    assert written["window_ids"]["7"] == TrainBatches(tiny_data, 16, 8, 1337).window_ids(7).tolist()
+    assert checkpoint.newest(tmp_path).name == "step_000005"
+
+
+def test_dry_run_reads_no_data_and_leaves_nothing(tmp_path, capsys):
+    flags = ["config/gpt2_124m_fineweb_edu.py", "config/arms/kronecker.py", "--dry_run=True", "--device=cpu"]
+    train.main(configurator.load([*flags, f"--out_dir={tmp_path / 'x'}", f"--data_dir={tmp_path}"]))
+    out = capsys.readouterr().out
+    assert "3,145,728 parameters, 91.9% fewer than a learned table" in out
+    assert "2,499,526,656 tokens" in out
+    assert not (tmp_path / "x").exists()
+
+
+def test_flops_of_the_124m_run_by_hand():
+    """6N + 12LCT with N = 12 * 12 * 768^2 + 50304 * 768: the 860 MFLOP a token that others quote."""
+    from engine.flops import flops_per_token
+    from model import GPTConfig
+
+    n = 12 * 12 * 768**2 + 50304 * 768
+    assert flops_per_token(GPTConfig()) == 6 * n + 12 * 12 * 768 * 1024
+    assert flops_per_token(GPTConfig()) / 1e6 == pytest.approx(860, rel=0.01)
+
+
+def test_bits_per_byte_by_hand(train_tiny, tmp_path):
+    """Characters of one byte each: bits per byte is nats per token over ln 2."""
+    rows = [r for r in train_tiny(tmp_path) if "val/loss" in r]
+    for r in rows:
+        assert r["val/bpb"] == pytest.approx(r["val/loss"] / math.log(2), rel=1e-6)
+
+
+def test_every_training_token_comes_from_the_loader_once_a_step(tiny_data):
+    from data.loader import TrainBatches
+
+    batches = TrainBatches(tiny_data, 16, 8, 1337)
+    whole = batches.rows(3, 0, 8)[0].numpy()
+    parts = np.concatenate([batches.rows(3, lo, lo + 2)[0].numpy() for lo in (0, 2, 4, 6)])
+    assert np.array_equal(whole, parts)
+
+
+def test_wandb_offline_gets_the_same_keys(train_tiny, tmp_path, monkeypatch):
+    """A stand-in for wandb records what would be sent; a wandb that fails must not stop the run."""
+    sent, settings = [], {}
+
+    class FakeRun:
+        def log(self, row, step):
+            if step >= 8:
+                raise ConnectionError("link is down")
+            sent.append(row)
+
+        def finish(self, quiet):
+            pass
+
+    class FakeWandb:
+        class api:
+            api_key = None
+
+        @staticmethod
+        def Settings(**kw):
+            return kw
+
+        @staticmethod
+        def init(**kw):
+            settings.update(kw)
+            return FakeRun()
+
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb)
+    rows = train_tiny(tmp_path / "cmp" / "run", wandb_log=True, **arm_keys("kronecker"))
+    assert len([r for r in rows if "train/loss" in r]) == 12
+    assert sent == rows[: len(sent)]
+    assert len(sent) >= 9
+    assert (settings["mode"], settings["group"], settings["name"]) == ("offline", "cmp", "kronecker-s1337")
+    assert settings["config"]["run"]["arm"] == "kronecker"
+
+
+def test_without_wandb_the_run_goes_on(train_tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train_tiny(tmp_path, wandb_log=True)
+    assert "wandb is not installed" in capsys.readouterr().out
