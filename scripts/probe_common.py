@@ -34,9 +34,7 @@ def add_arguments(parser, need_runs: bool = True) -> None:
     parser.add_argument(
         "--baseline", help="arm to pair the others with (default: bpe_tied, else the first arm)"
     )
-    parser.add_argument(
-        "--which", default="latest", choices=["latest", "best"], help="checkpoint (%(default)s)"
-    )
+    parser.add_argument("--which", default="latest", help="checkpoint: latest, best or a step (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of sampling and resampling (%(default)s)")
 
@@ -69,7 +67,7 @@ def find_runs(paths) -> list[dict]:
 
 def load(run: dict, args):
     """(model, tokenizer, config) of one run, in eval mode on the device asked for."""
-    from engine.runs import load_run
+    from sample import load_run
 
     return load_run(run["path"], device=args.device, which=args.which)
 

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from sample import SLOT, parse_prompt
 from scripts import probe_common as common
 from scripts import report
 
 CONDITIONS = ("normal", "misspelled", "forced_oov")
-SLOT = re.compile(r" ?\{\{(.+?)\}\}")
 RATES = {"echo": "echo", "partial_echo": "partial", "gibberish_flag": "gibberish"}
 
 
@@ -81,21 +81,6 @@ def changed_words(mine: str, other: str) -> list[str]:
     return [w for w in re.findall(r"\w+", mine.lower()) if w not in theirs and len(w) > 2]
 
 
-def encode_slots(text: str, tokenizer, slot_id: int) -> tuple[list[int], dict[int, bytes]]:
-    """(ids, {position: bytes}): each slot becomes one position; the space before it belongs to its bytes."""
-    ids, overrides, at = [], {}, 0
-    for match in SLOT.finditer(text):
-        before = text[at : match.start()]
-        ids += tokenizer.encode(before) if before else []
-        overrides[len(ids)] = (" " if match.group().startswith(" ") else "").encode() + match.group(
-            1
-        ).encode()
-        ids.append(slot_id)
-        at = match.end()
-    rest = text[at:]
-    return ids + (tokenizer.encode(rest) if rest else []), overrides
-
-
 def is_gibberish(completion: str) -> bool:
     return max(Counter(completion.split()).values(), default=0) >= 5
 
@@ -121,18 +106,18 @@ def longest_common(a: str, b: str) -> int:
 
 
 @torch.no_grad()
-def complete(model, prompts: list[tuple], args, greedy: bool, seed: int) -> list[list[int]]:
+def complete(model, prompts: list[tuple], args, greedy: bool) -> list[list[int]]:
     """Continuations (ids) of prompts [(ids, {position: bytes})]; prompts of one length go as one batch."""
     device = model.transformer.wpe.weight.device
     result = [None] * len(prompts)
     by_length = {}
     for i, (ids, _) in enumerate(prompts):
         by_length.setdefault(len(ids), []).append(i)
-    for length, members in sorted(by_length.items()):
+    for _, members in sorted(by_length.items()):
         for start in range(0, len(members), args.batch_size):
             batch = members[start : start + args.batch_size]
             overrides = {(row, p): b for row, i in enumerate(batch) for p, b in prompts[i][1].items()}
-            generator = torch.Generator(device=device).manual_seed(seed * 1000 + length)
+            generator = torch.Generator(device=device).manual_seed(args.seed)
             idx = torch.tensor([prompts[i][0] for i in batch], device=device)
             steps = model.generate(
                 idx,
@@ -151,7 +136,6 @@ def complete(model, prompts: list[tuple], args, greedy: bool, seed: int) -> list
 def measure(model, tokenizer, run: dict, prompts: list[dict], args) -> list[dict]:
     """One record a prompt and sample, with the keys of the published results and ours behind them."""
     kronecker = model.config.wte == "kronecker"
-    slot_id = tokenizer.n_vocab if tokenizer.n_vocab < model.config.vocab_size else 0
     encoded = []
     for p in prompts:
         text = (
@@ -159,12 +143,11 @@ def measure(model, tokenizer, run: dict, prompts: list[dict], args) -> list[dict
             if kronecker
             else SLOT.sub(lambda m: m.group().replace("{{", "").replace("}}", ""), p["text"])
         )
-        ids, overrides = encode_slots(text, tokenizer, slot_id)
-        if not ids:
-            raise common.ProbeError(f"prompt {p['prompt_id']} ({p['condition']}) has no text")
+        ids, overrides = parse_prompt(text, tokenizer, model.config.vocab_size)
         encoded.append((ids, overrides))
-    greedy = complete(model, encoded, args, True, args.seed)
-    samples = [complete(model, encoded, args, False, args.seed + k) for k in range(args.samples)]
+    greedy = complete(model, encoded, args, True)
+    sampled = complete(model, encoded * args.samples, args, False)
+    samples = [sampled[k * len(encoded) : (k + 1) * len(encoded)] for k in range(args.samples)]
     settings = {
         "temperature": args.temperature,
         "top_p": args.top_p,
@@ -192,7 +175,7 @@ def measure(model, tokenizer, run: dict, prompts: list[dict], args) -> list[dict
                     "completion_tokens": samples[k][i],
                     "greedy_completion": greedy_text,
                     "gibberish_flag": is_gibberish(text),
-                    "settings": settings | {"seed": args.seed + k},
+                    "settings": settings,
                     "run_seed": run["seed"],
                     "sample": k,
                     "targets": p["targets"],
@@ -314,7 +297,7 @@ def draw(found: dict, arms):
             ax.set_xticks(range(len(found)), [c.replace("_", " ") for c in found])
             ax.grid(axis="x", visible=False)
             ax.set_title(title)
-        axes[0].legend(loc="upper center", bbox_to_anchor=(1.05, -0.1), ncols=len(arms))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
     return figure
 
 
@@ -351,7 +334,7 @@ def main(argv=None) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=30)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top_p", type=float, default=0.9)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=256)
     args = parser.parse_args(argv)
     try:
         if args.samples < 1 or args.max_new_tokens < 1 or args.temperature <= 0:

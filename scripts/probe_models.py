@@ -705,9 +705,7 @@ def draw(groups: dict):
         left.set_xlabel("per cent of the 5 nearest tokens")
         left.set_title("What lies nearest")
         handles, labels = left.get_legend_handles_labels()
-        left.legend(
-            handles[:6], labels[:6], fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3
-        )
+        figure.legend(handles[:6], labels[:6], fontsize=8, loc="outside lower center", ncols=3)
         for kind in SPACES:
             lines = []
             for members in groups.values():

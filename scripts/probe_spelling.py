@@ -335,7 +335,7 @@ def draw(by_arm: dict):
             ax.set_xlim(left=0)
         axes[0].set_yticks(range(len(names)), names)
         axes[0].invert_yaxis()
-        axes[0].legend(loc="lower center", bbox_to_anchor=(1.0, -0.12 - 1.2 / len(names)), ncols=len(arms))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
     return figure
 
 

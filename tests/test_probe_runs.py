@@ -26,6 +26,15 @@ ARMS = {"bpe_tied": ("stock", True), "bpe_untied": ("stock", False), "kronecker"
 SEEDS = (1337, 1338)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matmuls: a second thread only waits for the first, and for whatever else runs on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def train_tokenizer(path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
