@@ -16,12 +16,14 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import kronecker
+from data import DataError
 from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, prefetch
 from data.meta import read_meta
 from data.tokenizers import load_tokenizer
@@ -83,7 +85,7 @@ def main(config) -> None:
 
     # ---- what the data is; a dry run needs no more than its description
     data_dir = Path(config.data_dir or Path(__file__).parent / "data" / config.dataset)
-    meta = read_meta(data_dir) or {"tokenizer": "gpt2", "vocab_size": 50257}
+    meta = read_meta(data_dir) or {"tokenizer": "gpt2", "vocab_size": 50257}  # published shards are GPT-2's
     config.vocab_size = config.vocab_size or -(-meta["vocab_size"] // 64) * 64
 
     # ---- the model's shape, and what the run will cost
@@ -120,7 +122,13 @@ def main(config) -> None:
             f"vocab_size {config.vocab_size} is below the tokenizer's {meta['vocab_size']}: leave it at 0"
         )
     check_ids(data_dir, config.vocab_size)
-    tokenizer = load_tokenizer(meta["tokenizer"], base_dir=data_dir)
+    try:
+        tokenizer = load_tokenizer(meta["tokenizer"], base_dir=data_dir)
+    except DataError as e:
+        if config.wte == "kronecker" or meta["tokenizer"] != "gpt2":
+            raise
+        tokenizer = None  # a learned table trains without it
+        say(f"note: {e}; bits per byte are left out")
     byte_buffers = None
     if config.wte == "kronecker":
         byte_buffers = kronecker.build_byte_buffer(tokenizer.backend, config.pos_dim, config.byte_extraction)
@@ -182,8 +190,7 @@ def main(config) -> None:
             return
     first = state["step"]
     if ranks.master:
-        tokenizer.save(out_dir)
-        write_meta_copy(out_dir, meta, tokenizer)
+        describe_data(out_dir, meta, tokenizer)
     log = None
     if ranks.master:
         wandb_run = metrics.start_wandb(dataclasses.asdict(config), run) if config.wandb_log else None
@@ -218,7 +225,7 @@ def main(config) -> None:
     streak = torch.zeros_like(skipped)  # bad steps in a row
     good = torch.zeros_like(skipped)  # good steps in a row, for float16's loss scale
     incoming = prefetch(batches(), device)
-    byte_lengths = tokenizer.byte_lengths()
+    byte_lengths = np.zeros(0) if tokenizer is None else tokenizer.byte_lengths()
     clock, timed_steps, started = 0.0, 0, time.perf_counter()
 
     for step in range(first, config.max_iters + 1):
@@ -330,9 +337,12 @@ def main(config) -> None:
     engine_ranks.stop()
 
 
-def write_meta_copy(out_dir: Path, meta: dict, tokenizer) -> None:
-    """The data's description beside the weights: a run can be sampled and probed without its data."""
-    kept = {k: v for k, v in meta.items() if k != "shards"} | {"tokenizer": tokenizer.spec}
+def describe_data(out_dir: Path, meta: dict, tokenizer) -> None:
+    """The tokenizer and the data's description beside the weights: a run can be sampled without its data."""
+    kept = {k: v for k, v in meta.items() if k != "shards"}
+    if tokenizer is not None:
+        tokenizer.save(out_dir)
+        kept["tokenizer"] = tokenizer.spec
     runs.write_json(out_dir / "data_meta.json", kept)
 
 

@@ -1,0 +1,284 @@
+"""Training speed and peak memory: our train.py against nanoGPT's own, and the arms against each other.
+
+    python scripts/bench_train.py --nanogpt-dir ../nanoGPT          (a checkout of karpathy/nanoGPT)
+    python scripts/bench_train.py --setting=demo --breakdown
+
+Every side runs as its own process, one after the other, round after round; a side's figure is the median of
+its steps after the first two, and ratios are medians over the rounds' pairs. Both read the same headerless
+train.bin and use the same model, batch, number format, compile setting and threads.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine.metrics import read_metrics
+from engine.runs import commit, machine
+
+SETTINGS = {
+    "gpt2-vocabulary": {"vocab_size": 50304, "n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 8},
+    "demo": {"vocab_size": 4096, "n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_size": 8},
+    "124m": {"vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32},
+}  # fmt: skip
+ARMS = {
+    "bpe_tied": {"wte": "stock", "tie_weights": True},
+    "bpe_untied": {"wte": "stock", "tie_weights": False},
+    "kronecker": {"wte": "kronecker", "tie_weights": False},
+    "kronecker_tied": {"wte": "kronecker", "tie_weights": True},
+}
+
+
+def write_data(folder: Path, vocab_size: int) -> None:
+    """Zipf-like tokens, as text has them, in nanoGPT's headerless form; and a tokenizer of made-up words."""
+    from data.meta import write_meta
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    ranks = np.minimum(rng.zipf(1.2, 2_000_000) - 1, vocab_size - 1)
+    tokens = rng.permutation(vocab_size)[ranks].astype(np.uint16)
+    tokens[:1_900_000].tofile(folder / "train.bin")
+    tokens[1_900_000:].tofile(folder / "val.bin")
+    # byte lengths as in GPT-2's vocabulary: 1 to 16, six on average
+    words = [
+        "".join(chr(97 + c) for c in rng.integers(0, 26, min(16, 1 + rng.poisson(5))))
+        for _ in range(vocab_size)
+    ]
+    spec = {"kind": "chars", "itos": words}
+    write_meta(folder, {"format": 1, "tokenizer": spec, "vocab_size": vocab_size, "dtype": "uint16"})
+
+
+def timed(command: list[str], cwd: Path, env: dict) -> tuple[str, float]:
+    """(output, peak resident memory in GB) of a process."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        out.seek(0)
+        text = out.read()
+    if os.waitstatus_to_exitcode(status):
+        sys.exit(f"error: {' '.join(command[:3])} failed: {text.strip().splitlines()[-1]}")
+    return text, usage.ru_maxrss * 1024 / 1e9
+
+
+def run_ours(arm: str, shape: dict, steps: int, work: Path, number: int, args) -> dict:
+    out_dir = work / f"{arm}_{number}"
+    keys = shape | ARMS[arm] | common(args) | {"data_dir": work / "data" / "bench", "out_dir": out_dir}
+    keys |= {
+        "eval_tokens": shape["block_size"],
+        "max_iters": steps,
+        "seed": 1 + number,
+        "eval_interval": 10**6,
+    }
+    flags = [f"--{k}={v}" for k, v in keys.items()]
+    _, memory = timed([sys.executable, str(ROOT / "train.py"), *flags], work, dict(os.environ))
+    rows = [r for r in read_metrics(out_dir) if "train/loss" in r]
+    tokens = shape["batch_size"] * shape["block_size"]
+    times = [tokens / r["tok_per_sec"] for r in rows[2:]]
+    return {
+        "ms": 1e3 * statistics.median(times),
+        "gb": rows[-1]["mem_gb"] if args.device == "cuda" else memory,
+    }
+
+
+def run_nanogpt(shape: dict, steps: int, work: Path, number: int, args) -> dict:
+    """nanoGPT's train.py as it is; its clock is that of its own log line, one step each."""
+    checkout = Path(args.nanogpt_dir).resolve()
+    link = work / "configurator.py"
+    if not link.exists():
+        link.symlink_to(checkout / "configurator.py")  # it reads this from the current folder
+    keys = {k: v for k, v in shape.items() if k != "vocab_size"} | common(args)
+    keys |= {"dataset": "bench", "out_dir": f"nanogpt_{number}", "max_iters": steps, "eval_iters": 1}
+    keys |= {"always_save_checkpoint": False, "wandb_log": False, "eval_interval": 10**6}
+    keys["dtype"] = args.dtype
+    (work / "data" / "bench" / "meta.pkl").write_bytes(pickled_vocabulary(shape["vocab_size"]))
+    flags = [f"--{k}={v!r}" if not isinstance(v, str) else f"--{k}={v}" for k, v in keys.items()]
+    text, memory = timed([sys.executable, str(checkout / "train.py"), *flags], work, dict(os.environ))
+    (work / "data" / "bench" / "meta.pkl").unlink()
+    times = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.naif]+, time ([\d.]+)ms", text)][2:]
+    return {"ms": statistics.median(times), "gb": memory if args.device == "cpu" else float("nan")}
+
+
+def pickled_vocabulary(size: int) -> bytes:
+    import pickle
+
+    return pickle.dumps({"vocab_size": size})
+
+
+def common(args) -> dict:
+    return {
+        "gradient_accumulation_steps": 1, "log_interval": 1, "device": args.device, "dtype": args.dtype,
+        "compile": args.compile, "dropout": 0.0, "bias": False, "learning_rate": 6e-4, "warmup_iters": 10,
+    }  # fmt: skip
+
+
+def breakdown(shape: dict, args) -> dict:
+    """Share of a step's time by part, for each arm: forward hooks and clocks around each phase."""
+    import torch
+
+    import train
+    from configurator import Config
+    from engine.ranks import keep_heap
+    from model import GPT, GPTConfig
+
+    keep_heap()
+    device = torch.device(args.device)
+    table = {}
+    names = {k: v for k, v in shape.items() if k != "batch_size"}
+    rng = np.random.default_rng(0)
+    lengths = torch.from_numpy(np.clip(1 + rng.poisson(5, shape["vocab_size"]), 1, 16).astype(np.int16))
+    data = torch.from_numpy(rng.integers(97, 123, (shape["vocab_size"], 16)).astype(np.uint8))
+    data[torch.arange(16) >= lengths[:, None]] = 0
+    ranks = np.minimum(
+        rng.zipf(1.2, (shape["batch_size"], shape["block_size"] + 1)) - 1, shape["vocab_size"] - 1
+    )
+    ids = torch.from_numpy(ranks).to(device)
+    for arm, choice in ARMS.items():
+        model = GPT(GPTConfig(**names, **choice, bias=False), (data, lengths)).to(device)
+        optimizer = train.make_optimizer(model, Config(**choice), device.type)
+        marks = []
+
+        def mark(name, marks=marks):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            marks.append((name, time.perf_counter()))
+
+        model.transformer.wte.register_forward_hook(lambda *_, mark=mark: mark("embedding"))
+        model.transformer.ln_f.register_forward_hook(lambda *_, mark=mark: mark("blocks"))
+        total: dict = {}
+        for step in range(7):
+            marks.clear()
+            mark("start")
+            _, loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+            mark("head and loss")
+            loss.backward()
+            mark("backward")
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if device.type in ("cpu", "cuda"):
+                optimizer.found_inf, optimizer.grad_scale = (~norm.isfinite()).float(), norm.clamp(min=1)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            mark("clip and AdamW")
+            if step >= 2:
+                for (_, before), (name, after) in itertools.pairwise(marks):
+                    total[name] = total.get(name, 0.0) + after - before
+        whole = sum(total.values())
+        table[arm] = {name: t / whole for name, t in total.items()}
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--nanogpt-dir", default="", help="checkout of nanoGPT to measure against")
+    parser.add_argument(
+        "--setting", default="gpt2-vocabulary,demo", help=f"with commas: {', '.join(SETTINGS)}"
+    )
+    parser.add_argument("--arms", default="bpe_tied,bpe_untied,kronecker", help="arms of ours, with commas")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--steps", type=int, default=8, help="steps of one process; the first two do not count"
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--breakdown", action="store_true", help="also print where a step's time goes")
+    parser.add_argument("--out", default="", help="write the figures as JSON and markdown to this folder")
+    args = parser.parse_args()
+    if args.nanogpt_dir and not (Path(args.nanogpt_dir) / "train.py").is_file():
+        sys.exit(f"error: {args.nanogpt_dir} is no checkout of nanoGPT: it has no train.py")
+    unknown = [s for s in args.setting.split(",") if s not in SETTINGS] + [
+        a for a in args.arms.split(",") if a not in ARMS
+    ]
+    if unknown or args.rounds < 1 or args.steps < 4:
+        sys.exit(
+            f"error: {unknown[0] if unknown else 'rounds or steps'} cannot be measured: see --help (steps at least 4)"
+        )
+
+    arms = args.arms.split(",")
+    report = {
+        "command": "python " + " ".join(sys.argv), "commit": commit(), "machine": machine(), "date": str(date.today()),
+        "device": args.device, "dtype": args.dtype, "compile": args.compile, "settings": {},
+    }  # fmt: skip
+    text = []
+    for setting in args.setting.split(","):
+        shape = SETTINGS[setting]
+        sides = arms + (["nanoGPT"] if args.nanogpt_dir else [])
+        rounds = {side: [] for side in sides}
+        with tempfile.TemporaryDirectory() as temporary:
+            work = Path(temporary)
+            write_data(work / "data" / "bench", shape["vocab_size"])
+            for number in range(args.rounds):
+                for side in sides if number % 2 == 0 else sides[::-1]:
+                    print(
+                        f"\r{setting}: round {number + 1} of {args.rounds}, {side}      ",
+                        end="",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    call = (shape, args.steps, work, number, args)
+                    rounds[side].append(run_nanogpt(*call) if side == "nanoGPT" else run_ours(side, *call))
+        print("\r", end="", file=sys.stderr)
+        against = {side: "nanoGPT" if args.nanogpt_dir else arms[0] for side in sides}
+        figures = {}
+        for side in sides:
+            mine, base = rounds[side], rounds[against[side]]
+            figures[side] = {
+                "tokens_per_s_ratio": statistics.median(
+                    b["ms"] / m["ms"] for m, b in zip(mine, base, strict=True)
+                ),
+                "peak_memory_ratio": statistics.median(
+                    m["gb"] / b["gb"] for m, b in zip(mine, base, strict=True)
+                ),
+                "rounds": mine,
+            }
+        base = next(iter(against.values()))
+        lines = [f"| {setting} | tokens/s against {base} | peak memory against {base} |", "|---|---|---|"]
+        for side in sides:
+            f = figures[side]
+            lines.append(f"| {side} | {f['tokens_per_s_ratio']:.2f}x | {f['peak_memory_ratio']:.2f}x |")
+        if {"kronecker", "bpe_untied"} <= set(arms):
+            pairs = zip(rounds["kronecker"], rounds["bpe_untied"], strict=True)
+            ratio = statistics.median(b["ms"] / k["ms"] for k, b in pairs)
+            figures["kronecker against bpe_untied"] = ratio
+            lines.append(f"\n`kronecker` makes {ratio:.3f}x the tokens/s of `bpe_untied`.")
+        if args.breakdown:
+            shares = breakdown(shape, args)
+            figures["breakdown"] = shares
+            parts = list(next(iter(shares.values())))
+            lines += [
+                "",
+                f"| share of a step, {setting} | " + " | ".join(parts) + " |",
+                "|---" * (len(parts) + 1) + "|",
+            ]
+            lines += [
+                f"| {arm} | " + " | ".join(f"{row.get(p, 0):.1%}" for p in parts) + " |"
+                for arm, row in shares.items()
+            ]
+        report["settings"][setting] = {"shape": shape, "figures": figures}
+        print("\n".join(lines) + "\n", flush=True)
+        text += [*lines, ""]
+    if args.out:
+        folder = Path(args.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "bench_train.json").write_text(json.dumps(report, indent=1) + "\n")
+        made = f"`{report['command']}` at commit {report['commit']}, {report['machine']}, {report['date']}; {args.dtype}, compile {args.compile}."
+        (folder / "bench_train.md").write_text(
+            "# Training speed\n\n" + made + "\n\n" + "\n".join(text) + "\n"
+        )
+        print(f"written to {folder}/bench_train.json and bench_train.md")
+
+
+if __name__ == "__main__":
+    main()

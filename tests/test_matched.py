@@ -1,0 +1,97 @@
+"""scripts/matched.py: arms x seeds, resumable, and matched for certain."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY
+
+from engine.metrics import is_finished, read_metrics
+from scripts import matched
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_data):
+    """A recipe file for runs of a few steps; recipe(key=value) writes one with changes."""
+
+    def write(name="recipe.py", **changes):
+        keys = TINY | {"data_dir": str(tiny_data)} | changes
+        path = tmp_path / name
+        path.write_text("".join(f"{k} = {v!r}\n" for k, v in keys.items()))
+        return str(path)
+
+    return write
+
+
+def test_runs_are_trained_matched_and_left_alone_when_finished(recipe, tmp_path, capsys):
+    args = [recipe(), f"--out={tmp_path / 'out'}", "--arms=bpe_tied,kronecker", "--seeds=1,2"]
+    assert matched.main(args) == 0
+    out = capsys.readouterr().out
+    assert "4 runs of 12 steps" in out
+    assert "run 4 of 4 kronecker, seed 2: val loss" in out
+    folders = [tmp_path / "out" / f"{a}_s{s}" for s in (1, 2) for a in ("bpe_tied", "kronecker")]
+    assert all(is_finished(f, 12) for f in folders)
+    from scripts import compare
+
+    assert compare.main([str(tmp_path / "out")]) in (0, None)  # which refuses runs that do not match
+    before = {f: (f / "metrics.jsonl").stat().st_mtime_ns for f in folders}
+    capsys.readouterr()
+    assert matched.main(args) == 0
+    assert "4 finished, 0 to do" in capsys.readouterr().out
+    assert before == {f: (f / "metrics.jsonl").stat().st_mtime_ns for f in folders}
+
+
+def test_check_proves_the_match_and_names_what_differs(recipe, tmp_path, capsys, monkeypatch):
+    args = [recipe(), f"--out={tmp_path / 'out'}", "--arms=bpe_tied,kronecker", "--seeds=1", "--check"]
+    assert matched.main(args) == 0
+    assert "matched: 2 runs share" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    arms = tmp_path / "arms"
+    arms.mkdir()
+    (arms / "bpe_tied.py").write_text("arm = 'bpe_tied'\n")
+    (arms / "kronecker.py").write_text(
+        "arm, wte, tie_weights = 'kronecker', 'kronecker', False\nlearning_rate = 0.5\n"
+    )
+    monkeypatch.setattr(matched, "ARMS", arms)
+    with pytest.raises(SystemExit, match="do not match: schedule of kronecker"):
+        matched.main(args)
+
+
+def test_a_failing_run_is_named_with_its_cause_and_log(recipe, tmp_path, capsys):
+    assert matched.main([recipe(n_head=3), f"--out={tmp_path / 'out'}", "--arms=bpe_tied", "--seeds=1"]) == 1
+    said = capsys.readouterr().err
+    assert "bpe_tied, seed 1 failed: n_embd 32 is not a multiple of n_head 3" in said
+    assert "train.log" in said
+
+
+def test_interrupted_it_saves_and_goes_on(recipe, tmp_path):
+    """Ctrl-C once: the runs save; the same command finishes them, equal to runs that were never stopped."""
+    slow = {"max_iters": 600, "eval_interval": 600}
+    command = [sys.executable, "scripts/matched.py", recipe(**slow), "--arms=bpe_tied", "--seeds=1"]
+    cut = [*command, f"--out={tmp_path / 'cut'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(cut, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while len(read_metrics(tmp_path / "cut" / "bpe_tied_s1")) < 20:
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "the same command goes on from there" in out
+    assert not is_finished(tmp_path / "cut" / "bpe_tied_s1", 600)
+    for out_dir in ("cut", "whole"):
+        again = subprocess.run(
+            [*command, f"--out={tmp_path / out_dir}"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert again.returncode == 0, again.stderr
+    last = [read_metrics(tmp_path / d / "bpe_tied_s1")[-1] for d in ("cut", "whole")]
+    assert last[0]["val/loss"] == last[1]["val/loss"]
+    assert "resuming" in (tmp_path / "cut" / "bpe_tied_s1" / "train.log").read_text()
