@@ -38,6 +38,7 @@ MATCH_ALL = {
     "schedule_sha256": "they did not follow the same learning-rate schedule",
     "tokens_per_step": "their global batches differ",
 }
+MATCH_IF_RECORDED = {"data_fingerprint": "they were trained on different data"}
 # Config keys in which the seeds of one arm may differ without becoming another arm.
 FREE_KEYS = set(
     "seed out_dir data_dir device compile dry_run init_from eval_only keep max_skipped deterministic batch_size "
@@ -218,10 +219,12 @@ def check_match(runs: list[Run]) -> None:
             raise CompareError(
                 f"{other.name} and {run.name} are both arm {run.arm}, seed {run.seed}; give only one of them"
             )
-    for fields, per_seed in ((MATCH_PER_SEED, True), (MATCH_ALL, False)):
+    for fields, per_seed in ((MATCH_PER_SEED, True), (MATCH_ALL, False), (MATCH_IF_RECORDED, False)):
         for name, meaning in fields.items():
             for run in runs:
                 value = run.info.get(name)
+                if value is None and fields is MATCH_IF_RECORDED:
+                    continue
                 if value is None:
                     raise CompareError(
                         f"{run.name} records no {name}, so nothing shows that it matches; leave it out"

@@ -69,7 +69,12 @@ def load(run: dict, args):
     """(model, tokenizer, config) of one run, in eval mode on the device asked for."""
     from sample import load_run
 
-    return load_run(run["path"], device=args.device, which=args.which)
+    model, tokenizer, config = load_run(run["path"], device=args.device, which=args.which)
+    if torch.device(args.device).type == "cpu" and model.config.n_embd <= 256:
+        # Matmuls this small gain nothing from a second thread, and beside other work on the machine threads
+        # that wait for each other made a probe twenty times slower.
+        torch.set_num_threads(1)
+    return model, tokenizer, config
 
 
 def each_model(runs, args, what: str):
@@ -241,6 +246,17 @@ def tables_html(tables: list[dict]) -> str:
     )
 
 
+def as_markdown(title: str, intro: list[str], tables: list[dict], made: dict, name: str) -> str:
+    """The probe's tables as a page that can be kept beside its figure."""
+    parts = [f"# {title}", *intro]
+    for t in tables:
+        parts += [f"## {t['title']}", report.md_table(t["header"], t["rows"], t["left"]), t.get("note") or ""]
+    parts.append(f"![{title}]({name}.svg)")
+    commit = f", commit {made['commit']}" if made["commit"] else ""
+    parts.append(f"`{made['command']}`{commit}, {made['machine']}, {made['date']}.")
+    return "\n\n".join(p for p in parts if p) + "\n"
+
+
 def finish(
     out: Path,
     name: str,
@@ -256,6 +272,9 @@ def finish(
     """Write the probe's JSON, figure and section of the page; print its tables and where everything lies."""
     folder = out / "compare" / "probes"
     report.write_json(folder / f"{name}.json", result)
+    report.write_atomic(
+        folder / f"{name}.md", as_markdown(title, intro or [], tables, result["provenance"], name)
+    )
     body = report.paragraphs(*(intro or [])) + tables_html(tables)
     if figure is not None:
         body += report.figure_html(report.save_figure(figure, folder / name), caption)

@@ -44,7 +44,7 @@ def read_pairs(path: Path) -> tuple[list[dict], dict]:
     if not isinstance(pairs, list) or not all({"category", "clean", "typo"} <= set(p) for p in pairs):
         raise common.ProbeError(f"{path} has no list 'prompt_pairs' with category, clean and typo")
     published = {
-        arm: entry["agg"] for arm, entry in content.items() if isinstance(entry, dict) and "agg" in entry
+        arm: x for arm, x in content.items() if isinstance(x, dict) and "agg" in x and "per_prompt" in x
     }
     return pairs, published
 
@@ -247,8 +247,8 @@ def make_tables(
         ]
         overall = by_arm[arm]["agg"]["overall"]
         rows.append([arm, *cells, f"{overall['median_kl']:.3f}", f"{overall['mean_token_inflation']:+.2f}"])
-    for arm, agg in published.items():
-        overall = agg["overall"]
+    for arm, entry in published.items():
+        overall = entry["agg"]["overall"]
         cells = [f"{overall[m] * scale:.{d}f}" for m, (_, d, scale) in METRICS.items()]
         cells += [f"{overall['median_kl']:.3f}", f"{overall['mean_token_inflation']:+.2f}"]
         rows.append([f"paper: {arm}", *cells])
@@ -298,7 +298,7 @@ def make_tables(
     rows = []
     for c in categories:
         entries = [by_arm[a]["agg"]["by_category"][c] for a in arms]
-        entries += [agg["by_category"][c] for agg in published.values() if c in agg["by_category"]]
+        entries += [x["agg"]["by_category"][c] for x in published.values()]
         rows.append([c, *(f"{100 * e['top1_match_rate']:.0f}%  {e['mean_kl']:.2f}" for e in entries)])
     tables.append(
         {
@@ -377,11 +377,14 @@ def main(argv=None) -> None:
         if {"kronecker", "bpe_untied"} <= set(arms) and baseline != "bpe_untied":
             wanted.append(("kronecker", "bpe_untied"))
         comparisons = [c for a, b in wanted if (c := compare_arms(by_run, a, b, args.seed))]
+        if {"bpe", "kron"} <= set(published):  # the same tests on the paper's own records, one seed
+            theirs = {(f"paper: {a}", 1337): published[a]["per_prompt"] for a in ("bpe", "kron")}
+            comparisons.append(compare_arms(theirs, "paper: kron", "paper: bpe", args.seed))
         result = {
             **by_arm,
             "prompt_pairs": pairs,
             "comparisons": comparisons,
-            "published": published,
+            "published": {a: x["agg"] for a, x in published.items()},
             "provenance": common.provenance(argv, {"seed": args.seed, "generate": args.generate}),
         }
         tables = make_tables(by_arm, by_run, comparisons, published, what)
