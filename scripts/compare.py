@@ -177,6 +177,14 @@ def load_wandb(project: str, group: str | None = None, api=None) -> list[Run]:
             import wandb
         except ImportError:
             raise CompareError("reading from wandb needs the package wandb: pip install wandb") from None
+        try:  # Api() would ask for a key at the terminal and wait
+            known = wandb.login(prompt=False)
+        except TypeError:  # older wandb has no such argument
+            known = bool(wandb.api.api_key)
+        except Exception as e:
+            raise CompareError(f"wandb refused: {first_line(e)}") from None
+        if not known:
+            raise CompareError("wandb is not logged in; run `wandb login` or set WANDB_API_KEY")
         try:
             api = wandb.Api(timeout=30)
         except Exception as e:  # wandb raises its own errors, requests' and ValueError's
