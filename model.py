@@ -123,7 +123,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         n, vocab = targets.numel(), weight.size(0)
         x_low, weight_low = x.to(dtype), weight.to(dtype)
         grad_x = torch.empty_like(x_low)
-        grad_weight = torch.zeros_like(weight_low)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up in it
         loss = x.new_zeros((), dtype=torch.float32)
         rows = max(1, ChunkedLinearCrossEntropy.CHUNK_BYTES // (4 * vocab))
         for start in range(0, n, rows):
@@ -134,7 +134,10 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
             p.sub_(log_norm).exp_().scatter_add_(1, target, -torch.ones_like(log_norm))
             p = p.mul_(1 / n).to(dtype)
             torch.mm(p, weight_low, out=grad_x[start : start + rows])
-            grad_weight.addmm_(p.t(), chunk)
+            if dtype == torch.float32:
+                grad_weight.addmm_(p.t(), chunk)
+            else:
+                grad_weight += p.t() @ chunk
         ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
         return loss / n
 

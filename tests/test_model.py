@@ -125,17 +125,32 @@ def test_attention_against_its_written_definition():
 def test_chunked_cross_entropy_and_its_gradients(rows_in_a_chunk, monkeypatch):
     monkeypatch.setattr(ChunkedLinearCrossEntropy, "CHUNK_BYTES", rows_in_a_chunk * 4 * 23)
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(10, 6, generator=g, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(23, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(10, 6, generator=g, requires_grad=True)
+    w = torch.randn(23, 6, generator=g, requires_grad=True)
     t = torch.randint(0, 23, (10,), generator=g)
-    expected = F.cross_entropy(x @ w.T, t) * 3
+    expected = F.cross_entropy(x.double() @ w.double().T, t) * 3
     gx, gw = torch.autograd.grad(expected, (x, w))
-    loss = ChunkedLinearCrossEntropy.apply(x, w, t, torch.float64) * 3
+    loss = ChunkedLinearCrossEntropy.apply(x, w, t, torch.float32) * 3
     loss.backward()
-    # p is made in float32, as it is in training
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(x.grad, gx, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(w.grad, gw, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_autocast_trains_close_to_float32():
+    """Both matmuls of the loss go through the low format; the sum over chunks stays in float32."""
+    idx = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(1))
+    grads = []
+    for enabled in (False, True):
+        model = make("kronecker")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            _, loss = model(idx, idx.roll(-1, 1))
+        loss.backward()
+        assert loss.dtype == torch.float32
+        grads.append([p.grad for p in model.parameters()])
+    for exact, low in zip(*grads, strict=True):
+        assert low.dtype == torch.float32
+        assert (exact - low).norm() <= 0.03 * exact.norm() + 1e-6
 
 
 def test_tied_table_gets_the_sum_of_both_gradients():
