@@ -178,6 +178,17 @@ def measure(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> list[d
     return records
 
 
+def untrained_twin(model, tokenizer, config: dict, seed: int):
+    """The run's model as it was at step 0: the control that shows what robustness needs no knowledge."""
+    buffers = None
+    if model.config.wte == "kronecker":
+        from kronecker import build_byte_buffer
+
+        buffers = build_byte_buffer(tokenizer.backend, model.config.pos_dim, config["byte_extraction"])
+    fresh = type(model)(model.config, buffers, seed=seed)
+    return fresh.to(model.transformer.wpe.weight.device).eval()
+
+
 def summarise(records: list[dict]) -> dict:
     """The published aggregate of some records."""
 
@@ -235,18 +246,22 @@ def compare_arms(by_run: dict, arm: str, over: str, seed: int) -> dict | None:
 
 
 def make_tables(
-    by_arm: dict, by_run: dict, comparisons: list[dict], published: dict, what: str
+    by_arm: dict, by_run: dict, untrained: dict, comparisons: list[dict], published: dict, what: str
 ) -> list[dict]:
     arms = list(by_arm)
     rows = []
-    for arm in arms:
-        values = {m: {(arm, s): summarise(r)[m] for (a, s), r in by_run.items() if a == arm} for m in METRICS}
-        cells = [
-            common.cell(common.over_seeds(values[m], [arm], arm)[arm], d, scale)
-            for m, (_, d, scale) in METRICS.items()
-        ]
-        overall = by_arm[arm]["agg"]["overall"]
-        rows.append([arm, *cells, f"{overall['median_kl']:.3f}", f"{overall['mean_token_inflation']:+.2f}"])
+    for label, source in (("", by_run), (", untrained", untrained)):
+        for arm in arms if source else ():
+            mine = {s: summarise(r) for (a, s), r in source.items() if a == arm}
+            cells = [
+                common.cell(
+                    common.over_seeds({(arm, s): x[m] for s, x in mine.items()}, [arm], arm)[arm], d, scale
+                )
+                for m, (_, d, scale) in METRICS.items()
+            ]
+            overall = aggregate(arm, [r for (a, _), rs in source.items() if a == arm for r in rs])["overall"]
+            cells += [f"{overall['median_kl']:.3f}", f"{overall['mean_token_inflation']:+.2f}"]
+            rows.append([arm + label, *cells])
     for arm, entry in published.items():
         overall = entry["agg"]["overall"]
         cells = [f"{overall[m] * scale:.{d}f}" for m, (_, d, scale) in METRICS.items()]
@@ -258,7 +273,9 @@ def make_tables(
             "header": ["arm", *(h for h, _, _ in METRICS.values()), "median KL", "tokens added"],
             "rows": rows,
             "left": 1,
-            "note": "Mean ± SD over seeds. KL(clean || typo) at the last position; lower is more robust."
+            "note": "Mean ± SD over seeds. KL(clean || typo) at the last position; lower is more robust. "
+            "untrained: the same architecture before its first step, which knows no words: what an arm keeps "
+            "there it owes to its embedding's scale, since the last token is nearly always the same in both prompts."
             + (
                 ""
                 if published
@@ -351,6 +368,7 @@ def main(argv=None) -> None:
         "--generate", type=int, metavar="N", help="N synthetic typos in held-out text instead"
     )
     parser.add_argument("--text", metavar="FILE", help="held-out text for --generate: txt, jsonl, either .xz")
+    parser.add_argument("--no-control", action="store_true", help="do not measure the untrained twins")
     parser.add_argument("--batch_size", type=int, default=64)
     args = parser.parse_args(argv)
     try:
@@ -363,9 +381,12 @@ def main(argv=None) -> None:
         else:
             pairs, published = read_pairs(Path(args.pairs))
             what, name = f"{len(pairs)} pairs", "spelling_published" if published else "spelling"
-        by_run = {}
-        for run, model, tokenizer, _ in common.each_model(runs, args, "spelling"):
+        by_run, untrained = {}, {}
+        for run, model, tokenizer, config in common.each_model(runs, args, "spelling"):
             by_run[run["arm"], run["seed"]] = measure(model, tokenizer, pairs, args.batch_size)
+            if not args.no_control:
+                fresh = untrained_twin(model, tokenizer, config, run["seed"])
+                untrained[run["arm"], run["seed"]] = measure(fresh, tokenizer, pairs, args.batch_size)
         arms = sorted({a for a, _ in by_run}, key=report.arm_sort_key)
         baseline = common.pick_baseline(arms, args.baseline)
         by_arm = {}
@@ -383,11 +404,16 @@ def main(argv=None) -> None:
         result = {
             **by_arm,
             "prompt_pairs": pairs,
+            "untrained": {
+                arm: aggregate(arm, [r for (a, _), rs in untrained.items() if a == arm for r in rs])
+                for arm in arms
+                if untrained
+            },
             "comparisons": comparisons,
             "published": {a: x["agg"] for a, x in published.items()},
             "provenance": common.provenance(argv, {"seed": args.seed, "generate": args.generate}),
         }
-        tables = make_tables(by_arm, by_run, comparisons, published, what)
+        tables = make_tables(by_arm, by_run, untrained, comparisons, published, what)
         titles = {
             "spelling": "Spelling robustness",
             "spelling_generated": "Spelling robustness, synthetic typos",

@@ -395,3 +395,13 @@ def test_errors_are_one_sentence(tmp_path, runs_dir):
         with pytest.raises(SystemExit) as e:
             main(argv)
         assert str(e.value).startswith("error: ") and "\n" not in str(e.value), argv
+
+
+def test_untrained_twin_is_step_zero(runs_dir):
+    for arm in ARMS:
+        net, tokenizer, config = load_run(runs_dir / f"{arm}_s1338")
+        twin = probe_spelling.untrained_twin(net, tokenizer, config, 1338)
+        body = dict(twin.body_parameters())
+        for name, p in net.body_parameters():  # the fixture's body is step 0's, its matrices times 5
+            factor = 5 if ".h." in name and p.dim() == 2 else 1
+            assert torch.equal(p, body[name] * factor), name
