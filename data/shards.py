@@ -13,6 +13,7 @@ flushed to the disk, and renamed.
 
 import os
 import re
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,9 @@ def open_shard(path) -> Shard:
         if path.suffix == ".npy":
             return _open_npy(path, size)
         with open(path, "rb") as file:
-            head = np.frombuffer(file.read(12), "<i4")
+            magic, version, count = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    magic, version, count = (int(v) for v in head) if len(head) == 3 else (0, 0, 0)
     dtype = LAYOUTS.get((magic, version))
     if dtype is not None:
         expected = HEADER_BYTES + count * dtype.itemsize
