@@ -28,7 +28,7 @@ from data.tokenizers import GPT2_PATTERN, clean_text
 
 LETTER, NUMBER, OTHER, SPACE, EDGE, UNSURE = range(6)
 LONGEST = 15  # bytes of a piece that fit into a key beside its length
-# tiktoken's spelling of the pattern, which matches the same pieces
+# other spellings of the pattern, tiktoken's of several years among them, that match the same pieces
 PATTERNS = (
     GPT2_PATTERN,
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",

@@ -24,8 +24,8 @@ from data import DataError
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's split of text into pieces that merges never cross.
-GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's split of text into pieces that merges never cross, possessive so that no run of text can overflow a stack.
+GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # Names under which tokenizers outside tiktoken keep their end of text, best first.
 END_NAMES = (
     END_OF_TEXT,

@@ -1,0 +1,157 @@
+"""Kill data/fineweb_edu/prepare.py with SIGKILL over and over; what comes out in the end must not show it.
+
+    python scripts/kill_prepare.py --input text.jsonl --kills 100 --json results/data/kill_prepare.json
+
+One uninterrupted run with one worker gives the reference. Then the same set is prepared again and again in fresh
+folders by runs that are killed after a random time, or the moment a file of a random number appears, each time with
+another number of workers, until the wanted number of kills is reached. Each finished folder is compared with the
+reference, file by file, by SHA-256; between kills no shard may be there under its name that is not whole.
+"""
+
+import argparse
+import collections
+import datetime
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: let `import data` find the project
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.shards import open_shard
+
+PREPARE = Path(__file__).resolve().parents[1] / "data" / "fineweb_edu" / "prepare.py"
+
+
+def command(source: Path, out: Path, workers: int, shard_size: int) -> list[str]:
+    options = {"--input": source, "--out-dir": out, "--workers": workers, "--shard-size": shard_size}
+    return [sys.executable, str(PREPARE), *(str(part) for option in options.items() for part in option)]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.iterdir()) if path.name != "prepare.lock"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def orphans(folder: Path) -> int:
+    """Processes still alive that were started for a folder (workers of a killed run), Linux only."""
+    count = 0
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            count += str(folder).encode() in (entry / "environ").read_bytes()
+        except OSError:
+            continue
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--shard-size", type=int, default=6000)
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not args.input.is_file():
+        sys.exit(f"error: no input file {args.input}")
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        # every folder has the same name, since shards are named after it
+        reference_dir = Path(scratch) / "reference" / "set"
+        started = time.perf_counter()
+        subprocess.run(
+            command(args.input, reference_dir, 1, args.shard_size), check=True, stdout=subprocess.DEVNULL
+        )
+        usual = time.perf_counter() - started
+        reference = digests(reference_dir)
+        shards = sum(name.endswith(".bin") for name in reference)
+        print(f"reference: {shards} shards in {usual:.1f} s", flush=True)
+        kills = finished = lingering = runs = 0
+        stages: collections.Counter = collections.Counter()
+        began = time.perf_counter()
+        while kills < args.kills or not finished:
+            out = Path(scratch) / f"attempt{finished}" / "set"
+            workers = rng.choice([0, 1, 2, 3])
+            # the folder's name in the environment is how its workers are found again
+            process = subprocess.Popen(
+                command(args.input, out, workers, args.shard_size),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=os.environ | {"KILL_PREPARE": str(out)},
+            )
+            runs += 1
+            if kills < args.kills:
+                kind = rng.choice(["time", "file", "shard"])
+                deadline = time.perf_counter() + (rng.uniform(0, usual) if kind == "time" else usual)
+                present = len(list(out.glob("*.bin"))) if out.is_dir() else 0
+                target = present + rng.randrange(1, max(2, shards // 8))
+                while process.poll() is None and time.perf_counter() < deadline:
+                    if kind == "file" and list(out.glob("*.tmp")) and len(list(out.glob("*.bin"))) >= target:
+                        break
+                    if kind == "shard" and len(list(out.glob("*.bin"))) >= target:
+                        break
+                    time.sleep(0.0005 if kind != "time" else 0.002)
+                if process.poll() is None:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                    kills += 1
+                    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+                    writing = any(name.endswith(".tmp") for name in names)
+                    stages[
+                        "before the first file" if not names else "writing" if writing else "between files"
+                    ] += 1
+                    for path in out.glob("*.bin"):
+                        open_shard(path)  # raises unless header and size agree
+                        if hashlib.sha256(path.read_bytes()).hexdigest() != reference[path.name]:
+                            sys.exit(
+                                f"error: after kill {kills} {path.name} is there and differs from the reference"
+                            )
+                    patience = time.perf_counter() + 10
+                    while orphans(out) and time.perf_counter() < patience:
+                        time.sleep(0.05)
+                    lingering += orphans(out)
+                    continue
+            stderr = process.communicate()[1].decode()
+            if process.returncode:
+                sys.exit(f"error: a run after {kills} kills failed: {stderr[-500:]}")
+            if digests(out) != reference:
+                different = {name for name in reference.keys() | digests(out).keys()}
+                different = [n for n in sorted(different) if reference.get(n) != digests(out).get(n)]
+                sys.exit(f"error: after {kills} kills the finished set differs in {', '.join(different[:5])}")
+            finished += 1
+            print(f"set {finished} finished after {kills} kills in all, identical", flush=True)
+    from engine.runs import commit, machine
+
+    report = {
+        "what": "random SIGKILLs of data/fineweb_edu/prepare.py; finished sets compared by SHA-256, meta.json included",
+        "kills": kills,
+        "runs": runs,
+        "sets_finished": finished,
+        "sets_identical_to_the_uninterrupted_one": finished,
+        "shards_a_set": shards,
+        "killed_while": dict(stages),
+        "workers_left_behind": lingering,
+        "seconds": round(time.perf_counter() - began),
+        "seed": args.seed,
+        "command": f"python scripts/kill_prepare.py --input {args.input.name} --kills {args.kills}",
+        "commit": commit(),
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+    }
+    print(json.dumps(report, indent=1))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

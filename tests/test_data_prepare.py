@@ -1,0 +1,788 @@
+"""Preparing shards: against a ten-line pipeline, for every source, worker count, interruption and fault."""
+
+import bz2
+import gzip
+import hashlib
+import itertools
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import DataError, pipeline, sources, verify
+from data.fast_bpe import UNSURE, FastEncoder, character_classes, safe_cut
+from data.fineweb_edu import prepare as fineweb
+from data.meta import is_prepared, read_meta
+from data.pipeline import folder_lock, prepare_shards
+from data.shards import find_shards, open_shard, write_shard
+from data.tokenizers import END_OF_TEXT, clean_text, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """A BPE of 600 ids with GPT-2's pattern, read by tiktoken."""
+    import tokenizers
+
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=599, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    folder = tmp_path_factory.mktemp("bpe")
+    model.save(str(folder / "tokenizer.json"))
+    model.add_special_tokens([END_OF_TEXT])  # for the command line, as people's own tokenizers come
+    (folder / "hf").mkdir()
+    model.save(str(folder / "hf" / "tokenizer.json"))
+    return load_tokenizer({"kind": "bytebpe", "file": "tokenizer.json"}, folder)
+
+
+def words(seed: int, n: int) -> str:
+    rng = random.Random(seed)
+    return " ".join("".join(rng.choices("etaoinshrdlu'.,\n", k=rng.randint(1, 9))) for _ in range(n))
+
+
+DOCUMENTS = [
+    "a plain one",
+    f"with {END_OF_TEXT} written out",
+    "  leading and trailing \n\n ",
+    "don't 'tis they'll've 's ''s 're\u00a0x",
+    "na\u00efve \u65e5\u672c\u8a9e \U0001f642 \u0645\u0631\u062d\u0628\u0627 \U0001e900",
+    "lone \ud83d surrogate",
+    "\x00 zero \x00",
+    *(words(k, 40 + 13 * k) for k in range(20)),
+]
+ROWS = [*DOCUMENTS[:4], "", None, 17, *DOCUMENTS[4:], ["a", "list"]]
+
+
+def reference(texts, tokenizer) -> np.ndarray:
+    """The plain pipeline: one document after the other."""
+    ids = []
+    for text in texts:
+        ids.append(tokenizer.eot)
+        ids.extend(tokenizer.backend.encode_ordinary(text))
+    return np.array(ids)
+
+
+def stream_of(folder) -> np.ndarray:
+    return np.concatenate([open_shard(p).tokens for s in ("val", "train") for p in find_shards(folder, s)])
+
+
+def digests(folder) -> dict:
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).iterdir())
+        if p.name != "prepare.lock"
+    }
+
+
+def jsonl(path: Path, rows=ROWS) -> Path:
+    path.write_text("".join(json.dumps({"id": k, "text": row}) + "\n" for k, row in enumerate(rows)))
+    return path
+
+
+def make(out, tokenizer, files, workers=0, val=100, shard=300, column="text", blocks=None, **more):
+    """prepare_shards of local files with small shards and small blocks."""
+    files = [Path(f) for f in files]
+    return prepare_shards(
+        Path(out),
+        "set",
+        tokenizer,
+        blocks or (lambda position: sources.local_blocks(files, column, position)),
+        {"files": [f.name for f in files]},
+        column=column,
+        val_tokens=val,
+        shard_tokens=shard,
+        workers=workers,
+        say=lambda line: None,
+        **more,
+    )
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 700)
+
+
+# ------------------------------------------------------------------------------------------ the fast encoder
+
+
+def check_encoder(encoder, texts):
+    expected = reference(texts, encoder.tokenizer)
+    assert encoder.encode(texts).tolist() == expected.tolist()
+
+
+def test_fast_encoder_on_every_code_point_that_it_is_sure_of(gpt2_encoding):
+    tokenizer = load_tokenizer("gpt2")
+    encoder = FastEncoder(tokenizer)
+    assert encoder.vectorised
+    sure = np.flatnonzero(character_classes() != UNSURE).tolist()
+    assert len(sure) > 50_000
+    texts = [f"{c}a{c}1 {c}{c}.\n{c} '{c}s{c}" for c in map(chr, sure)]
+    joined = ["\n".join(texts[k : k + 200]) for k in range(0, len(texts), 200)]
+    check_encoder(encoder, joined)
+
+
+def test_fast_encoder_in_awkward_places(bpe):
+    texts = [
+        "",
+        " ",
+        "\n",
+        "  ",
+        " \n ",
+        "a",
+        "a ",
+        " a",
+        "a  ",
+        "  a",
+        "\u00a0",
+        "\u00a0\u00a0a",
+        "a\u00a0 b",
+        "a \u3000b",
+    ]
+    texts += [
+        "'s",
+        "'S",
+        "''s",
+        "'",
+        "'re",
+        "'r",
+        "'l",
+        "'ll",
+        "a'",
+        "a's's",
+        " 's",
+        "\n's",
+        "1's",
+        "\u00a0's",
+        ".'s",
+        "'sx",
+    ]
+    texts += [
+        "\x00",
+        "\x00\x00",
+        "a\x00b",
+        " \x00",
+        "\x1c\x1d",
+        "\x85",
+        "a\x85 b",
+        "\u2028 x",
+        "x" * 15,
+        "x" * 16,
+        " " + "y" * 300,
+    ]
+    texts += [
+        "\u00b2",
+        "\u2460x",
+        "e\u0301",
+        "\u200d",
+        "\ufeff",
+        "\U0001f642\U0001f642",
+        "\U0002a6d6",
+        "\u0378",
+        "\ud800",
+        "\ufffe",
+    ]
+    encoder = FastEncoder(bpe)
+    check_encoder(encoder, texts)
+    for a in texts:  # alone, and next to each other in one document and in two
+        check_encoder(encoder, [a])
+    check_encoder(encoder, [a + b for a in texts[:40] for b in texts[:40]])
+
+
+ALPHABET = st.sampled_from(
+    [*"aZ09 '\n\t.srtmdvel\x00", "\u00a0", "\u3000", "\u00e9", "\u65e5", "\U0001f642", "\u0301", "\u0e01"]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(st.text(ALPHABET, max_size=40), st.text(max_size=30)), max_size=6))
+def test_fast_encoder_on_fuzzed_text(bpe, texts):
+    if not hasattr(test_fast_encoder_on_fuzzed_text, "encoder"):
+        test_fast_encoder_on_fuzzed_text.encoder = FastEncoder(bpe, slots=1 << 12)
+    check_encoder(test_fast_encoder_on_fuzzed_text.encoder, texts)
+
+
+def test_a_full_table_still_encodes_and_stops_growing(bpe):
+    encoder = FastEncoder(bpe, slots=1 << 11)
+    for seed in range(6):
+        check_encoder(encoder, [words(100 + seed, 900)])
+    assert encoder._pieces._free == 0
+    size = len(encoder._pieces._ids), len(encoder._pieces._begin)
+    check_encoder(encoder, [words(200, 900), "q" * 400])
+    assert (len(encoder._pieces._ids), len(encoder._pieces._begin)) == size
+
+
+def test_long_documents_are_cut_without_a_trace(bpe, monkeypatch):
+    monkeypatch.setattr("data.fast_bpe.MOST_AT_ONCE", 50)
+    encoder = FastEncoder(bpe)
+    check_encoder(
+        encoder, [words(1, 600), "", words(2, 3), "\u65e5\u672c\n\u8a9e" * 50, "x" * 500, words(3, 50)]
+    )
+    text = words(4, 100)
+    cuts = [0]
+    while cuts[-1] < len(text):
+        cuts.append(safe_cut(text, cuts[-1] + 30))
+    parts = [text[a:b] for a, b in itertools.pairwise(cuts)]
+    assert len(parts) > 5
+    opens = [True] + [False] * (len(parts) - 1)
+    assert encoder.encode_parts(parts, opens).tolist() == reference([text], bpe).tolist()
+
+
+def test_fast_encoder_on_real_text(shared_dir, gpt2_encoding):
+    with lzma.open(shared_dir / "data" / "edu-mix-val.jsonl.xz", "rt", encoding="utf8") as file:
+        check_encoder(FastEncoder(load_tokenizer("gpt2")), [json.loads(line)["text"] for line in file])
+
+
+# ------------------------------------------------------------------------------------------ right
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_any_number_of_workers_gives_the_plain_pipelines_tokens(tmp_path, bpe, small_blocks, workers):
+    meta = make(tmp_path / "o", bpe, [jsonl(tmp_path / "a.jsonl")], workers)
+    expected = reference(DOCUMENTS, bpe)
+    assert stream_of(tmp_path / "o").tolist() == expected.tolist()
+    sizes = [record["tokens"] for record in meta["shards"]]
+    assert sizes[:-1] == [100] + [300] * (len(sizes) - 2) and 0 < sizes[-1] <= 300 and len(sizes) > 5
+    assert meta["skipped"] == {"empty": 1, "not_text": 3, "not_json": 0, "not_encodable": 0}
+    assert meta["documents"] == len(DOCUMENTS) == int((expected == bpe.eot).sum())
+    make(tmp_path / "alone", bpe, [tmp_path / "a.jsonl"], 0)
+    assert digests(tmp_path / "o") == digests(tmp_path / "alone")
+    assert is_prepared(tmp_path / "o") and verify.verify(tmp_path / "o", say=lambda line: None) == []
+    lengths = np.array(meta["byte_lengths"])
+    assert lengths[expected].sum() == sum(len(clean_text(text).encode()) for text in DOCUMENTS)
+
+
+def packed(path: Path, data: bytes) -> Path:
+    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    if path.suffix == ".zst":
+        pa = pytest.importorskip("pyarrow")
+        with pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd") as file:
+            file.write(data)
+    else:
+        with openers[path.suffix](path, "wb") as file:
+            file.write(data)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
+def test_packed_lines_give_the_same_tokens(tmp_path, bpe, small_blocks, suffix):
+    plain = jsonl(tmp_path / "a.jsonl")
+    path = packed(tmp_path / f"b.jsonl{suffix}", plain.read_bytes())
+    make(tmp_path / "o", bpe, [path, plain])
+    assert stream_of(tmp_path / "o").tolist() == reference([*DOCUMENTS, *DOCUMENTS], bpe).tolist()
+
+
+def test_parquet_with_several_row_groups(tmp_path, bpe, small_blocks):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = [clean_text(text) for text in DOCUMENTS]
+    rows.insert(3, None)
+    pq.write_table(
+        pa.table({"body": rows, "n": list(range(len(rows)))}), tmp_path / "a.parquet", row_group_size=7
+    )
+    meta = make(tmp_path / "o", bpe, [tmp_path / "a.parquet"], column="body")
+    assert stream_of(tmp_path / "o").tolist() == reference(DOCUMENTS, bpe).tolist()
+    assert meta["skipped"]["not_text"] == 1
+    with pytest.raises(DataError, match="no column 'text'; it has body, n"):
+        make(tmp_path / "p", bpe, [tmp_path / "a.parquet"])
+    # from any block on, the same rows follow
+    blocks = list(sources.local_blocks([tmp_path / "a.parquet"], "body"))
+    assert len(blocks) > 4
+    for block in blocks:
+        again = list(sources.local_blocks([tmp_path / "a.parquet"], "body", block.position))
+        assert [b.payload for b in again] == [b.payload for b in blocks[blocks.index(block) :]]
+
+
+def test_text_files_are_one_document_each_however_long(tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 5000)
+    long = words(9, 4000)
+    (tmp_path / "a.txt").write_text(long)
+    (tmp_path / "b.txt").write_text("\u65e5\u672c\u8a9e" * 4000)  # nowhere to cut
+    packed(tmp_path / "c.txt.gz", b"short \xff\xfe bad bytes")
+    meta = make(
+        tmp_path / "o", bpe, [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt.gz"], shard=7000
+    )
+    texts = [long, "\u65e5\u672c\u8a9e" * 4000, "short \ufffd\ufffd bad bytes"]
+    assert stream_of(tmp_path / "o").tolist() == reference(texts, bpe).tolist() and meta["documents"] == 3
+
+
+def test_broken_lines_and_bad_bytes_are_survived(tmp_path, bpe):
+    path = tmp_path / "a.jsonl"
+    deep = b'{"text": ' + b"[" * 100_000 + b"\n"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "one"}\r\n\n  \n{"text": "tw\xff"}\n{"text": "cut\n[1]\n"x"\n'
+        + deep
+        + b'{"text": "last"}'
+    )
+    meta = make(tmp_path / "o", bpe, [path], val=2, shard=1000)
+    assert stream_of(tmp_path / "o").tolist() == reference(["one", "tw\ufffd", "last"], bpe).tolist()
+    assert meta["skipped"]["not_json"] == 2 and meta["skipped"]["not_text"] == 2
+
+
+def test_ten_megabyte_documents_survive(tmp_path, bpe):
+    big = words(5, 1_700_000)
+    assert len(big) > 9_000_000
+    rows = ["small", big, " \n" * 3_000_000, "x" * 2_000_000, "small"]
+    make(tmp_path / "o", bpe, [jsonl(tmp_path / "a.jsonl", rows)], workers=1, val=10, shard=10**8)
+    stream = stream_of(tmp_path / "o")
+    starts = np.flatnonzero(stream == bpe.eot)
+    # tiktoken itself cannot take the mixed white space at once; its bytes tell whether it was encoded
+    assert bpe.decode(stream[starts[2] + 1 : starts[3]].tolist()) == rows[2]
+    assert stream[starts[1] + 1 : starts[2]].tolist() == bpe.backend.encode_ordinary(big)
+    assert stream[starts[3] + 1 : starts[4]].tolist() == bpe.backend.encode_ordinary(rows[3])
+
+
+def test_other_tokenizers_and_uint32(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(alphabet)} | {f"unused{k}": 256 + k for k in range(70_000)}
+    model = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    model.pre_tokenizer, model.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    model.add_special_tokens([END_OF_TEXT])
+    (tmp_path / "hf").mkdir()
+    model.save(str(tmp_path / "hf" / "tokenizer.json"))
+    jsonl(tmp_path / "a.jsonl")
+    out = tmp_path / "wide"
+    arguments = [
+        "--input",
+        tmp_path / "a.jsonl",
+        "--out_dir",
+        out,
+        "--tokenizer",
+        tmp_path / "hf",
+        "--workers",
+        1,
+    ]
+    fineweb.main([str(a) for a in [*arguments, "--val_tokens", 100, "--shard_size=2000"]])
+    shard = open_shard(find_shards(out, "train")[0])
+    assert (
+        shard.dtype == np.uint32 and shard.path.read_bytes()[:8] == np.array([20240801, 7], "<i4").tobytes()
+    )
+    meta = read_meta(out)
+    tokenizer = load_tokenizer(meta["tokenizer"], out)  # from the folder alone
+    assert meta["eot"] == 70_256 == tokenizer.eot and stream_of(out)[0] == 70_256
+    texts = tokenizer.decode(stream_of(out).tolist()).split(END_OF_TEXT)[1:]
+    expected = "".join(END_OF_TEXT + clean_text(text) for text in DOCUMENTS).split(END_OF_TEXT)[1:]
+    assert texts == expected and (stream_of(out) == 70_256).sum() == len(DOCUMENTS)
+    assert verify.verify(out, say=lambda line: None) == []
+
+
+# ------------------------------------------------------------------------------------------ unbreakable
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(path, n):
+    """Blocks that end in an error after n of them: a stand-in for a kill, at every place."""
+
+    def blocks(position):
+        for k, block in enumerate(sources.local_blocks([path], "text", position)):
+            if k >= n:
+                raise Cut
+            yield block
+
+    return blocks
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_interrupted_anywhere_the_set_is_the_same(tmp_path, bpe, small_blocks, suffix):
+    path = jsonl(tmp_path / "a.jsonl")
+    path = packed(tmp_path / "a.jsonl.gz", path.read_bytes()) if suffix else path
+    make(tmp_path / "whole" / "set", bpe, [path])
+    expected = digests(tmp_path / "whole" / "set")
+    total = len(list(sources.local_blocks([path], "text")))
+    assert total > 10
+    for first in range(0, total, 3):
+        out = tmp_path / f"cut{first}" / "set"
+        for n in (first, first // 2 + 1, 4):
+            try:
+                make(out, bpe, [path], blocks=cut_after(path, n))
+                break
+            except Cut:
+                assert not list(out.glob("*.tmp"))
+        make(out, bpe, [path])
+        assert digests(out) == expected
+
+
+def test_killed_for_real(tmp_path, bpe):
+    """A few SIGKILLs; scripts/kill_prepare.py does a hundred."""
+    tokenizer = str(bpe._path.parent / "hf")
+    jsonl(tmp_path / "a.jsonl", [words(k, 300) for k in range(300)])
+
+    def command(out, workers):
+        options = [
+            "--input",
+            "a.jsonl",
+            "--out-dir",
+            out,
+            "--tokenizer",
+            tokenizer,
+            "--workers",
+            workers,
+        ]
+        script = str(ROOT / "data" / "fineweb_edu" / "prepare.py")
+        return [sys.executable, script, *map(str, options), "--shard-size", "9000"]
+
+    subprocess.run(command("one/set", 0), cwd=tmp_path, check=True, capture_output=True)
+    for shards in (1, 4, 9):
+        process = subprocess.Popen(command("two/set", 2), cwd=tmp_path, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob("two/set/*.bin"))) < shards and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command("two/set", 1), cwd=tmp_path, check=True, capture_output=True)
+    assert digests(tmp_path / "two" / "set") == digests(tmp_path / "one" / "set")
+
+
+def test_a_complete_set_is_left_alone_and_a_lost_shard_remade(tmp_path, bpe, small_blocks):
+    path, out = jsonl(tmp_path / "a.jsonl"), tmp_path / "set"
+    make(out, bpe, [path])
+    expected = digests(out)
+    times = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    make(out, bpe, [path], blocks=lambda position: pytest.fail("read its source again"))
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == times
+    (out / "set_train_000003.bin").unlink()
+    with open(out / "set_train_000005.bin", "ab") as file:
+        file.write(b"xx")
+    positions = []
+
+    def blocks(position):
+        positions.append(position)
+        return sources.local_blocks([path], "text", position)
+
+    make(out, bpe, [path], blocks=blocks)
+    assert digests(out) == expected and len(positions) == 2
+    assert (out / "set_train_000002.bin").stat().st_mtime_ns == times["set_train_000002.bin"]
+    # a source that has changed in the meantime is noticed
+    (out / "set_train_000003.bin").unlink()
+    jsonl(path, [text + "!" for text in DOCUMENTS])
+    with pytest.raises(DataError, match="the source has changed"):
+        make(out, bpe, [path])
+
+
+def test_max_shards_stops_and_a_larger_one_goes_on(tmp_path, bpe, small_blocks):
+    path = jsonl(tmp_path / "a.jsonl")
+    make(tmp_path / "all" / "set", bpe, [path])
+    out = tmp_path / "some" / "set"
+    assert len(make(out, bpe, [path], max_shards=2)["shards"]) == 3 and is_prepared(out)
+    val = digests(out)["set_val_000000.bin"]
+    assert len(make(out, bpe, [path], max_shards=2)["shards"]) == 3
+    assert len(make(out, bpe, [path], max_shards=4)["shards"]) == 5
+    make(out, bpe, [path])
+    assert digests(out) == digests(tmp_path / "all" / "set") and digests(out)["set_val_000000.bin"] == val
+
+
+def test_a_source_that_ends_exactly_with_a_shard(tmp_path, bpe):
+    path = jsonl(tmp_path / "a.jsonl")
+    n = len(reference(DOCUMENTS, bpe))
+    for workers in (0, 1):
+        meta = make(tmp_path / f"o{workers}", bpe, [path], workers, val=100, shard=n - 100)
+        assert [r["tokens"] for r in meta["shards"]] == [100, n - 100] and meta["shards"][-1]["next"] is None
+    make(
+        tmp_path / "o0",
+        bpe,
+        [path],
+        blocks=lambda position: pytest.fail("read its source again"),
+        val=100,
+        shard=n - 100,
+    )
+
+
+def test_two_runs_into_one_folder(tmp_path, bpe):
+    path = jsonl(tmp_path / "a.jsonl")
+    out = tmp_path / "set"
+    out.mkdir()
+    code = "import sys, time; from pathlib import Path; from data.pipeline import folder_lock\nwith folder_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(DataError, match="another run is preparing"):
+            make(out, bpe, [path])
+        assert [p.name for p in out.iterdir()] == ["prepare.lock"]
+    finally:
+        holder.kill()
+        holder.communicate()
+    make(out, bpe, [path])  # a killed holder holds nothing
+    with folder_lock(out):
+        pass
+
+
+def test_a_full_disk_is_a_sentence_and_resumable(tmp_path, bpe, small_blocks, monkeypatch):
+    path = jsonl(tmp_path / "a.jsonl")
+    make(tmp_path / "whole" / "set", bpe, [path])
+    out = tmp_path / "full" / "set"
+    written = 0
+    real = pipeline._OpenShard.write
+
+    def full(self, tokens):
+        nonlocal written
+        written += len(tokens)
+        if written > 1500:
+            raise OSError(28, "No space left on device")
+        real(self, tokens)
+
+    monkeypatch.setattr(pipeline._OpenShard, "write", full)
+    with pytest.raises(DataError, match=r"no room left on the disk.*5 whole shards kept.*same command"):
+        make(out, bpe, [path])
+    assert not list(out.glob("*.tmp"))
+    monkeypatch.setattr(pipeline._OpenShard, "write", real)
+    make(out, bpe, [path])
+    assert digests(out) == digests(tmp_path / "whole" / "set")
+
+
+def test_a_file_size_limit_of_the_system_is_a_sentence(tmp_path, bpe):
+    resource = pytest.importorskip("resource")
+    tokenizer = str(bpe._path.parent / "hf")
+    jsonl(tmp_path / "a.jsonl", [words(k, 300) for k in range(100)])
+    options = ["--input", "a.jsonl", "--out-dir", "o", "--tokenizer", tokenizer, "--workers", "1"]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "data" / "fineweb_edu" / "prepare.py"), *options, "--val-tokens", "1000"],
+        cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
+    )  # fmt: skip
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: no room left on the disk") and not list(tmp_path.glob("o/*.tmp"))
+
+
+def test_damaged_and_missing_input(tmp_path, bpe, small_blocks):
+    whole = gzip.compress(jsonl(tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz is damaged or cut short.*kept"):
+        make(tmp_path / "o", bpe, [tmp_path / "b.jsonl.gz"])
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DataError, match="not a whole parquet file"):
+        make(tmp_path / "p", bpe, [tmp_path / "b.parquet"])
+    for name in ("absent.jsonl", "a.doc"):
+        (tmp_path / "a.doc").touch()
+        with pytest.raises(DataError, match=name):
+            sources.check_files([tmp_path / name])
+
+
+def test_foreign_folders_other_options_and_useless_input_are_refused(tmp_path, bpe):
+    path, out = jsonl(tmp_path / "a.jsonl"), tmp_path / "o"
+    make(out, bpe, [path])
+    before = digests(out)
+    with pytest.raises(DataError, match="shard_tokens: 300 there, 400 now"):
+        make(out, bpe, [path], shard=400)
+    assert digests(out) == before
+    (tmp_path / "f").mkdir()
+    write_shard(tmp_path / "f" / "other_train_000001.bin", np.array([1], np.uint16))
+    with pytest.raises(DataError, match="somebody else's"):
+        make(tmp_path / "f", bpe, [path])
+    with pytest.raises(DataError, match="--text-column"):
+        make(tmp_path / "c", bpe, [path], column="body")
+    with pytest.raises(DataError, match="--val-tokens"):
+        make(tmp_path / "v", bpe, [path], val=10**6)
+    make(tmp_path / "v", bpe, [path], val=50)  # nothing in the way
+    with pytest.raises(DataError, match="no end-of-text"):
+        make(tmp_path / "e", load_tokenizer({"kind": "chars", "itos": ["a"]}), [path])
+
+
+def test_a_dead_worker_is_a_sentence(tmp_path, bpe, small_blocks):
+    path = jsonl(tmp_path / "a.jsonl")
+
+    def blocks(position):
+        for k, block in enumerate(sources.local_blocks([path], "text", position)):
+            if k == 9:
+                import multiprocessing
+
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            yield block
+
+    with pytest.raises(DataError, match="a worker process died"):
+        make(tmp_path / "o", bpe, [path], workers=1, blocks=blocks)
+    make(tmp_path / "o", bpe, [path], workers=1)
+    assert stream_of(tmp_path / "o").tolist() == reference(DOCUMENTS, bpe).tolist()
+
+
+# ------------------------------------------------------------------------------------------ the hub
+
+
+class Flaky:
+    """A real streamed data set whose link breaks every few rows."""
+
+    def __init__(self, stream, every):
+        self.stream, self.every = stream, every
+
+    def state_dict(self):
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state):
+        self.stream.load_state_dict(state)
+
+    def __iter__(self):
+        for k, row in enumerate(self.stream):
+            if self.every and k == self.every:
+                raise ConnectionError("connection reset by peer")
+            yield row
+
+
+@pytest.fixture
+def open_hub(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for k in range(3):
+        jsonl(tmp_path / f"hub{k}.jsonl", [words(100 * k + n, 30) for n in range(30)])
+    files = [str(tmp_path / f"hub{k}.jsonl") for k in range(3)]
+
+    def open_stream():
+        return datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+
+    return open_stream
+
+
+def test_a_stream_over_a_flaky_link_is_complete(tmp_path, bpe, open_hub, small_blocks):
+    waits = []
+    texts = [words(100 * k + n, 30) for k in range(3) for n in range(30)]
+
+    def blocks(every):
+        def flaky():
+            # the link lets fewer rows through after each break
+            return Flaky(open_hub(), every and max(8, every - 3 * len(waits)))
+
+        return lambda position: sources.hub_blocks(flaky, "text", position, retries=4, wait=waits.append)
+
+    make(tmp_path / "a" / "set", bpe, [], blocks=blocks(0), shard=2000)
+    assert stream_of(tmp_path / "a" / "set").tolist() == reference(texts, bpe).tolist() and waits == []
+    make(tmp_path / "b" / "set", bpe, [], blocks=blocks(20), shard=2000)
+    assert stream_of(tmp_path / "b" / "set").tolist() == reference(texts, bpe).tolist() and waits.count(1) > 3
+    json.dumps(read_meta(tmp_path / "b" / "set"))
+    # a dead link: growing waits, then a sentence; the next run finishes
+    waits.clear()
+    state = {"rows": 40}
+
+    def dying():
+        state["rows"] -= 40
+        return Flaky(open_hub(), max(1, state["rows"] + 40))
+
+    with pytest.raises(DataError, match=r"failed 5 times in a row \(ConnectionError: connection reset.*kept"):
+        make(
+            tmp_path / "c" / "set", bpe, [], shard=2000,
+            blocks=lambda position: sources.hub_blocks(dying, "text", position, retries=4, wait=waits.append),
+        )  # fmt: skip
+    assert waits == [1, 2, 4, 8]
+    make(tmp_path / "c" / "set", bpe, [], blocks=blocks(0), shard=2000)
+    tokens = ("set_val_000000.bin", "set_train_000001.bin", "set_train_000002.bin")
+    assert all(digests(tmp_path / "c" / "set")[n] == digests(tmp_path / "a" / "set")[n] for n in tokens)
+
+
+def test_hopeless_hub_errors_are_not_retried(open_hub):
+    with pytest.raises(DataError, match="no column 'body'; it has id, text"):
+        list(sources.hub_blocks(open_hub, "body", wait=lambda s: pytest.fail("waited")))
+
+    def unknown():
+        raise ValueError("BuilderConfig 'sample-11BT' not found. Available: ['default', 'sample-10BT']")
+
+    with pytest.raises(DataError, match="sample-11BT"):
+        list(sources.hub_blocks(unknown, "text", wait=lambda s: pytest.fail("waited")))
+
+
+def test_ready_shards_are_fetched_checked_and_resumed(tmp_path, bpe, monkeypatch, capsys):
+    bpe.save(tmp_path)
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    make(tmp_path / "made", bpe, [jsonl(tmp_path / "a.jsonl")])
+    for path in (tmp_path / "made").glob("*.bin"):
+        (remote / path.name).write_bytes(path.read_bytes())
+    names = sorted(p.name for p in remote.iterdir())
+    sha = {n: hashlib.sha256((remote / n).read_bytes()).hexdigest() for n in names}
+    monkeypatch.setattr(fineweb, "remote_files", lambda repo: sha | {"README.md": None})
+    monkeypatch.setattr(fineweb.time, "sleep", lambda s: None)
+    monkeypatch.setattr(fineweb._retrying, "__defaults__", (lambda s: None,))
+    downloads = []
+
+    def download(repo, name, folder):
+        downloads.append(name)
+        if len(downloads) == 2:
+            raise ConnectionError("reset")
+        data = (remote / name).read_bytes()
+        (folder / name).write_bytes(data[:-2] if len(downloads) == 4 else data)  # once it comes short
+
+    monkeypatch.setattr(fineweb, "download", download)
+    out = tmp_path / "set"
+    options = [
+        "--pretokenized",
+        "x/set",
+        "--out_dir",
+        str(out),
+        "--tokenizer",
+        str(tmp_path / "tokenizer.json"),
+    ]
+    monkeypatch.setattr(fineweb, "load_tokenizer", lambda name: bpe)
+    fineweb.main([*options, "--max-shards", "2"])
+    assert downloads == [names[-1], names[0], names[0], names[1], names[1]]
+    assert {p.name for p in out.glob("*.bin")} == {names[-1], *names[:2]} and read_meta(out)["complete"]
+    fineweb.main(options)
+    assert sorted(downloads[5:]) == names[2:-1] and verify.verify(out, say=lambda line: None) == []
+    count = len(downloads)
+    fineweb.main(options)
+    assert len(downloads) == count
+    write_shard(remote / names[3], np.array([599, 600], np.uint16))
+    sha[names[3]] = hashlib.sha256((remote / names[3]).read_bytes()).hexdigest()
+    (out / names[3]).unlink()
+    with pytest.raises(SystemExit, match="token id 600"):
+        fineweb.main(options)
+
+
+# ------------------------------------------------------------------------------------------ verify, flags
+
+
+def test_verify_finds_every_kind_of_fault(tmp_path, bpe, small_blocks, capsys):
+    path = jsonl(tmp_path / "a.jsonl")
+    pristine = tmp_path / "o"
+    make(pristine, bpe, [path])
+    verify.main([str(pristine)])
+    assert "all is well" in capsys.readouterr().out
+    shard = pristine / "set_train_000002.bin"
+    good = shard.read_bytes()
+
+    def fault(content: bytes | None) -> str:
+        shard.unlink() if content is None else shard.write_bytes(content)
+        with pytest.raises(SystemExit, match="fault"):
+            verify.main([str(pristine)])
+        shard.write_bytes(good)
+        return capsys.readouterr().err
+
+    flipped = bytearray(good)
+    flipped[1500] ^= 1
+    assert "SHA-256 differs" in fault(bytes(flipped))
+    assert "promises" in fault(good[:-2])
+    assert "is missing" in fault(None)
+    outside = bytearray(good)
+    outside[1024:1026] = (60_000).to_bytes(2, "little")
+    assert "token id 60,000" in fault(bytes(outside))
+    with pytest.raises(SystemExit, match="1 fault"):
+        verify.main([str(tmp_path / "absent")])
+
+
+def test_command_line_errors_are_sentences(tmp_path, monkeypatch):
+    for arguments, code in (
+        (["--shard-size", "0"], 2),
+        (["--input", "a.jsonl", "--pretokenized", "x/y"], 2),
+        (["--inputt", "a"], 2),
+        (["--input", str(tmp_path / "absent.jsonl"), "--tokenizer", "gpt2"], "error: "),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            fineweb.main([*arguments, "--out-dir", str(tmp_path / "o")])
+        assert exit.value.code == code or str(exit.value.code).startswith(str(code))
