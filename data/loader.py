@@ -91,10 +91,8 @@ class ValWindows:
         if self.n_windows < 1:
             raise DataError(
                 f"{self._shard.path} gives no validation window: it has {self._shard.n_tokens:,} tokens, "
-                f"eval_tokens "
-                f"is {eval_tokens:,}, and one window takes block_size + 1 = {block_size + 1:,}; lower "
-                f"block_size or "
-                "give more"
+                f"eval_tokens is {eval_tokens:,}, and one window takes block_size + 1 = {block_size + 1:,}; "
+                "lower block_size or give more"
             )
         self._files = _Files([self._shard])
 
@@ -204,8 +202,7 @@ def _open_split(data_dir, split: str) -> list[Shard]:
     if not paths:
         raise DataError(
             f"{data_dir} has no {split} shards (looked for *_{split}_*.bin, {split}.bin, "
-            f"*_{split}_*.npy): run that "
-            "data set's prepare.py, or point dataset/data_dir at prepared data"
+            f"*_{split}_*.npy): run that data set's prepare.py, or point dataset/data_dir at prepared data"
         )
     shards = [open_shard(path) for path in paths]
     if len({shard.dtype for shard in shards}) > 1:
@@ -245,9 +242,8 @@ def check_ids(data_dir, vocab_size: int) -> None:
     highest = meta["vocab_size"] - 1 if meta else max_token(data_dir)
     if highest >= vocab_size:
         raise DataError(
-            f"{data_dir} was tokenized with ids up to {highest:,} but the model's vocab_size is "
-            f"{vocab_size:,}: set "
-            f"vocab_size to {highest + 1:,} or more, or take the data of the right tokenizer"
+            f"{data_dir} was tokenized with ids up to {highest:,} but the model's vocab_size is {vocab_size:,}: "
+            f"set vocab_size to {highest + 1:,} or more, or take the data of the right tokenizer"
         )
 
 

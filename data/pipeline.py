@@ -213,16 +213,14 @@ def prepare_shards(
                 _make_span(out_dir, prefix, dtype, meta, *span, blocks_from, pool, 2 * workers + 2, progress)
         except BrokenProcessPool as error:
             raise DataError(
-                f"a worker process died, most likely for want of memory; {_kept(shards)}. Run the same "
-                f"command "
+                f"a worker process died, most likely for want of memory; {_kept(shards)}. Run the same command "
                 "again, with fewer --workers if it comes back"
             ) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise DataError(
                     f"no room left on the disk of {out_dir} ({error.strerror}); {_kept(shards)}. Make "
-                    f"room and run "
-                    "the same command again"
+                    f"room and run the same command again"
                 ) from error
             raise DataError(f"{error}; {_kept(shards)}. Run the same command again to go on") from error
         except DataError as error:
@@ -251,8 +249,7 @@ def _take_up(out_dir: Path, meta: dict) -> None:
         if old.get(key) != meta[key]:
             raise DataError(
                 f"{out_dir} holds a set made with another {key} ({_difference(old.get(key), meta[key])}): "
-                f"give the "
-                "same options to go on with it, or another --out-dir"
+                f"give the same options to go on with it, or another --out-dir"
             )
     meta |= {key: old[key] for key in ("complete", "skipped", "documents", "tokens", "versions")}
     meta["shards"] = [dict(record) for record in old["shards"]]
@@ -310,8 +307,7 @@ def _make_span(out_dir, prefix, dtype, meta, first, stop, blocks_from, pool, ahe
             if shards[number]["sha256"] != record["sha256"]:
                 raise DataError(
                     f"{record['file']} came out different from its first making, so the source has "
-                    f"changed; delete "
-                    f"{out_dir} and prepare it anew"
+                    f"changed; delete {out_dir} and prepare it anew"
                 )
             shards[number] = record
         else:
@@ -347,8 +343,7 @@ def _make_span(out_dir, prefix, dtype, meta, first, stop, blocks_from, pool, ahe
                 f"no document found: of {sum(skipped.values()):,} rows {skipped['not_json']:,} are no "
                 f"JSON objects, "
                 f"{skipped['not_text']:,} have no text under the chosen column, {skipped['empty']:,} are "
-                f"empty; "
-                "choose the column with --text-column"
+                f"empty; choose the column with --text-column"
             )
         elif number == len(shards):  # the source ended exactly with a shard
             shards[-1]["next"] = None
@@ -422,8 +417,7 @@ def folder_lock(folder: Path):
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 raise DataError(
-                    f"another run is preparing {folder} at this moment: wait for it, or take another "
-                    f"--out-dir"
+                    f"another run is preparing {folder} at this moment: wait for it, or take another --out-dir"
                 ) from error
             print(f"note: {folder} cannot be locked ({error.strerror}); run only one preparation there")
         yield

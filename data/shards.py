@@ -92,8 +92,7 @@ def open_shard(path) -> Shard:
         if count < 0 or size != expected:
             raise DataError(
                 f"{path} is damaged: its header promises {count:,} tokens ({expected:,} bytes) but the "
-                f"file has "
-                f"{size:,} bytes; delete it and prepare or download it again"
+                f"file has {size:,} bytes; delete it and prepare or download it again"
             )
         return Shard(path, HEADER_BYTES, count, dtype)
     if magic in {known for known, _ in LAYOUTS}:
@@ -103,8 +102,7 @@ def open_shard(path) -> Shard:
     if re.search(r"_(train|val)_", path.name):
         raise DataError(
             f"{path} has no token-shard header (it starts with {magic}, not 20240520): an interrupted "
-            f"download, "
-            "a Git LFS pointer or another format; fetch it again. Headerless files must be named "
+            f"download, a Git LFS pointer or another format; fetch it again. Headerless files must be named "
             "train.bin, val.bin"
         )
     if size % 2:

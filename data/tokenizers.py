@@ -88,8 +88,7 @@ def _load_by_name(name: str):
     except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
         raise DataError(
             f"no tokenizer {name!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}; it is no "
-            f"local "
-            f"file or folder, and the Hugging Face hub gave none ({type(error).__name__}: "
+            f"local file or folder, and the Hugging Face hub gave none ({type(error).__name__}: "
             f"{_first_line(error)})"
         ) from error
     with contextlib.suppress(Exception):  # which end of text it uses; a tokenizer may come without
@@ -107,8 +106,7 @@ def _tiktoken(name: str):
     except OSError as error:  # requests' ConnectionError is one
         raise DataError(
             f"cannot load tiktoken's {name} ({type(error).__name__}): its vocabulary is downloaded once; "
-            f"connect "
-            "to the network, or point TIKTOKEN_CACHE_DIR at a folder that already has it"
+            f"connect to the network, or point TIKTOKEN_CACHE_DIR at a folder that already has it"
         ) from error
 
 
@@ -258,8 +256,7 @@ class CharTokenizer(_Tokenizer):
         except KeyError as error:
             raise DataError(
                 f"the character {error.args[0]!r} does not occur in the data that this vocabulary was "
-                f"made from; "
-                "leave it out of the text"
+                f"made from; leave it out of the text"
             ) from None
 
 
