@@ -114,21 +114,17 @@ def _forward(plan: Plan, wT_DxM: Tensor) -> Tensor:
 def _backward(plan: Plan, g_NxM: Tensor, D: int) -> Tensor:
     """Gradient (D, M) of W^T: _forward transposed, in the same two steps."""
     g_UxM = g_NxM.to(plan.coef_Ux2.dtype)
+    scale_Ux1, shift_Ux1 = plan.coef_Ux2.unsqueeze(2).unbind(1)
     U = len(plan.lengths_U)
     if plan.inverse_N is not None:
         counts_U = np.bincount(plan.inverse_N, minlength=U)
         g_UxM = _sum_rows(g_UxM.contiguous(), _sort_by(plan.inverse_N), counts_U)
-    scale_Ux1, shift_Ux1 = plan.coef_Ux2.unsqueeze(2).unbind(1)
     shared_M = shift_Ux1[:, 0] @ g_UxM
-    order_K = _sort_by(plan.flat_K)
-    sorted_K = plan.flat_K[order_K]
-    starts_R = np.flatnonzero(np.diff(sorted_K, prepend=-1))  # R rows of W^T are touched at all
-    counts_R = np.diff(starts_R, append=len(sorted_K))
-    token_K = np.repeat(np.arange(U), plan.lengths_U)[order_K]
-    touched_RxM = _sum_rows(g_UxM * scale_Ux1, token_K, counts_R).sub_(shared_M)
-    grad_DxM = shared_M.neg().expand(D, -1).contiguous()
-    grad_DxM.numpy()[sorted_K[starts_R]] = touched_RxM.numpy()
-    return grad_DxM.to(g_NxM.dtype)
+    # the summed copy is ours to scale in place, the caller's gradient is not
+    g_UxM = g_UxM * scale_Ux1 if plan.inverse_N is None else g_UxM.mul_(scale_Ux1)
+    token_K = np.repeat(np.arange(U), plan.lengths_U)[_sort_by(plan.flat_K)]
+    grad_DxM = _sum_rows(g_UxM, token_K, np.bincount(plan.flat_K, minlength=D))
+    return grad_DxM.sub_(shared_M).to(g_NxM.dtype)
 
 
 class _EmbedCPU(torch.autograd.Function):

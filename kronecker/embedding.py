@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kronecker.bag import embed
 from kronecker.codec import bag_coefficients, check_buffers, codec_output_dim
+from kronecker.ngrams import EMPTY, ngram_buckets
 from kronecker.tokens import build_byte_buffer, utf8_safe_truncate
 
 
@@ -34,8 +35,16 @@ class KroneckerEmbedding(nn.Module):
         has the same shape and values, and spares a transposed copy of the weight and of its gradient at each
         step. FSDP2's fully_shard takes row-major parameters only.
 
-    state_dict() is exactly {"projection.weight": (d_model, D)}, row-major. The bytes are no part of it and
-    follow the module's device as plain attributes, so neither half() nor a meta-device start can spoil them.
+    Additions that the paper does not have, off by default; each starts at zero output:
+    scale: factor on the output.
+    ngrams: number of buckets of a bag of hashed byte 2- and 3-grams, ngram.weight (ngrams, d_model), summed and
+        divided by the square root of their count.
+    rank: rank of a residual of each token's own, residual_u[id] @ residual_v, (vocab_size, rank) and
+        (rank, d_model).
+
+    state_dict() is exactly {"projection.weight": (d_model, D)}, row-major, and the additions' parameters where
+    they are on. The bytes are no part of it and follow the module's device as plain attributes, so neither
+    half() nor a meta-device start can spoil them.
     Raises ValueError for arguments that do not fit together, TypeError for a tokenizer of an unknown kind.
     """
 
@@ -55,16 +64,26 @@ class KroneckerEmbedding(nn.Module):
         *,
         byte_extraction: str = "bytes",
         row_major: bool = False,
+        scale: float = 1.0,
+        ngrams: int = 0,
+        rank: int = 0,
     ):
         super().__init__()
         if mode not in ("dynamic", "cached"):
             raise ValueError(f"mode must be 'dynamic' or 'cached', but it is {mode!r}")
         if projection_init not in ("normal", "xavier"):
             raise ValueError(f"projection_init must be 'normal' or 'xavier', but it is {projection_init!r}")
+        if ngrams < 0 or ngrams == 1 or (ngrams and pos_dim < 3):
+            raise ValueError(
+                f"ngrams is {ngrams} at pos_dim {pos_dim}: it needs 2 buckets and 3 bytes, or is 0"
+            )
+        if rank < 0:
+            raise ValueError(f"rank is {rank}, but it must be at least 0")
         self.vocab_size, self.d_model = vocab_size, d_model
         self.char_dim, self.pos_dim, self.D = char_dim, pos_dim, codec_output_dim(char_dim, pos_dim)
         self.mode, self.projection_init, self.byte_extraction = mode, projection_init, byte_extraction
         self.length_normalize, self.z_normalize = length_normalize, z_normalize
+        self.scale, self.ngrams, self.rank = scale, ngrams, rank
 
         if byte_buffer is None or length_buffer is None:
             if tokenizer is None:
@@ -89,21 +108,25 @@ class KroneckerEmbedding(nn.Module):
             self.projection.weight = nn.Parameter(
                 torch.empty_like(weight.t(), memory_format=torch.contiguous_format).t()
             )
+        if ngrams:
+            zeros = torch.zeros(ngrams, d_model)  # given, so that no random number is drawn for it
+            self.ngram = nn.EmbeddingBag(ngrams, d_model, mode="sum", padding_idx=EMPTY, _weight=zeros)
+        if rank:
+            self.residual_u = nn.Parameter(torch.empty(vocab_size, rank))
+            self.residual_v = nn.Parameter(torch.empty(rank, d_model))
         self.reset_parameters()
 
         self._byte_buffer = byte_buffer.to(torch.uint8).contiguous()
         self._length_buffer = length_buffer.to(torch.int16).contiguous()
-        self._coef = torch.tensor(
-            bag_coefficients(char_dim, pos_dim, length_normalize, z_normalize), dtype=torch.float64
-        )
+        self._coef = torch.empty(0)  # set by _place_constants
         self._table: Tensor | None = None  # mode="cached" only
-        self._table_version = -1
+        self._table_versions: list[int] = []
         self._place_constants()
         self.register_state_dict_post_hook(_row_major_state)
         self.register_load_state_dict_pre_hook(_check_loaded_shape)
 
     def reset_parameters(self) -> None:
-        """Draw the projection anew, as projection_init says; a seed gives the same values in any layout."""
+        """Draw the parameters anew, the projection as projection_init says, equally in either layout."""
         weight = self.projection.weight
         fresh_MxD = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
         if self.projection_init == "normal":
@@ -112,6 +135,11 @@ class KroneckerEmbedding(nn.Module):
             nn.init.xavier_uniform_(fresh_MxD)
         with torch.no_grad():
             weight.copy_(fresh_MxD)
+        if self.ngrams:
+            nn.init.zeros_(self.ngram.weight)
+        if self.rank:  # u tells tokens apart from the first step, v = 0 starts at the paper's embedding
+            nn.init.normal_(self.residual_u, std=self.rank**-0.5)
+            nn.init.zeros_(self.residual_v)
 
     # nn.Embedding's names
     @property
@@ -131,12 +159,23 @@ class KroneckerEmbedding(nn.Module):
             raise TypeError(f"token ids must be integers, but they are {input_ids.dtype}")
         if self.mode == "cached" and not self.training and not torch.is_grad_enabled():
             return nn.functional.embedding(input_ids.long(), self._cached_table())
-        return self._embed(input_ids.long(), self._byte_buffer, self._length_buffer)
+        ids = input_ids.long()
+        e = self._embed(ids, self._byte_buffer, self._length_buffer)
+        if self.ngrams:
+            e = e + self._ngram_term(self._byte_buffer[ids], self._length_buffer[ids])
+        if self.rank:
+            e = e + self._residual_term(ids)
+        return e
 
     def table(self) -> Tensor:
         """The whole table codec(all tokens) W^T (vocab_size, d_model): differentiable, fresh each call."""
         ids_V = torch.arange(self.vocab_size, device=self.projection.weight.device)
-        return self._embed(ids_V, self._byte_buffer, self._length_buffer)
+        e_VxM = self._embed(ids_V, self._byte_buffer, self._length_buffer)
+        if self.ngrams:
+            e_VxM = e_VxM + self._ngram_term(self._byte_buffer, self._length_buffer)
+        if self.rank:
+            e_VxM = e_VxM + self._residual_term(ids_V)
+        return e_VxM
 
     @torch.no_grad()
     def to_embedding(self) -> nn.Embedding:
@@ -179,9 +218,22 @@ class KroneckerEmbedding(nn.Module):
         bytes_RxP, lengths_R = build_byte_buffer(kept, self.pos_dim)
         check_buffers(bytes_RxP, lengths_R, self.char_dim, self.pos_dim)
         ids_R = torch.arange(len(kept), device=device)
-        e_RxM = self._embed(ids_R, bytes_RxP.to(device), lengths_R.to(device))
+        bytes_RxP, lengths_R = bytes_RxP.to(device), lengths_R.to(device)
+        e_RxM = self._embed(ids_R, bytes_RxP, lengths_R)
+        if self.ngrams:
+            e_RxM = e_RxM + self._ngram_term(bytes_RxP, lengths_R)
         rows_R = torch.tensor(flat_R, device=device)
         return out.reshape(-1, self.d_model).index_copy(0, rows_R, e_RxM).view_as(out)
+
+    def parameter_report(self) -> dict[str, int | float]:
+        """Parameters of each part, their sum, the stock table's, and the sum as a share of the table's."""
+        parts = {"projection": self.projection.weight.numel()}
+        if self.ngrams:
+            parts["ngram"] = self.ngram.weight.numel()
+        if self.rank:
+            parts["residual"] = self.residual_u.numel() + self.residual_v.numel()
+        total, table = sum(parts.values()), self.vocab_size * self.d_model
+        return {**parts, "total": total, "stock_table": table, "share_of_stock_table": total / table}
 
     def buffer_bytes(self) -> int:
         """Memory of the token bytes, lengths and coefficients."""
@@ -202,6 +254,18 @@ class KroneckerEmbedding(nn.Module):
             bytes_VxP, lengths_V = bytes_VxP.to(weight.device), lengths_V.to(weight.device)
         return embed(ids, weight, bytes_VxP, lengths_V, self._coef)
 
+    def _ngram_term(self, bytes_: Tensor, lengths: Tensor) -> Tensor:
+        """(..., M) for bytes (..., P) and lengths (...): the scaled sum of their n-grams' rows / sqrt(count)."""
+        buckets_NxG = ngram_buckets(bytes_.reshape(-1, self.pos_dim), lengths.reshape(-1), self.ngrams)
+        count_Nx1 = (buckets_NxG != EMPTY).sum(1, keepdim=True).clamp(min=1)
+        bag_NxM = self.ngram(buckets_NxG)
+        return (bag_NxM * (self.scale * count_Nx1.to(bag_NxM.dtype).rsqrt())).view(
+            *lengths.shape, self.d_model
+        )
+
+    def _residual_term(self, ids: Tensor) -> Tensor:
+        return self.scale * (nn.functional.embedding(ids, self.residual_u) @ self.residual_v)
+
     def _place_constants(self) -> None:
         """Keep bytes and coefficients beside the weight; a meta weight leaves them where they are."""
         weight = self.projection.weight
@@ -210,7 +274,9 @@ class KroneckerEmbedding(nn.Module):
         self._byte_buffer = self._byte_buffer.to(weight.device)
         self._length_buffer = self._length_buffer.to(weight.device)
         coef = bag_coefficients(self.char_dim, self.pos_dim, self.length_normalize, self.z_normalize)
-        self._coef = torch.tensor(coef, dtype=_sum_dtype(weight), device=weight.device)
+        # the output's scale costs nothing here
+        coef = torch.tensor(coef, dtype=torch.float64) * self.scale
+        self._coef = coef.to(_sum_dtype(weight)).to(weight.device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -223,9 +289,9 @@ class KroneckerEmbedding(nn.Module):
         return super().train(mode)
 
     def _cached_table(self) -> Tensor:
-        version = self.projection.weight._version
-        if self._table is None or version != self._table_version:
-            self._table, self._table_version = self.table(), version
+        versions = [p._version for p in self.parameters()]
+        if self._table is None or versions != self._table_versions:
+            self._table, self._table_versions = self.table(), versions
         return self._table
 
 

@@ -1,0 +1,267 @@
+"""What the codec can and cannot tell apart in a tokenizer's vocabulary.
+
+    python -m kronecker.audit --tokenizer gpt2 --pos-dim 16
+    python -m kronecker.audit --tokenizer path/to/tokenizer.json --pos-dim 32 --byte-extraction decode --json
+
+Tokens whose kept bytes are equal share one embedding for ever. The audit counts these groups, names what made
+them, and says in which scripts the truncated and the colliding tokens are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import unicodedata
+from collections import defaultdict
+from functools import cache
+
+from kronecker.codec import codec_output_dim
+from kronecker.tokens import token_bytes, utf8_safe_truncate
+
+# Taking the cause away would split the group:
+CAUSES = {
+    "truncation": "the tokens differ only after pos_dim bytes",
+    "extraction": "the tokens' true bytes differ, but decode() gives the same text",
+    "duplicate": "the tokens stand for the same bytes",
+}
+
+
+def audit(
+    tokenizer,
+    pos_dim: int = 32,
+    byte_extraction: str = "bytes",
+    d_model: int = 768,
+    char_dim: int = 256,
+    vocab_size: int | None = None,
+    examples: int = 3,
+) -> dict:
+    """A JSON-able report on a tokenizer (of any kind build_byte_buffer takes) at this pos_dim.
+
+    vocab_size: rows of the stock table that the embedding would replace (the tokenizer's ids when None).
+    """
+    true = token_bytes(tokenizer)
+    extracted = true if byte_extraction == "bytes" else token_bytes(tokenizer, byte_extraction)
+    if byte_extraction == "decode":
+        kept = [utf8_safe_truncate(piece, pos_dim) for piece in extracted]
+    else:
+        kept = [piece[:pos_dim] for piece in extracted]
+    real = [i for i, piece in enumerate(true) if piece]
+    lengths = [len(extracted[i]) for i in real]
+    truncated = {i for i in real if len(extracted[i]) > pos_dim}
+
+    members = defaultdict(list)
+    for i in real:
+        members[kept[i]].append(i)
+    groups = sorted((ids for ids in members.values() if len(ids) > 1), key=len, reverse=True)
+    by_cause = {cause: {"groups": 0, "tokens": 0, "examples": []} for cause in CAUSES}
+    for ids in groups:
+        entry = by_cause[_cause([true[i] for i in ids], [extracted[i] for i in ids])]
+        entry["groups"] += 1
+        entry["tokens"] += len(ids)
+        if len(entry["examples"]) < examples:
+            shown = [{"id": i, "bytes": show(true[i])} for i in ids[:examples]]
+            entry["examples"].append({"tokens": len(ids), "first": shown})
+    colliding = {i for ids in groups for i in ids}
+
+    by_script: dict[str, dict] = defaultdict(
+        lambda: {"tokens": 0, "bytes": 0, "truncated": 0, "colliding": 0}
+    )
+    for i in real:
+        row = by_script[script(true[i])]
+        row["tokens"] += 1
+        row["bytes"] += len(extracted[i])
+        row["truncated"] += i in truncated
+        row["colliding"] += i in colliding
+    ordered = sorted(by_script.items(), key=lambda item: -item[1]["tokens"])
+
+    D, V = codec_output_dim(char_dim, pos_dim), vocab_size or len(true)
+    return {
+        "tokens": len(real),
+        "ids": V,
+        "ids_without_bytes": V - len(real),
+        "pos_dim": pos_dim,
+        "char_dim": char_dim,
+        "byte_extraction": byte_extraction,
+        "mean_bytes": sum(lengths) / max(len(lengths), 1),
+        "longest_bytes": max(lengths, default=0),
+        "truncated": len(truncated),
+        "colliding_tokens": len(colliding),
+        "collision_groups": len(groups),
+        "largest_group": len(groups[0]) if groups else 0,
+        "by_cause": by_cause,
+        "by_script": {name: {**row, "mean_bytes": row.pop("bytes") / row["tokens"]} for name, row in ordered},
+        "buffer_bytes": V * (pos_dim + 2),
+        "parameters": D * d_model,
+        "stock_parameters": V * d_model,
+        "d_model": d_model,
+        "break_even_vocab": D,
+    }
+
+
+def audit_line(report: dict) -> str:
+    """The report in one line, for a training log."""
+    causes = ", ".join(
+        f"{row['tokens']} by {cause}" for cause, row in report["by_cause"].items() if row["tokens"]
+    )
+    share = report["parameters"] / report["stock_parameters"]
+    return (
+        f"kronecker: {report['tokens']:,} tokens, mean {report['mean_bytes']:.1f} bytes (longest "
+        f"{report['longest_bytes']}), pos_dim {report['pos_dim']} truncates {report['truncated']:,}; "
+        f"{report['colliding_tokens']} tokens share an embedding in {report['collision_groups']} groups"
+        f"{f' ({causes})' if causes else ''}; buffers {report['buffer_bytes'] / 1e6:.1f} MB, "
+        f"{share:.1%} of the table's parameters"
+    )
+
+
+def audit_text(report: dict) -> str:
+    """The whole report for a terminal."""
+    r = report
+    lines = [
+        f"tokens               {r['tokens']:,} of {r['ids']:,} ids ({r['ids_without_bytes']} ids without bytes)",
+        f"bytes of a token     mean {r['mean_bytes']:.2f}, longest {r['longest_bytes']} "
+        f"(byte extraction: {r['byte_extraction']})",
+        f"truncated            {r['truncated']:,} longer than pos_dim {r['pos_dim']}",
+        f"collisions           {r['colliding_tokens']} tokens in {r['collision_groups']} groups, "
+        f"the largest of {r['largest_group']}",
+    ]
+    for cause, row in r["by_cause"].items():
+        lines.append(f"  by {cause:<15} {row['tokens']} tokens in {row['groups']} groups: {CAUSES[cause]}")
+        for example in row["examples"]:
+            shown = ", ".join(f"{member['id']} {member['bytes']}" for member in example["first"])
+            lines.append(f"    {example['tokens']} tokens: {shown}{', ...' if example['tokens'] > 3 else ''}")
+    lines.append(
+        f"buffers              {r['buffer_bytes'] / 1e6:.2f} MB ({r['ids']:,} ids x {r['pos_dim']} bytes and a length)"
+    )
+    lines.append(
+        f"parameters           {r['parameters']:,} at d_model {r['d_model']}, against {r['stock_parameters']:,} of the "
+        f"table ({r['parameters'] / r['stock_parameters']:.1%})"
+    )
+    lines.append(
+        f"break-even           the projection is smaller from a vocabulary of {r['break_even_vocab']:,} on"
+    )
+    lines.append("")
+    lines.append(f"{'script':<24}{'tokens':>9}{'mean bytes':>12}{'truncated':>11}{'colliding':>11}")
+    for name, row in r["by_script"].items():
+        lines.append(
+            f"{name:<24}{row['tokens']:>9,}{row['mean_bytes']:>12.2f}{row['truncated']:>11,}{row['colliding']:>11,}"
+        )
+    return "\n".join(lines)
+
+
+def _cause(true: list[bytes], extracted: list[bytes]) -> str:
+    if len(set(true)) == 1:
+        return "duplicate"
+    return "extraction" if len(set(extracted)) == 1 else "truncation"
+
+
+def show(piece: bytes) -> str:
+    """A readable literal: text where the bytes are UTF-8, hex where they are not."""
+    try:
+        text = piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return "0x" + piece.hex()
+    if len(text) <= 24:
+        return repr(text)
+    return (
+        f"{text[0]!r} x {len(text)}" if len(set(text)) == 1 else f"{text[:20]!r}... ({len(text)} characters)"
+    )
+
+
+@cache
+def _script_of(character: str) -> str | None:
+    """Script of a letter or mark, from its Unicode name (LATIN SMALL LETTER A -> Latin); None for others."""
+    if unicodedata.category(character)[0] not in "LM":
+        return None
+    name = unicodedata.name(character, "").split(" ")[0].split("-")[0]
+    if name in ("", "MICRO", "MODIFIER", "COMBINING", "VARIATION", "MASCULINE", "FEMININE"):
+        return None
+    return "CJK" if name == "CJK" else name.capitalize()
+
+
+def script(piece: bytes) -> str:
+    """What a token is written in: the script of its first letter, else what sort of characters it has."""
+    try:
+        text = piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return "part of a character"
+    for character in text:
+        if name := _script_of(character):
+            return name
+    if any(unicodedata.category(c)[0] == "N" for c in text):
+        return "digits"
+    if any(unicodedata.category(c) == "So" for c in text):
+        return "emoji and symbols"
+    return "spaces and punctuation"
+
+
+def find_tokenizer(name: str):
+    """A tokenizer from a tiktoken name, a tokenizer.json, a tekken*.json, or a transformers folder or hub name.
+
+    Raises ValueError, saying what was tried, when there is none.
+    """
+    if name.endswith(".json") and os.path.isfile(name):
+        with open(name, encoding="utf-8") as file:
+            content = json.load(file)
+        if "config" in content and "vocab" in content:
+            return name
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(name)
+    if not os.path.exists(name):
+        try:
+            import tiktoken
+
+            if name in tiktoken.list_encoding_names():
+                return tiktoken.get_encoding(name)
+        except ImportError:
+            pass
+        except OSError as error:
+            raise ValueError(
+                f"tiktoken cannot fetch the files of {name!r} ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
+                "a folder that has them, or go online once"
+            ) from None
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ValueError(
+            f"{name!r} is not a tiktoken encoding or a tokenizer file, and transformers is not installed"
+        ) from None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is no tokenizer {name!r}: not a tiktoken encoding, not a file, and transformers says: {reason}"
+        ) from None
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kronecker.audit", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--tokenizer", required=True, help="tiktoken name, tokenizer file, or transformers folder or name"
+    )
+    parser.add_argument("--pos-dim", type=int, default=16)
+    parser.add_argument("--char-dim", type=int, default=256)
+    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of the table to compare with (default: the tokenizer's)"
+    )
+    parser.add_argument("--byte-extraction", default="bytes", choices=("bytes", "decode"))
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    args = parser.parse_args(argv)
+    if args.pos_dim < 1:
+        sys.exit(f"error: --pos-dim is {args.pos_dim}, but it must be at least 1")
+    try:
+        tokenizer = find_tokenizer(args.tokenizer)
+        report = audit(
+            tokenizer, args.pos_dim, args.byte_extraction, args.d_model, args.char_dim, args.vocab_size
+        )
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else audit_text(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""Time and memory of the Kronecker embedding beside the PyPI reference and nn.Embedding, in one run.
+
+    python -m scripts.bench_embedding --text corpus.jsonl.xz --hf-tokenizer path/to/gpt2 --out results/embedding
+    python -m scripts.bench_embedding --quick
+
+Every round runs each side once, in turn, and the table gives medians, so that what else the machine does falls
+on all sides alike. Peak memory is measured with each side alone in a process of its own. Without --text the ids
+follow a Zipf law (exponent 1) and the token bytes are drawn at random with GPT-2-like lengths; the output says
+which of the two it was. Writes embedding_<device>.json and .md.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import lzma
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from engine.runs import commit, machine
+from kronecker import KroneckerEmbedding, build_byte_buffer
+
+SIDES = ("kronecker", "embedding", "reference")
+#            V        d     pos_dim  token counts
+SETTINGS = [
+    (4_096, 128, 16, (1_024,)),
+    (50_304, 768, 16, (1_024, 8_192, 65_536)),
+    (131_072, 1_024, 32, (8_192,)),
+    (131_072, 4_096, 32, (8_192,)),
+]
+SETTINGS_CUDA = [(50_304, 768, 16, (8_192, 65_536)), (131_072, 4_096, 32, (8_192, 65_536))]
+QUICK = [(4_096, 128, 16, (1_024,)), (50_304, 768, 16, (8_192,))]
+
+
+def read_tokens(path: str | None, limit: int) -> tuple[np.ndarray | None, list[bytes] | None]:
+    """GPT-2 tokens of a text (.txt, .jsonl or .jsonl.xz) and the bytes of its ids; (None, None) without a text."""
+    if path is None:
+        return None, None
+    import tiktoken
+
+    encoding = tiktoken.get_encoding("gpt2")
+    open_text = lzma.open if path.endswith(".xz") else open
+    tokens: list[int] = []
+    with open_text(path, "rt", encoding="utf8") as lines:
+        for line in lines:
+            if ".jsonl" in path:
+                tokens.append(encoding.eot_token)
+                line = json.loads(line)["text"]
+            tokens += encoding.encode_ordinary(line)
+            if len(tokens) >= limit:
+                break
+    return np.array(tokens, dtype=np.int64), [encoding.decode_single_token_bytes(i) for i in range(50_257)]
+
+
+def byte_buffers(V: int, pos_dim: int, pieces: list[bytes] | None):
+    """Real token bytes, repeated from the start where V is larger than the tokenizer; else random ones."""
+    if pieces is None:
+        rng = np.random.default_rng(0)
+        lengths = np.minimum(rng.geometric(0.16, V), 40)  # mean about 6, as GPT-2's
+        pieces = [rng.bytes(n) for n in lengths]
+    return build_byte_buffer([pieces[i % len(pieces)] for i in range(V)], pos_dim)
+
+
+def draw_ids(kind: str, n: int, V: int, tokens: np.ndarray | None) -> torch.Tensor:
+    rng = np.random.default_rng(1)
+    if kind == "uniform":
+        return torch.from_numpy(rng.integers(0, V, n))
+    if tokens is None:
+        p = 1 / np.arange(1, V + 1)
+        return torch.from_numpy(rng.choice(V, n, p=p / p.sum()))
+    # a smaller vocabulary keeps the ids that it has: GPT-2's first ids are its most frequent pieces
+    return torch.from_numpy(tokens[tokens < V][:n].copy())
+
+
+def build(side: str, V: int, d: int, pos_dim: int, buffers, device: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    if side == "embedding":
+        return nn.Embedding(V, d, device=device, dtype=dtype)
+    if side == "reference":
+        from kronecker_embeddings import KroneckerEmbedding as Reference
+
+        make = Reference
+    else:
+        make = KroneckerEmbedding
+    module = make(V, d, pos_dim=pos_dim, byte_buffer=buffers[0], length_buffer=buffers[1])
+    return module.to(device=device, dtype=dtype)
+
+
+def step(module: nn.Module, ids: torch.Tensor, g: torch.Tensor | None) -> None:
+    if g is None:
+        with torch.no_grad():
+            module(ids)
+        return
+    module.zero_grad(set_to_none=True)
+    module(ids).backward(g)
+
+
+def timed(run, device: str) -> float:
+    """Milliseconds of one call."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def interleave(runs: dict, rounds: int, device: str, budget_s: float = 20.0) -> dict[str, float]:
+    """Median milliseconds a side. A side that has used up its budget leaves after three rounds or more."""
+    times = {side: [] for side in runs}
+    for run in runs.values():
+        run()
+    for i in range(rounds):
+        for side, run in runs.items():
+            if i < 3 or sum(times[side]) < budget_s * 1e3:
+                times[side].append(timed(run, device))
+    return {side: statistics.median(values) for side, values in times.items()}
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by a large copy: the bound that shares are counted against."""
+    source = torch.empty(1 << (28 if device == "cuda" else 26), device=device)
+    target = torch.empty_like(source)
+    run = interleave({"copy": lambda: target.copy_(source)}, 10, device)
+    return 2 * source.numel() * 4 / (run["copy"] / 1e3)
+
+
+def least_bytes(side: str, module: nn.Module, n: int, d: int, size: int, backward: bool) -> int:
+    """What must cross memory at least: the output (and its gradient), the weight (and its gradient) once."""
+    rows = module.D if side != "embedding" else module.num_embeddings
+    read = (rows * d if side != "embedding" else n * d) * size
+    forward = read + n * d * size
+    return forward + (n * d + rows * d) * size if backward else forward
+
+
+# ---- peak memory: one side alone ----
+
+
+def memory_of_side(args) -> None:
+    """In a subprocess: the peak of one step above what stood before it, less the output and the gradient."""
+    V, d, pos_dim, n = args.memory
+    tokens, pieces = read_tokens(args.text, n + 100_000)
+    buffers = byte_buffers(V, pos_dim, pieces)
+    del pieces
+    dtype = getattr(torch, args.dtype)
+    module = build(args.side, V, d, pos_dim, buffers, args.device, dtype)
+    ids = draw_ids("text", n, V, tokens).to(args.device)
+    g = torch.ones(n, d, device=args.device, dtype=dtype)
+    step(module, ids[:8], g[:8])  # libraries and thread pools come up here
+    module.zero_grad(set_to_none=True)
+    gc.collect()
+    unavoidable = g.numel() * g.element_size() + sum(
+        p.numel() * p.element_size() for p in module.parameters()
+    )
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(module, ids, g)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        before = resident_bytes()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        step(module, ids, g)
+        peak = peak_resident_bytes() - before
+    print(json.dumps({"step": peak, "extra": max(peak - unavoidable, 0)}))
+
+
+def status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    return status_bytes("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    return status_bytes("VmHWM")
+
+
+def peak_memory(side: str, V: int, d: int, pos_dim: int, n: int, args) -> dict | None:
+    command = [sys.executable, "-m", "scripts.bench_embedding", "--side", side, "--device", args.device]
+    command += ["--memory", *map(str, (V, d, pos_dim, n)), "--dtype", args.dtype]
+    if args.text:
+        command += ["--text", args.text]
+    # a fixed threshold makes malloc give every large block back at once, so that RSS counts what is alive
+    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="131072")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        print(
+            f"  peak memory of {side} not measured: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr
+        )
+        return None
+    return json.loads(done.stdout)
+
+
+# ---- the parts of the table ----
+
+
+def bench_setting(V, d, pos_dim, n, kind, tokens, pieces, bandwidth, args) -> dict:
+    buffers = byte_buffers(V, pos_dim, pieces)
+    dtype = getattr(torch, args.dtype)
+    ids = draw_ids(kind, n, V, tokens).to(args.device)
+    g = torch.randn(n, d, device=args.device, dtype=dtype)
+    sides, skipped = list(SIDES), {}
+    # the reference keeps about six (tokens, D) float32 tensors alive, and multiplies 6 tokens D d numbers a step
+    D = 256 * pos_dim
+    if 6 * 4 * n * D > args.reference_gb * 1e9 or (args.device == "cpu" and 6.0 * n * D * d > 1e12):
+        sides.remove("reference")
+        skipped["reference"] = (
+            f"not run: needs about {6 * 4 * n * D / 1e9:.0f} GB and {6 * n * D * d / 1e12:.1f} TFLOP a step"
+        )
+    modules = {side: build(side, V, d, pos_dim, buffers, args.device, dtype) for side in sides}
+    rounds = args.rounds * (10 if n * d < 1e6 else 1)
+    row = {
+        "V": V,
+        "d": d,
+        "pos_dim": pos_dim,
+        "tokens": n,
+        "ids": kind,
+        "distinct": int(ids.unique().numel()),
+    }
+    row["fwd_bwd_ms"] = interleave(
+        {s: lambda m=m: step(m, ids, g) for s, m in modules.items()}, rounds, args.device
+    )
+    for module in modules.values():
+        module.zero_grad(set_to_none=True)
+    row["fwd_ms"] = interleave(
+        {s: lambda m=m: step(m, ids, None) for s, m in modules.items()}, rounds, args.device
+    )
+    row["share_of_bandwidth_bound"] = {
+        s: least_bytes(s, m, n, d, dtype.itemsize, True) / bandwidth / (row["fwd_bwd_ms"][s] / 1e3)
+        for s, m in modules.items()
+    }
+    del modules
+    if kind == "text":
+        row["peak_bytes"] = {s: peak_memory(s, V, d, pos_dim, n, args) for s in sides}
+    return row | skipped
+
+
+def bench_table(tokens, pieces, args, V=50_304, d=768, pos_dim=16, n=8_192) -> dict:
+    """Materialise once, look up ever after."""
+    dtype = getattr(torch, args.dtype)
+    ours = build("kronecker", V, d, pos_dim, byte_buffers(V, pos_dim, pieces), args.device, dtype)
+    plain = build("embedding", V, d, pos_dim, None, args.device, dtype)
+    frozen = ours.to_embedding()
+    ids = draw_ids("text", n, V, tokens).to(args.device)
+    with torch.no_grad():
+        lookup = interleave(
+            {"kronecker": lambda: frozen(ids), "embedding": lambda: plain(ids)}, args.rounds * 5, args.device
+        )
+        table = interleave({"table": ours.table}, 5, args.device)
+        error = float((frozen(ids).double() - ours(ids).double()).abs().max())
+    return {
+        "V": V,
+        "d": d,
+        "tokens": n,
+        "lookup_ms": lookup,
+        "build_ms": table["table"],
+        "max_difference": error,
+    }
+
+
+def bench_buffers(folder: str, pos_dim: int = 16) -> dict:
+    """Building GPT-2's byte buffer; the reference reads a transformers tokenizer only."""
+    import tiktoken
+    from kronecker_embeddings import build_byte_buffer as reference
+    from transformers import AutoTokenizer
+
+    fast, encoding = AutoTokenizer.from_pretrained(folder), tiktoken.get_encoding("gpt2")
+    runs = {
+        "reference": lambda: reference(fast, pos_dim),
+        "kronecker, transformers": lambda: build_byte_buffer(fast, pos_dim),
+        "kronecker, tiktoken": lambda: build_byte_buffer(encoding, pos_dim),
+    }
+    return interleave(runs, 7, "cpu")
+
+
+def markdown(result: dict) -> str:
+    lines = [
+        f"# The embedding on {result['device']}: time and memory",
+        "",
+        f"`{result['command']}` at commit {result['commit']}, {result['date']}, {result['machine']}, "
+        f"torch {result['torch']}, {result['threads']} threads, {result['dtype']}. Ids: {result['tokens_from']}.",
+        "Medians in ms of interleaved runs; ratios are kronecker's time over the other side's. Extra memory is "
+        "the peak of a step above what stood before it, less its output and the weight's gradient.",
+        "",
+        "| V | d | pos_dim | tokens (distinct) | ids | | kronecker | nn.Embedding | reference | / nn.Embedding | reference / |",
+        "|--:|--:|--:|--:|---|---|--:|--:|--:|--:|--:|",
+    ]
+
+    def ms(value):
+        return "-" if value is None else f"{value:,.2f}"
+
+    for row in result["rows"]:
+        head = f"| {row['V']:,} | {row['d']:,} | {row['pos_dim']} | {row['tokens']:,} ({row['distinct']:,}) | {row['ids']} "
+        for key, name in (("fwd_bwd_ms", "fwd+bwd"), ("fwd_ms", "fwd")):
+            ours, plain, ref = (row[key].get(side) for side in SIDES)
+            ratio = "-" if ref is None else f"{ref / ours:.0f}x"
+            lines.append(
+                head + f"| {name} | {ms(ours)} | {ms(plain)} | {ms(ref)} | {ours / plain:.2f}x | {ratio} |"
+            )
+    lines += [
+        "",
+        "Extra peak memory of a training step (MB), and the share of the bandwidth bound it reaches",
+        "",
+    ]
+    lines += [
+        "| V | d | pos_dim | tokens | kronecker | nn.Embedding | reference | reference / | share, kronecker | share, nn.Embedding |"
+    ]
+    lines += ["|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in result["rows"]:
+        peaks = {s: (row.get("peak_bytes") or {}).get(s) for s in SIDES}
+        if not peaks["kronecker"]:
+            continue
+        mb = {s: p and p["extra"] / 1e6 for s, p in peaks.items()}
+        ratio = f"{mb['reference'] / max(mb['kronecker'], 0.1):.0f}x" if mb["reference"] else "-"
+        cells = " | ".join("-" if mb[s] is None else f"{mb[s]:,.1f}" for s in SIDES)
+        share = row["share_of_bandwidth_bound"]
+        lines.append(
+            f"| {row['V']:,} | {row['d']:,} | {row['pos_dim']} | {row['tokens']:,} | {cells} | {ratio} "
+            f"| {share['kronecker']:.0%} | {share['embedding']:.0%} |"
+        )
+    table = result["table"]
+    lookup = table["lookup_ms"]
+    lines += [
+        "",
+        f"Materialised table (V={table['V']:,}, d={table['d']}): built in {table['build_ms']:.1f} ms; a lookup of "
+        f"{table['tokens']:,} tokens takes {lookup['kronecker']:.2f} ms, nn.Embedding {lookup['embedding']:.2f} ms "
+        f"({lookup['kronecker'] / lookup['embedding']:.2f}x); largest difference from the direct path "
+        f"{table['max_difference']:.1e}.",
+    ]
+    if build_times := result.get("buffers_ms"):
+        lines += [
+            "",
+            "Building GPT-2's byte buffer: " + ", ".join(f"{k} {v:.0f} ms" for k, v in build_times.items()),
+        ]
+    lines += [
+        "",
+        *[
+            f"{r['V']:,} x {r['d']:,}, {r['tokens']:,} tokens: reference {r['reference']}."
+            for r in result["rows"]
+            if "reference" in r
+        ],
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--text", help=".txt, .jsonl or .jsonl.xz to take real tokens from (GPT-2's, by tiktoken)"
+    )
+    parser.add_argument(
+        "--hf-tokenizer", help="folder of GPT-2's transformers tokenizer: times the buffers, too"
+    )
+    parser.add_argument("--out", default="results/embedding")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as many as torch takes)")
+    parser.add_argument("--reference-gb", type=float, default=8.0, help="leave the reference out above this")
+    parser.add_argument("--quick", action="store_true", help="two settings, five rounds")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", type=int, nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        if args.side:
+            return memory_of_side(args)
+        if args.quick:
+            args.rounds = 5
+        tokens, pieces = read_tokens(args.text, 400_000)
+    except OSError as error:
+        sys.exit(f"error: cannot read the tokens of {args.text}: {error}")
+
+    settings = QUICK if args.quick else SETTINGS_CUDA if args.device == "cuda" else SETTINGS
+    bandwidth = copy_bandwidth(args.device)
+    rows = []
+    for V, d, pos_dim, counts in settings:
+        for n in counts:
+            for kind in ("text", "uniform"):
+                rows.append(bench_setting(V, d, pos_dim, n, kind, tokens, pieces, bandwidth, args))
+                print(json.dumps(rows[-1]), flush=True)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else machine()
+    result = {
+        "command": "python -m scripts.bench_embedding " + " ".join(argv or sys.argv[1:]),
+        "commit": commit(),
+        "machine": name,
+        "device": args.device,
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "tokens_from": f"GPT-2 tokens of {Path(args.text).name}"
+        if args.text
+        else "a Zipf law, random token bytes",
+        "copy_bytes_per_second": bandwidth,
+        "rows": rows,
+        "table": bench_table(tokens, pieces, args),
+    }
+    if args.hf_tokenizer:
+        result["buffers_ms"] = bench_buffers(args.hf_tokenizer)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    suffix = "" if args.dtype == "float32" else f"_{args.dtype}"
+    (out / f"embedding_{args.device}{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = markdown(result)
+    (out / f"embedding_{args.device}{suffix}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
