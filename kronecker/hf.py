@@ -65,14 +65,12 @@ def swap_input_embeddings(
             "the output head is tied to the input table: say tie='untie' (the head keeps that table as its own "
             "weight) or tie='induced' (the head is tied to the new embedding)"
         )
+    if tie == "induced" and getattr(head, "bias", None) is not None:
+        raise ValueError("the induced tie has no bias, but the output head has one: use tie='untie'")
     new = KroneckerEmbedding(old.num_embeddings, old.embedding_dim, tokenizer, pos_dim=pos_dim, **options)
     new.to(device=old.weight.device, dtype=old.weight.dtype)
     model.set_input_embeddings(new)
     if tie == "induced":
-        if getattr(head, "bias", None) is not None:
-            raise ValueError(
-                "the induced tie has no bias, but the model's output head has one: use tie='untie'"
-            )
         model.set_output_embeddings(InducedHead(new).to(old.weight.device))
     elif tied:
         head.weight = nn.Parameter(old.weight.detach().clone())
