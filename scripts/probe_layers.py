@@ -295,6 +295,8 @@ def draw(by_run: dict, arms):
                     ax.fill_between(levels, y.min(0), y.max(0), color=style["color"], alpha=0.18, linewidth=0)
             ax.set_title(title)
             ax.margins(x=0.08)
+            low, high = ax.get_ylim()  # a flat line is no reason to show a hundredth of a per cent
+            ax.set_ylim((max(-3, low - 5), min(103, high + 5)) if score == "L" else (-0.5, max(10, high)))
         axes[0].legend(fontsize=9)
     return figure
 

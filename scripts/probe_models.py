@@ -679,7 +679,7 @@ def draw(groups: dict):
         colours = {"trained": "#0072B2", "codec": "#D55E00", "random": "#7F7F7F"}
         shades = {"typographic": 1.0, "kin": 0.55}
         for k, kind in enumerate(SPACES):
-            y = np.arange(len(names)) + (1 - k) * 0.27
+            y = np.arange(len(names)) + (k - 1) * 0.27
             start = np.zeros(len(names))
             for what, alpha in shades.items():
                 share = np.array(
