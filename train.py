@@ -165,7 +165,11 @@ def main(config) -> None:
     }
     if config.check_only:
         say(json.dumps(run))
+        engine_ranks.stop()
         return
+    ours = [run["data_sha256"], run["val_sha256"]]
+    if ranks.any(ranks.same(ours) != ours):  # every node may have a copy of its own
+        raise RunError(f"the ranks' data differ: give every node the same shards in {data_dir}")
 
     # ---- the run's folder: go on with what is there, or begin
     out_dir = Path(config.out_dir)
@@ -177,6 +181,8 @@ def main(config) -> None:
         "step": 0,
         "best_val": None,
         "skipped": 0,
+        "streak": 0,  # bad steps in a row
+        "good": 0,  # good steps in a row, for float16's loss scale
         "loss_scale": 65536.0 if config.dtype == "float16" else 1.0,
     }
     if folder is not None:
@@ -185,8 +191,9 @@ def main(config) -> None:
         model.load_state_dict(weights)
         optimizer.load_state_dict(moments)
         say(f"resuming    at step {state['step']:,} from {folder}")
-        if metrics.is_finished(out_dir, config.max_iters) and state["step"] >= config.max_iters:
+        if ranks.same(state["step"] >= config.max_iters and metrics.is_finished(out_dir, config.max_iters)):
             say("finished    already; nothing to do")
+            engine_ranks.stop()
             return
     first = state["step"]
     if ranks.master:
@@ -211,19 +218,23 @@ def main(config) -> None:
                 yield train.rows(step, lo, lo + config.batch_size)
 
     def save(step: int) -> None:
-        state.update(skipped=int(skipped), loss_scale=float(loss_scale))
+        state.update(skipped=int(skipped), streak=int(streak), good=int(good), loss_scale=float(loss_scale))
         state["config"] = dataclasses.asdict(config)
-        ranks.master_first(
-            lambda: checkpoint.save(out_dir, step, model.state_dict(), optimizer.state_dict(), state) and None
-        )
+
+        def write() -> None:
+            log.sync()  # rows before this step are never made again
+            checkpoint.save(out_dir, step, model.state_dict(), optimizer.state_dict(), state)
+            checkpoint.prune(out_dir, config.keep)
+
+        ranks.master_first(write)
 
     # ---- the loop
     peak = flops.peak_flops(device)
     ckpt_interval = config.ckpt_interval or config.eval_interval
     loss_scale = torch.tensor(state["loss_scale"], device=device)
     skipped = torch.tensor(state["skipped"], device=device)
-    streak = torch.zeros_like(skipped)  # bad steps in a row
-    good = torch.zeros_like(skipped)  # good steps in a row, for float16's loss scale
+    streak = torch.tensor(state.get("streak", 0), device=device)
+    good = torch.tensor(state.get("good", 0), device=device)
     incoming = prefetch(batches(), device)
     byte_lengths = np.zeros(0) if tokenizer is None else tokenizer.byte_lengths()
     clock, timed_steps, started = 0.0, 0, time.perf_counter()
@@ -245,18 +256,18 @@ def main(config) -> None:
         if step % config.eval_interval == 0 or last or config.eval_only:
             figures = evaluation.evaluate(model, val, byte_lengths, config.batch_size, ranks, autocast)
             row = {"iter": step, "tokens": step * tokens_per_step} | figures | model.wte_norms()
-            if log:
-                log.log(row)
             bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
             say(f"step {step:>6,}  val loss {row['val/loss']:.4f} +- {row['val/sem']:.4f}{bpb}")
-            if step > 0 and not (state["best_val"] is not None and row["val/loss"] >= state["best_val"]):
-                state["best_val"] = row["val/loss"]
+            best = math.inf if state["best_val"] is None else state["best_val"]
+            if step > 0 and row["val/loss"] < best:  # a NaN is never best
                 if not saved:
-                    save(step)
+                    save(step)  # with the best loss before this one: a resume here evaluates again
+                state["best_val"] = row["val/loss"]
                 if ranks.master:
                     checkpoint.point(out_dir, "best", f"step_{step:06d}")
-            if ranks.master:
-                checkpoint.prune(out_dir, config.keep)
+                    checkpoint.prune(out_dir, config.keep)  # the best one until now
+            if log:
+                log.log(row)  # last: the row of max_iters says that the run is finished
         if last or config.eval_only:
             break
 

@@ -56,6 +56,7 @@ def point(out_dir, name: str, target: str) -> None:
     temporary.write_text(target + "\n")
     flush(temporary)
     os.replace(temporary, Path(out_dir) / name)
+    flush(Path(out_dir))
 
 
 def pointed(out_dir, name: str) -> Path | None:
@@ -118,6 +119,16 @@ def load(folder: Path, with_optimizer: bool = True) -> tuple[dict, dict | None, 
     if with_optimizer:
         optimizer = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
     return load_file(folder / FILES[0]), optimizer, json.loads((folder / "state.json").read_text())
+
+
+def recover(out_dir, folder: Path | None) -> None:
+    """After a kill: clear away what was half-written, and let `latest` name the checkpoint that is gone on from."""
+    for leftover in Path(out_dir).glob("ckpt/.writing_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for name in ("latest", "best"):
+        (Path(out_dir) / f".{name}.tmp").unlink(missing_ok=True)
+    if folder is not None and pointed(out_dir, "latest") != folder:
+        point(out_dir, "latest", folder.name)
 
 
 def prune(out_dir, keep: int) -> None:

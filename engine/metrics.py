@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint import flush
+
 
 def read_metrics(out_dir) -> list[dict]:
     """Rows of metrics.jsonl; a torn last line, left by a kill, is passed over."""
@@ -34,6 +36,7 @@ class Metrics:
         rows = [r for r in read_metrics(out_dir) if r["iter"] < first_iter]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        flush(temporary)
         os.replace(temporary, self.path)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
 
@@ -47,6 +50,10 @@ class Metrics:
             except Exception as e:
                 print(f"note: wandb failed ({e}); the run goes on with metrics.jsonl alone")
                 self.wandb_run = None
+
+    def sync(self) -> None:
+        """All rows so far are on the disk itself, not in the system's memory."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

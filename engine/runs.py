@@ -1,6 +1,7 @@
 """A run's folder: who it is, and where runs lie."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ SCHEDULE = (
 def write_json(path: Path, value: dict) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
+    checkpoint.flush(temporary)
     os.replace(temporary, path)
 
 
@@ -87,6 +89,7 @@ def begin(out_dir: Path, config, run: dict) -> Path | None:
                 )
         for name in ("body_sha256", "started", "wandb_id"):
             run[name] = old_run[name]
+    checkpoint.recover(out_dir, folder)
     write_json(out_dir / "config.json", dataclasses.asdict(config))
     write_json(out_dir / "run.json", run)
     return folder
@@ -145,7 +148,9 @@ class Lock:
             return  # Windows: no such lock, and so no such protection
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as e:
+            if e.errno not in (errno.EAGAIN, errno.EACCES):
+                return  # a file system without locks, as some clusters have
             raise RunError(
                 f"another process trains in {out_dir}: wait for it, or choose another out_dir"
             ) from None
