@@ -11,8 +11,7 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronecker import KroneckerEmbedding, kronecker_codec
-from kronecker.bag import _embed_padded
+from kronecker import KroneckerEmbedding, bag, kronecker_codec
 from kronecker.codec import bag_coefficients
 
 quick = settings(deadline=None, max_examples=40)
@@ -101,12 +100,17 @@ def test_sparse_path_equals_dense_definition(
     if float(expected_grad.norm()) > 1e-6:  # a mean that cancels exactly leaves nothing to compare with
         assert relative(emb.projection.weight.grad, expected_grad) < tolerance
 
-    # the path of every other device, run here in plain torch
-    flat = ids.reshape(-1)
-    padded = _embed_padded(
-        flat, emb.projection.weight.t().contiguous(), emb._byte_buffer, emb._length_buffer, emb._coef
-    )
-    assert relative(padded.reshape(out.shape), expected) < tolerance
+    # the torch operations of every other device, run here
+    if ids.numel():
+        plan = bag._plan_device(ids.reshape(-1), emb._byte_buffer, emb._length_buffer, emb._coef)
+        with torch.no_grad():
+            on_device = bag._forward(plan, emb.projection.weight.t().contiguous())
+            summed = bag._sum_by_token_device(g.reshape(-1, d).to(emb._coef.dtype), plan)
+            shared = plan.coef_Ux2[:, 1] @ summed
+            grad = bag._sum_by_row_device(summed * plan.coef_Ux2[:, :1], plan, emb.D) - shared
+        assert relative(on_device.view(out.shape), expected) < tolerance
+        if float(expected_grad.norm()) > 1e-6:
+            assert relative(grad.t(), expected_grad) < tolerance
 
 
 @quick
@@ -214,18 +218,6 @@ def test_compile_without_a_graph_break():
     assert relative(table, emb.table().sum()) < 1e-5
     empty = torch.compile(emb, fullgraph=True, backend="aot_eager")(ids[:0])
     assert empty.shape == (0, 9, 8)
-
-
-def test_padded_path_compiles_too():
-    emb = random_embedding()
-    weight = emb.projection.weight
-
-    def run(ids):
-        return _embed_padded(ids, weight.t().contiguous(), emb._byte_buffer, emb._length_buffer, emb._coef)
-
-    ids = torch.arange(30)
-    torch._dynamo.reset()
-    assert relative(torch.compile(run, fullgraph=True, backend="aot_eager")(ids), emb(ids)) < 1e-6
 
 
 def test_deepcopy_and_pickle():
@@ -427,3 +419,34 @@ def test_ids_past_the_tokenizer_embed_to_zero():
     emb = KroneckerEmbedding(5, 4, tokenizer=[b"a", b"bc"], pos_dim=2)
     assert torch.equal(emb(torch.tensor([2, 3, 4])), torch.zeros(3, 4))
     assert float(emb(torch.tensor([1])).detach().abs().sum()) > 0
+
+
+# ---- the same on a GPU ----
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("row_major", [True, False])
+def test_cuda_equals_dense_definition(dtype, tolerance, row_major):
+    emb = random_embedding(V=400, d=64, pos_dim=16, row_major=row_major).to("cuda", dtype)
+    assert emb._byte_buffer.is_cuda and emb._coef.is_cuda
+    ids = torch.randint(0, 400, (8, 100), generator=torch.Generator().manual_seed(0)).cuda()
+    weight = emb.projection.weight.detach().double().requires_grad_()
+    expected = dense_table(emb, weight)[ids]
+    g = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).cuda()
+    (expected_grad,) = torch.autograd.grad(expected, weight, g.to(dtype).double())
+    torch.use_deterministic_algorithms(True)
+    try:
+        grads = [torch.autograd.grad(emb(ids), emb.projection.weight, g.to(dtype))[0] for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert relative(emb(ids), expected) < tolerance
+    assert relative(grads[0], expected_grad) < tolerance and torch.equal(*grads)
+    torch._dynamo.reset()
+    compiled = torch.compile(emb, fullgraph=True)
+    assert relative(compiled(ids), expected) < tolerance
+    assert (
+        relative(torch.autograd.grad(compiled(ids), emb.projection.weight, g.to(dtype))[0], grads[0])
+        < tolerance
+    )
+    assert relative(emb.table(), dense_table(emb, weight)) < tolerance
