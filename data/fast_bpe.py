@@ -4,20 +4,19 @@ tiktoken spends most of its time in a backtracking regular expression and in one
 Both are regular enough to be done on whole arrays:
 
 1. The pattern that splits text into pieces only asks whether a character is a letter, a number, white space
-or
-   something else, and what its neighbours are. So classes of bytes are compared with their neighbours'
+   or something else, and what its neighbours are. So classes of bytes are compared with their neighbours'
    (`_split`).
 2. A piece of up to 15 bytes and its length fit into 128 bits. These are its exact key in an open-addressing
-table
-   of pieces seen before (`_Table`), whose value is the piece's id or its list of ids. There are no false
-   hits.
+   table of pieces seen before (`_Table`), whose value is the piece's id or its list of ids. There are no
+   false hits.
 3. Pieces that the table lacks go to tiktoken, one by one, and into the table.
 
-Documents with characters of which this Python's Unicode tables and tiktoken's might disagree (assigned
-lately, or rare scripts) go to tiktoken whole. The tests compare both on every code point, on fuzzed and on
+Text around characters of which this Python's Unicode tables and tiktoken's might disagree (assigned lately,
+or rare scripts) goes to tiktoken as it is. The tests compare both on every code point, on fuzzed and on
 real text.
 """
 
+import itertools
 import re
 import unicodedata
 from array import array
@@ -111,16 +110,26 @@ class FastEncoder:
             ends = np.append(first[1:], len(ids))
             pieces = [ids[a + (not opens) : b] for a, b, (_, opens) in zip(first, ends, parts, strict=True)]
             for k in unsure.tolist():
-                pieces[k] = self._encode_one(*parts[k])
+                pieces[k] = self._encode_unsure(*parts[k])
             return np.concatenate(pieces)
         follow_ups = [int(a) for a, (_, opens) in zip(first, parts, strict=True) if not opens]
         return np.delete(ids, follow_ups) if follow_ups else ids
+
+    def _encode_unsure(self, text: str, opens: bool) -> np.ndarray:
+        """A part with unsure characters: what is around them goes to tiktoken, the rest does not."""
+        cuts = [0]
+        while len(text) > FEW and cuts[-1] < len(text):
+            cuts.append(safe_cut(text, cuts[-1] + FEW))
+        if len(cuts) < 3:
+            return self._encode_one(text, opens)
+        return self._encode_group([(text[a:b], opens and a == 0) for a, b in itertools.pairwise(cuts)])
 
     def _encode_one(self, text: str, opens: bool) -> np.ndarray:
         return np.array([self.tokenizer.eot] * opens + self.tokenizer.encode(text), self.dtype)
 
 
 MOST_AT_ONCE = 1 << 20  # characters that are encoded together
+FEW = 1 << 10  # characters that tiktoken gets for the sake of an unsure one
 # letters of the commonest alphabets; data.sources looks for the same in bytes
 SAFE_CUT = re.compile(r"(?<=[A-Za-z\u0430-\u044f\u5000-\u8fff])(?=[ \n])")
 

@@ -231,6 +231,11 @@ def test_long_documents_are_cut_without_a_trace(bpe, monkeypatch):
     check_encoder(
         encoder, [words(1, 600), "", words(2, 3), "\u65e5\u672c\n\u8a9e" * 50, "x" * 500, words(3, 50)]
     )
+    monkeypatch.setattr("data.fast_bpe.FEW", 20)
+    unsure = [words(6, 300) + "\u0378 a\U0002a6d6" + words(7, 300), "\u0378" * 100, words(8, 30) + " \u0378"]
+    check_encoder(encoder, unsure)
+    monkeypatch.setattr("data.fast_bpe.MOST_AT_ONCE", 500)
+    check_encoder(encoder, [*unsure, "", *unsure])
     text = words(4, 100)
     cuts = [0]
     while cuts[-1] < len(text):
