@@ -169,13 +169,19 @@ def show(piece: bytes) -> str:
     )
 
 
+# first words of the names of letters and marks that belong to no script, or do not say to which
+NO_SCRIPT = set(
+    " MICRO MODIFIER COMBINING VARIATION MASCULINE FEMININE IDEOGRAPHIC FULLWIDTH HALFWIDTH".split(" ")
+)
+
+
 @cache
 def _script_of(character: str) -> str | None:
     """Script of a letter or mark, from its Unicode name (LATIN SMALL LETTER A -> Latin); None for others."""
     if unicodedata.category(character)[0] not in "LM":
         return None
     name = unicodedata.name(character, "").split(" ")[0].split("-")[0]
-    if name in ("", "MICRO", "MODIFIER", "COMBINING", "VARIATION", "MASCULINE", "FEMININE"):
+    if name in NO_SCRIPT:
         return None
     return "CJK" if name == "CJK" else name.capitalize()
 
