@@ -71,6 +71,16 @@ class Config:
     wte_lr_mult: float = key(1.0, "kronecker: factor on the projection's learning rate (the paper: 1)")
     wte_ngrams: int = key(0, "kronecker: buckets of a hashed byte 2/3-gram term (the paper: 0, none)")
     wte_rank: int = key(0, "kronecker: rank of a per-token residual (the paper: 0, none)")
+    length_normalize: bool = key(True, "kronecker: divide the code by the square root of the token's length")
+    z_normalize: bool = key(True, "kronecker: give each token's code mean 0 and deviation 1")
+    wte_entropy: float = key(
+        0.0, "kronecker: strength of the row-entropy regulariser (the paper's option; 0: off)"
+    )
+    loss: str = key(
+        "auto",
+        "head and cross-entropy: full logits, in chunks, or by liger-kernel; auto: chunked on a CPU, else full",
+        ("auto", "full", "chunked", "liger"),
+    )
     # optimiser and schedule
     learning_rate: float = key(6e-4, "largest learning rate of AdamW")
     max_iters: int = key(600000, "optimiser steps")

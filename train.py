@@ -10,10 +10,8 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +28,8 @@ from data.tokenizers import load_tokenizer
 from engine import checkpoint, evaluation, flops, foreign, metrics, plan, runs
 from engine import ranks as engine_ranks
 from engine.errors import RunError, sentences
+from kronecker.audit import audit, audit_line
+from kronecker.regularizer import row_entropy_penalty
 from model import GPT, GPTConfig
 
 
@@ -99,9 +99,6 @@ def main(config) -> None:
         model_config = GPTConfig(**{name: getattr(config, name) for name in names})
     except ValueError as e:
         raise RunError(str(e)) from None
-    for name in ("max_iters", "eval_interval", "log_interval", "keep", "max_skipped"):
-        if getattr(config, name) < 1:
-            raise RunError(f"{name} is {getattr(config, name)}, but it must be at least 1")
     no_bytes = (
         torch.zeros(config.vocab_size, config.pos_dim, dtype=torch.uint8),
         torch.zeros(config.vocab_size).short(),
@@ -129,9 +126,13 @@ def main(config) -> None:
             raise
         tokenizer = None  # a learned table trains without it
         say(f"note: {e}; bits per byte are left out")
-    byte_buffers = None
+    byte_buffers = codec = None
     if config.wte == "kronecker":
         byte_buffers = kronecker.build_byte_buffer(tokenizer.backend, config.pos_dim, config.byte_extraction)
+        codec = audit(
+            tokenizer.backend, config.pos_dim, config.byte_extraction, config.n_embd, config.char_dim
+        )
+        say(audit_line(codec))
     say(f"data        {train.n_tokens:,} training tokens, {val.n_windows:,} validation windows in {data_dir}")
 
     # ---- the model, drawn from the seed or read from elsewhere
@@ -143,26 +144,17 @@ def main(config) -> None:
     identity = fingerprint(data_dir)
     ends = [hashlib.sha256(train.rows(s, 0, rows)[0].numpy()).hexdigest() for s in (0, config.max_iters - 1)]
     run = {
-        "arm": config.arm,
-        "seed": config.seed,
         "body_sha256": model.body_sha256(),
         "data_fingerprint": identity,
         "data_sha256": runs.sha256_of([identity, *ends]),
         "val_sha256": val.sha256(),
-        "schedule_sha256": runs.schedule_sha256(
-            dataclasses.asdict(config) | {"tokens_per_step": tokens_per_step}
-        ),
         "params": params,
+        "codec": codec,
         "flops_per_token": flops_token,
         "tokens_per_step": tokens_per_step,
         "world": world,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else runs.machine(),
-        "torch": torch.__version__,
-        "commit": runs.commit(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-        "wandb_id": secrets.token_hex(4),
     }
+    run = runs.signed(run, config, device)
     if config.check_only:
         say(json.dumps(run))
         engine_ranks.stop()
@@ -285,8 +277,14 @@ def main(config) -> None:
                 wrapped.require_backward_grad_sync = micro == micro_steps - 1
             with autocast:
                 _, loss = wrapped(x, y)
-            (loss * (loss_scale / micro_steps)).backward()
             loss_sum += loss.detach()
+            if (
+                config.wte_entropy and config.wte == "kronecker"
+            ):  # steers, but is no part of the reported loss
+                loss = loss + config.wte_entropy * row_entropy_penalty(
+                    model.transformer.wte.projection.weight
+                )
+            (loss * (loss_scale / micro_steps)).backward()
         loss_mean = loss_sum / (micro_steps * world)
         if world > 1:
             dist.all_reduce(loss_mean)

