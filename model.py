@@ -35,6 +35,9 @@ class GPTConfig:
     wte_scale: float = 1.0
     wte_ngrams: int = 0
     wte_rank: int = 0
+    length_normalize: bool = True
+    z_normalize: bool = True
+    loss: str = "auto"  # how head and cross-entropy are computed; the value is the same up to rounding
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "pos_dim", "char_dim"):
@@ -50,6 +53,8 @@ class GPTConfig:
             raise ValueError(f"gelu is {self.gelu!r}, but it must be 'none' (exact) or 'tanh'")
         if self.wte not in ("stock", "kronecker"):
             raise ValueError(f"wte is {self.wte!r}, but it must be 'stock' or 'kronecker'")
+        if self.loss not in ("auto", "full", "chunked", "liger"):
+            raise ValueError(f"loss is {self.loss!r}, but it must be auto, full, chunked or liger")
 
 
 class LayerNorm(nn.Module):
@@ -108,37 +113,42 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+# Logits in float32 that are alive at a time; a GPU wants larger matmuls than a CPU's caches do.
+CHUNK_BYTES = {"cpu": 128 << 20, "gpu": 2 << 30}
+
+
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """mean cross-entropy of x @ weight.T, with at most CHUNK_BYTES of logits alive at any time.
+    """mean cross-entropy of x @ weight.T, with a bounded part of the logits alive at any time.
 
     The gradient with respect to a chunk's logits is known as soon as its softmax is, so both products of
     the backward pass are made in the forward one and the logits are dropped. On a CPU this is about twice
     as fast as linear + cross_entropy, and 3x torch's own linear_cross_entropy (scripts/bench_train.py).
     """
 
-    CHUNK_BYTES = 128 << 20
-
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         n, vocab = targets.numel(), weight.size(0)
         x_low, weight_low = x.to(dtype), weight.to(dtype)
-        grad_x = torch.empty_like(x_low)
+        grad_x = []
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up in it
         loss = x.new_zeros((), dtype=torch.float32)
-        rows = max(1, ChunkedLinearCrossEntropy.CHUNK_BYTES // (4 * vocab))
-        for start in range(0, n, rows):
-            chunk, target = x_low[start : start + rows], targets[start : start + rows, None]
+        rows = -(-n // -(-n // chunk_rows(x, vocab)))  # chunks of one size
+        for chunk, target in zip(x_low.split(rows), targets[:, None].split(rows), strict=True):
             p = (chunk @ weight_low.t()).float()
             log_norm = torch.logsumexp(p, dim=1, keepdim=True)
             loss += (log_norm - p.gather(1, target)).sum()
-            p.sub_(log_norm).exp_().scatter_add_(1, target, -torch.ones_like(log_norm))
-            p = p.mul_(1 / n).to(dtype)
-            torch.mm(p, weight_low, out=grad_x[start : start + rows])
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
+                p.sub_(log_norm).exp_().scatter_add_(1, target, -torch.ones_like(log_norm))
+                p = p.mul_(1 / n).to(dtype)
+            else:  # the same without a scatter, which a compiler makes one kernel of
+                hit = target == torch.arange(vocab, device=x.device)
+                p = (((p - log_norm).exp() - hit.float()) * (1 / n)).to(dtype)
+            grad_x.append(p @ weight_low)
             if dtype == torch.float32:
                 grad_weight.addmm_(p.t(), chunk)
             else:
                 grad_weight += p.t() @ chunk
-        ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
+        ctx.save_for_backward(torch.cat(grad_x).to(x.dtype), grad_weight.to(weight.dtype))
         return loss / n
 
     @staticmethod
@@ -169,6 +179,8 @@ class GPT(nn.Module):
                 pos_dim=config.pos_dim,
                 byte_buffer=F.pad(byte_buffers[0], (0, 0, 0, padding)),
                 length_buffer=F.pad(byte_buffers[1], (0, padding)),
+                length_normalize=config.length_normalize,
+                z_normalize=config.z_normalize,
                 **{k: v for k, v in options.items() if v != (1.0 if k == "scale" else 0)},
             )
         self.transformer = nn.ModuleDict(
@@ -186,6 +198,7 @@ class GPT(nn.Module):
         # this factor the first loss of kronecker_tied would be about 94 instead of ln V.
         induced_tie = config.tie_weights and config.wte == "kronecker"
         self.head_scale = nn.Parameter(torch.tensor(0.02)) if induced_tie else None
+        self.liger = liger_loss() if config.loss == "liger" else None
         self.init_weights(seed)
 
     @torch.no_grad()
@@ -239,7 +252,10 @@ class GPT(nn.Module):
         weight = table if self.lm_head is None else self.lm_head.weight
         if targets is None:
             return F.linear(x[:, -1:], weight), None
-        return None, cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction)
+        if self.liger is not None and reduction == "mean" and torch.is_grad_enabled():
+            dtype = matmul_dtype(x)
+            return None, self.liger(weight.to(dtype), x.flatten(0, 1).to(dtype), targets.flatten())
+        return None, cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction, self.config.loss)
 
     def embed(self, idx: Tensor, byte_overrides=None) -> tuple[Tensor | None, Tensor]:
         """(table (V, n_embd) if the tied head needs it, embeddings (B, T, n_embd))."""
@@ -339,20 +355,38 @@ def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, how: str = "auto") -> Tensor:
     """Cross-entropy in nats of x (N, n_embd) @ weight.T (V, n_embd) against targets (N,)."""
-    device = x.device.type
-    if reduction == "mean" and device == "cpu" and torch.is_grad_enabled():
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return ChunkedLinearCrossEntropy.apply(x, weight, targets, dtype)
+    chunked = how == "chunked" or (how == "auto" and x.device.type == "cpu")
+    if reduction == "mean" and torch.is_grad_enabled() and chunked:
+        return ChunkedLinearCrossEntropy.apply(x, weight, targets, matmul_dtype(x))
     if torch.is_grad_enabled():  # one piece: the compiler fuses the rest on a GPU
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
-    rows = max(1, ChunkedLinearCrossEntropy.CHUNK_BYTES // (4 * weight.size(0)))
+    rows = chunk_rows(x, weight.size(0))
     losses = [
         F.cross_entropy(F.linear(a, weight).float(), b, reduction="none")
         for a, b in zip(x.split(rows), targets.split(rows), strict=True)
     ]
     return torch.cat(losses).mean() if reduction == "mean" else torch.cat(losses)
+
+
+def chunk_rows(x: Tensor, vocab_size: int) -> int:
+    return max(1, CHUNK_BYTES["cpu" if x.device.type == "cpu" else "gpu"] // (4 * vocab_size))
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """What a matmul takes x in: autocast's format, or x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def liger_loss() -> nn.Module:
+    """liger-kernel's fused head and cross-entropy, an optional extra for CUDA."""
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError as e:
+        raise ValueError(f"loss='liger' needs liger-kernel, transformers and a GPU ({e}): use auto") from None
+    return LigerFusedLinearCrossEntropyLoss()
 
 
 def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:

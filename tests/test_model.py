@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, ChunkedLinearCrossEntropy, GPTConfig, pick
+from model import CHUNK_BYTES, GPT, ChunkedLinearCrossEntropy, GPTConfig, pick
 
 SHAPE = {
     "block_size": 16,
@@ -123,7 +123,7 @@ def test_attention_against_its_written_definition():
 
 @pytest.mark.parametrize("rows_in_a_chunk", [1, 3, 100])
 def test_chunked_cross_entropy_and_its_gradients(rows_in_a_chunk, monkeypatch):
-    monkeypatch.setattr(ChunkedLinearCrossEntropy, "CHUNK_BYTES", rows_in_a_chunk * 4 * 23)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", rows_in_a_chunk * 4 * 23)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(10, 6, generator=g, requires_grad=True)
     w = torch.randn(23, 6, generator=g, requires_grad=True)
@@ -135,6 +135,25 @@ def test_chunked_cross_entropy_and_its_gradients(rows_in_a_chunk, monkeypatch):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(x.grad, gx, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(w.grad, gw, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("arm", ["bpe_tied", "kronecker", "kronecker_tied"])
+def test_every_way_to_the_loss_gives_one_loss_and_gradient_compiled_or_not(arm, monkeypatch):
+    """One graph, no break; compiled, the chunked loss takes the form that a GPU takes."""
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * 4 * 50)
+    idx = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
+    found = []
+    for loss in ("full", "chunked"):
+        for compiled in (False, True):
+            model = make(arm, loss=loss)
+            torch._dynamo.reset()
+            run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+            value = run(idx, idx.roll(-1, 1))[1]
+            value.backward()
+            found.append([value.detach(), *(p.grad for p in model.parameters())])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
 def test_bfloat16_autocast_trains_close_to_float32():
