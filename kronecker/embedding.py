@@ -35,7 +35,7 @@ class KroneckerEmbedding(nn.Module):
         has the same shape and values, and spares a transposed copy of the weight and of its gradient at each
         step. FSDP2's fully_shard takes row-major parameters only.
 
-    Additions that the paper does not have, off by default; each starts at zero output:
+    Additions that the paper does not have, off by default (ngrams and rank add nothing at the start):
     scale: factor on the output.
     ngrams: number of buckets of a bag of hashed byte 2- and 3-grams, ngram.weight (ngrams, d_model), summed and
         divided by the square root of their count.
