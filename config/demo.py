@@ -13,5 +13,5 @@ learning_rate, min_lr = 2e-3, 2e-4
 warmup_iters, max_iters = 40, 500
 eval_interval, eval_tokens, log_interval = 100, 32_768, 10
 keep = 1
-dtype = "float32"  # the same figures on every CPU
+dtype = "auto"  # bfloat16 matmuls where the processor has them: about twice as fast
 compile = False
