@@ -272,12 +272,17 @@ def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=t
             failures += 1
             problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             hopeless = ("DatasetNotFoundError", "ModuleNotFoundError", "OfflineModeIsEnabled")
-            if type(error).__name__ in hopeless or (not started and isinstance(error, ValueError)):
+            named = any(name in f"{type(error).__name__} {problem}" for name in hopeless)
+            if named or (not started and isinstance(error, ValueError)):
                 raise DataError(f"the data set cannot be opened ({problem})") from error
-            if failures > retries:
-                raise DataError(f"the source failed {failures} times in a row ({problem})") from error
+            # a source that never answered is more likely out of reach than flaky, and each attempt takes long
+            if failures > (retries if started else min(retries, 2)):
+                raise DataError(
+                    f"the source failed {failures} times in a row ({problem}): check the connection and run the "
+                    "same command again"
+                ) from error
             seconds = min(120, 2 ** (failures - 1))
-            print(f"\n{problem}; trying again in {seconds} s ({failures} of {retries})", file=sys.stderr)
+            print(f"\n{problem}; trying again in {seconds} s", file=sys.stderr)
             wait(seconds)
 
 

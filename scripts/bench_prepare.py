@@ -5,7 +5,7 @@
 Both sides take the same JSON lines (unpacked beforehand, so that no decompressor is the limit), the same number of
 processes and the same disk, in turns. The plain side is a multiprocessing.Pool over documents, tiktoken's
 encode_ordinary, a NumPy array with a range check, and a copy into a uint16 shard, the pipeline of llm.c's and
-modded-nanogpt's scripts, given the pool size that suits it best. With --modded-dir CHECKOUT theirs runs too, their
+modded-nanogpt's scripts. With --modded-dir CHECKOUT theirs runs too, their
 own data/fineweb.py with its download replaced by the same lines. All tokens are compared in the end.
 """
 
@@ -188,11 +188,7 @@ def main() -> None:
                 *("--input", str(source), "--out-dir", str(out), "--workers", str(args.workers)),
                 *("--val-tokens", "1000000", "--shard-size", str(size)),
             ],
-            # the parent that reads and copies is busy too, so one process fewer may suit the pool better
             "plain": lambda out: [*me, "--plain", str(source), str(out), str(args.workers), str(size)],
-            "plain, one process fewer": lambda out: [
-                *me, "--plain", str(source), str(out), str(max(1, args.workers - 1)), str(size),
-            ],
         }  # fmt: skip
         if modded:
 

@@ -131,7 +131,7 @@ def fetch(args: argparse.Namespace) -> dict:
                 flush=True,
             )
         known = {record["file"]: record for record in (old or {}).get("shards", [])}
-        remote = _retrying(lambda: remote_files(args.pretokenized), args.retries)
+        remote = _retrying(lambda: remote_files(args.pretokenized), min(args.retries, 2))
         wanted = sorted(name for name in remote if re.fullmatch(r"\w*_val_\d+\.bin", name))
         train = sorted(name for name in remote if re.fullmatch(r"\w*_train_\d+\.bin", name))
         if not wanted or not train:
@@ -234,7 +234,9 @@ def _retrying(action, retries: int, wait=time.sleep):
                 "GatedRepoError",
             )
             if hopeless or attempt == retries or type(error) is ValueError:
-                raise DataError(f"{problem}; what is there is kept, run the same command to go on") from error
+                raise DataError(
+                    f"{problem}; check the connection; what is there is kept, the same command goes on"
+                ) from error
             seconds = min(120, 2**attempt)
             print(f"{problem}; trying again in {seconds} s ({attempt + 1} of {retries})", file=sys.stderr)
             wait(seconds)
