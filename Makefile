@@ -36,7 +36,7 @@ demo: setup
 test: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
