@@ -741,8 +741,10 @@ def test_ready_shards_are_fetched_checked_and_resumed(tmp_path, bpe, monkeypatch
     fineweb.main(options)
     assert sorted(downloads[5:]) == names[2:-1] and verify.verify(out, say=lambda line: None) == []
     count = len(downloads)
-    fineweb.main(options)
-    assert len(downloads) == count
+    with monkeypatch.context() as offline:
+        offline.setattr(fineweb, "remote_files", lambda repo: pytest.fail("asked the hub again"))
+        fineweb.main(options)
+    assert len(downloads) == count and "already complete" in capsys.readouterr().out
     write_shard(remote / names[3], np.array([599, 600], np.uint16))
     sha[names[3]] = hashlib.sha256((remote / names[3]).read_bytes()).hexdigest()
     (out / names[3]).unlink()

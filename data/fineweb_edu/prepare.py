@@ -123,7 +123,7 @@ def fetch(args: argparse.Namespace) -> dict:
     out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
         old = read_meta(out_dir)
-        if old is not None and old["made"].get("source") != {"pretokenized": args.pretokenized}:
+        if old is not None and old.get("made", {}).get("source") != {"pretokenized": args.pretokenized}:
             raise DataError(f"{out_dir} holds another set already: take another --out-dir")
         if old is None and (find_shards(out_dir, "train") or find_shards(out_dir, "val")):
             print(
@@ -131,6 +131,10 @@ def fetch(args: argparse.Namespace) -> dict:
                 flush=True,
             )
         known = {record["file"]: record for record in (old or {}).get("shards", [])}
+        same = old is not None and old["complete"] and old["made"]["max_shards"] == args.max_shards
+        if same and all(_is_whole(out_dir / name, record) for name, record in known.items()):
+            print(f"already complete, nothing to do: {len(known)} shards in {out_dir}", flush=True)
+            return old
         remote = _retrying(lambda: remote_files(args.pretokenized), min(args.retries, 2))
         wanted = sorted(name for name in remote if re.fullmatch(r"\w*_val_\d+\.bin", name))
         train = sorted(name for name in remote if re.fullmatch(r"\w*_train_\d+\.bin", name))
@@ -144,7 +148,7 @@ def fetch(args: argparse.Namespace) -> dict:
             "tokenizer": tokenizer.spec,
             "vocab_size": tokenizer.n_vocab,
             "eot": tokenizer.eot,
-            "made": {"source": {"pretokenized": args.pretokenized}},
+            "made": {"source": {"pretokenized": args.pretokenized}, "max_shards": args.max_shards},
             "shards": [],
             "byte_lengths": tokenizer.byte_lengths().tolist(),
         }
