@@ -101,6 +101,9 @@ class Config:
     log_interval: int = key(1, "steps between lines of the log")
     ckpt_interval: int = key(0, "steps between checkpoints (0: eval_interval)")
     keep: int = key(2, "newest checkpoints that are kept, beside the best one")
+    keep_best: bool = key(
+        True, "also keep the checkpoint of the lowest validation loss (a save more at each new lowest)"
+    )
     max_skipped: int = key(10, "steps in a row with a non-finite loss or gradient before the run stops")
     wandb_log: bool = key(False, "log to Weights & Biases too")
     wandb_project: str = key("kronecker-nanogpt", "wandb project")
@@ -114,6 +117,12 @@ class Config:
         "auto", "of the matmuls; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16", "float16")
     )
     compile: bool | None = key(None, "torch.compile the model (auto: on CUDA)")
+    compile_mode: str = key(
+        "default", "of torch.compile; autotuning takes minutes", ("default", "max-autotune-no-cudagraphs")
+    )
+    attention: str = key(
+        "auto", "kernel of the attention on CUDA; auto: torch's choice", ("auto", "flash", "cudnn")
+    )
     deterministic: bool = key(False, "deterministic kernels only, at some cost in speed on CUDA")
 
 

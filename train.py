@@ -70,6 +70,7 @@ def main(config) -> None:
     say = print if ranks.master else lambda *args, **kwargs: None
     wishes = engine_ranks.Signals()
     config.dtype, autocast = engine_ranks.number_format(config.dtype, device)
+    engine_ranks.choose_attention(config.attention, config.dtype, config.deterministic, device)
     config.arm = (
         config.arm
         or f"{'bpe' if config.wte == 'stock' else config.wte}_{'tied' if config.tie_weights else 'untied'}"
@@ -196,7 +197,7 @@ def main(config) -> None:
         log = metrics.Metrics(out_dir, first, wandb_run)
 
     # ---- the raw model is evaluated and saved; the compiled, wrapped one only trains
-    wrapped = torch.compile(model) if config.compile else model
+    wrapped = torch.compile(model, mode=config.compile_mode) if config.compile else model
     if world > 1:
         wrapped = DistributedDataParallel(
             wrapped, device_ids=[device.index] if device.type == "cuda" else None
@@ -235,7 +236,11 @@ def main(config) -> None:
         last = step == config.max_iters
         wish = ranks.any(wishes.wish is not None)
         saved = step == first and folder is not None
-        if ((step > first and (step % ckpt_interval == 0 or last)) or wish) and not saved:
+        evaluates = step % config.eval_interval == 0 or last or config.eval_only
+        saves = ((step > first and (step % ckpt_interval == 0 or last)) or wish) and not saved
+        if evaluates or saves:
+            clock += engine_ranks.settle(device)  # what is queued belongs to the steps before
+        if saves:
             save(step)  # before the evaluation, which may be long
             saved = True
         if wish:
@@ -245,13 +250,13 @@ def main(config) -> None:
             )
             say("The same command with --init_from=auto goes on from here.")
             sys.exit(128 + (wishes.wish or 15))
-        if step % config.eval_interval == 0 or last or config.eval_only:
+        if evaluates:
             figures = evaluation.evaluate(model, val, byte_lengths, config.batch_size, ranks, autocast)
             row = {"iter": step, "tokens": step * tokens_per_step} | figures | model.wte_norms()
             bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
             say(f"step {step:>6,}  val loss {row['val/loss']:.4f} +- {row['val/sem']:.4f}{bpb}")
             best = math.inf if state["best_val"] is None else state["best_val"]
-            if step > 0 and row["val/loss"] < best:  # a NaN is never best
+            if config.keep_best and step > 0 and row["val/loss"] < best:  # a NaN is never best
                 if not saved:
                     save(step)  # with the best loss before this one: a resume here evaluates again
                 state["best_val"] = row["val/loss"]

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -123,6 +124,30 @@ def number_format(dtype: str, device: torch.device) -> tuple[str, object]:
     if dtype == "float32":
         return dtype, nullcontext()
     return dtype, torch.autocast(kind, dtype=getattr(torch, dtype))
+
+
+def choose_attention(name: str, config_dtype: str, deterministic: bool, device: torch.device) -> None:
+    """Leave scaled_dot_product_attention one kernel on CUDA, 'flash' or 'cudnn'; 'auto' leaves it torch's choice.
+
+    On Hopper torch has long chosen flash first, where cuDNN's kernel is faster; later versions prefer cuDNN.
+    """
+    if name == "auto" or device.type != "cuda":
+        return
+    if config_dtype == "float32" or (name == "cudnn" and deterministic):
+        what = "deterministic" if deterministic else "float32"
+        raise RunError(f"attention={name} has no {what} kernel: use --attention=auto")
+    for kernel in ("flash", "cudnn", "mem_efficient", "math"):
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel == name)
+
+
+def settle(device: torch.device) -> float:
+    """Wait until the device has done what it was given; the seconds that took."""
+    began = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter() - began
 
 
 def cpu_has_bf16() -> bool:
