@@ -870,8 +870,8 @@ def main(argv=None) -> None:
         page = report.write_section(out, "comparison", "Comparison", 10, section_html(c, curves, told))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(as_text(c))
-    print(f"\ncurves  {folder / 'curves.png'}\n        {folder / 'curves.svg'}\nreport  {page}")
+    report.say(as_text(c))
+    report.say(f"\ncurves  {folder / 'curves.png'}\n        {folder / 'curves.svg'}\nreport  {page}")
 
 
 if __name__ == "__main__":

@@ -232,9 +232,9 @@ def cpu_name() -> str:
 def print_tables(tables: list[dict]) -> None:
     """Tables in compare.py's form, on the terminal."""
     for t in tables:
-        print(f"\n{t['title']}\n\n{report.text_table(t['header'], t['rows'], t['left'])}")
+        report.say(f"\n{t['title']}\n\n{report.text_table(t['header'], t['rows'], t['left'])}")
         if t.get("note"):
-            print(compare.textwrap.fill(t["note"], 108))
+            report.say(compare.textwrap.fill(t["note"], 108))
 
 
 def tables_html(tables: list[dict]) -> str:
@@ -280,7 +280,7 @@ def finish(
         body += report.figure_html(report.save_figure(figure, folder / name), caption)
     page = report.write_section(out, name, title, order, body + extra_html)
     print_tables(tables)
-    print(
+    report.say(
         f"\nresults {folder / (name + '.json')}" + (f"\nfigure  {folder / (name + '.png')}" if figure else "")
     )
-    print(f"report  {page}")
+    report.say(f"report  {page}")

@@ -88,6 +88,14 @@ def write_json(path: Path, content) -> None:
     write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def say(text: str) -> None:
+    """print(), quiet when the reader has left (`| head`): the files are written by then."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def save_figure(figure, base: Path) -> str:
     """Save `base`.png and `base`.svg and return the SVG made fit to stand inside the page."""
     metadata = {"Date": None, "Creator": "kronecker-nanogpt"}
