@@ -99,7 +99,7 @@ class Config:
     )
     eval_only: bool = key(False, "evaluate once and stop")
     log_interval: int = key(1, "steps between lines of the log")
-    ckpt_interval: int = key(0, "steps between checkpoints (0: eval_interval)")
+    ckpt_interval: int = key(0, "steps between checkpoints (0: eval_interval; -1: only when stopped or best)")
     keep: int = key(2, "newest checkpoints that are kept, beside the best one")
     keep_best: bool = key(
         True, "also keep the checkpoint of the lowest validation loss (a save more at each new lowest)"

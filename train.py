@@ -237,7 +237,8 @@ def main(config) -> None:
         wish = ranks.any(wishes.wish is not None)
         saved = step == first and folder is not None
         evaluates = step % config.eval_interval == 0 or last or config.eval_only
-        saves = ((step > first and (step % ckpt_interval == 0 or last)) or wish) and not saved
+        due = ckpt_interval > 0 and step > first and (step % ckpt_interval == 0 or last)
+        saves = (due or wish) and not saved
         if evaluates or saves:
             clock += engine_ranks.settle(device)  # what is queued belongs to the steps before
         if saves:
