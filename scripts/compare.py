@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from kronecker.audit import audit_line
 from scripts import report, stats
 
 # What has to be equal, over which runs, and what it means when it is not.
@@ -365,6 +366,7 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
             notes.append(f"{arm} and {over} share no seed, so they are not compared.")
     result["speed"] = speeds(by, arms, seeds, baseline)
     result["decomposition"] = decomposition(result["pairs"])
+    result["codec"] = next((r.info["codec"] for r in kept if r.info.get("codec")), None)
     result["paper"] = PAPER
     result["claims"] = claims(result, kept)
     result["notes"] = notes
@@ -635,6 +637,8 @@ def sentences(c: dict) -> list[str]:
             f"Where kronecker's gain over bpe_tied comes from: untying the head {parts[0]} nats, "
             f"then the codec for the table {parts[1]}; together {parts[2]}."
         )
+    if c["codec"]:
+        says.append("The codec: " + audit_line(c["codec"]).removeprefix("kronecker: ") + ".")
     p = c["paper"]
     says.append(
         f"The paper ({p['scale']}; {p['pair']}): gain {p['gain_nats'][0]} ± {p['gain_nats'][1]} nats, "
