@@ -1,11 +1,14 @@
 """model.py against written-out definitions."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn import functional as F
 
+import configurator
 from model import CHUNK_BYTES, GPT, ChunkedLinearCrossEntropy, GPTConfig, pick
 
 SHAPE = {
@@ -237,6 +240,49 @@ def test_parameter_counts_of_the_124m_arms():
         assert counts["body"] == body
         assert counts["total"] == body + sum(expected[arm])
     assert 1 - projection / table == pytest.approx(0.919, abs=0.001)  # the paper's 91%
+
+
+def test_every_arm_file_is_an_arm_and_its_additions_are_counted():
+    """Input parameters at 124M, by hand: projection, buckets x 768, rank x (50304 + 768)."""
+    projection = 4096 * 768
+    added = {
+        "kronecker_s01": 0,
+        "kronecker_s01_lr3": 0,
+        "kronecker_ngrams": 16384 * 768,
+        "kronecker_ngrams3k": 3072 * 768,
+        "kronecker_rank16": 16 * (50304 + 768),
+        "kronecker_rank16_ngrams2k": 16 * (50304 + 768) + 2048 * 768,
+    }
+    files = {path.stem: path for path in (ROOT / "config" / "arms").glob("*.py")}
+    assert added.keys() | ARMS.keys() <= files.keys()
+    buffers = (torch.zeros(50304, 16, dtype=torch.uint8), torch.zeros(50304, dtype=torch.int16))
+    names = [f.name for f in fields(GPTConfig)]
+    for arm, more in added.items():
+        config = configurator.load([str(files[arm]), "--bias=False", "--vocab_size=50304"])
+        assert config.arm == arm
+        shape = GPTConfig(**{name: getattr(config, name) for name in names})
+        with torch.device("meta"):
+            counts = GPT(shape, buffers).count_parameters()
+        assert counts["input"] == projection + more
+        if arm != "kronecker_ngrams":
+            assert counts["input"] < 0.15 * counts["stock_table"]
+
+
+def test_additions_are_drawn_from_the_seed_and_start_at_the_papers_embedding():
+    idx = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
+    plain = make("kronecker", wte_scale=0.1)
+    for more in ({"wte_ngrams": 64}, {"wte_rank": 4}):
+        torch.manual_seed(7)
+        one = make("kronecker", wte_scale=0.1, **more)
+        torch.manual_seed(8)
+        two = make("kronecker", wte_scale=0.1, **more)
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+        torch.testing.assert_close(one.transformer.wte(idx), plain.transformer.wte(idx))
+        assert one.body_sha256() == plain.body_sha256()
+        one(idx, idx.roll(-1, 1))[1].backward()
+        grads = {n: p.grad.norm().item() for n, p in one.transformer.wte.named_parameters()}
+        assert all(g > 0 for n, g in grads.items() if not n.endswith("residual_u")), grads  # v starts at 0
+    torch.testing.assert_close(plain.transformer.wte(idx), 0.1 * make("kronecker").transformer.wte(idx))
 
 
 def test_pick_keeps_to_top_k_and_top_p():
