@@ -30,6 +30,7 @@ def add_arguments(parser, need_runs: bool = True) -> None:
         required=need_runs,
         help="run folders, or folders that hold runs (out/demo)",
     )
+    parser.add_argument("--allow-unfinished", action="store_true", help="take unfinished runs as they stand")
     parser.add_argument("--out", help="folder whose compare/ gets the results (default: the first of --runs)")
     parser.add_argument(
         "--baseline", help="arm to pair the others with (default: bpe_tied, else the first arm)"
@@ -45,15 +46,21 @@ def out_folder(args, fallback: str) -> Path:
     return compare.default_out(args.runs) if args.runs else Path(fallback)
 
 
-def find_runs(paths) -> list[dict]:
-    """Runs with a checkpoint at or below the paths: [{"path", "arm", "seed"}], by arm and seed."""
+def find_runs(args) -> list[dict]:
+    """Finished runs at or below --runs: [{"path", "arm", "seed"}], by arm and seed; what is left out is said."""
+    paths = args.runs
     runs, seen = [], {}
     for path in compare.find_run_folders(paths):
-        info = compare.read_json(path / "run.json")
+        loaded = compare.load_folder(path)
         if not (path / "latest").exists():
-            progress(f"{path} has no checkpoint yet: left out")
+            progress(f"left out: {path} has no checkpoint yet")
             continue
-        run = {"path": path, "arm": str(info.get("arm")), "seed": int(info.get("seed", 0))}
+        if (
+            loaded.state != "finished" and not args.allow_unfinished
+        ):  # a run of 30 steps would pass for its arm
+            progress(f"left out: {path} ({loaded.state}); --allow-unfinished takes it in")
+            continue
+        run = {"path": path, "arm": loaded.arm, "seed": loaded.seed}
         other = seen.setdefault((run["arm"], run["seed"]), path)
         if other != path:
             raise ProbeError(
@@ -61,7 +68,7 @@ def find_runs(paths) -> list[dict]:
             )
         runs.append(run)
     if not runs:
-        raise ProbeError(f"no run with a checkpoint at or below {', '.join(map(str, paths))}; train first")
+        raise ProbeError(f"no finished run with a checkpoint at or below {', '.join(map(str, paths))}")
     return sorted(runs, key=lambda r: (*report.arm_sort_key(r["arm"]), r["seed"]))
 
 

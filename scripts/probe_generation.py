@@ -344,7 +344,7 @@ def main(argv=None) -> None:
         prompts = read_prompts(Path(args.prompts))
         published = published_rates(Path(args.prompts))
         records, checks = [], {}
-        for run, model, tokenizer, _ in common.each_model(common.find_runs(args.runs), args, "generation"):
+        for run, model, tokenizer, _ in common.each_model(common.find_runs(args), args, "generation"):
             records += measure(model, tokenizer, run, prompts, args)
             checks[f"{run['arm']}_s{run['seed']}"] = sanity(model, tokenizer)
         arms = sorted({r["arm"] for r in records}, key=report.arm_sort_key)

@@ -314,7 +314,7 @@ def main(argv=None) -> None:
     try:
         families, published = read_families(Path(args.families))
         by_run = {}
-        for run, model, tokenizer, _ in common.each_model(common.find_runs(args.runs), args, "layers"):
+        for run, model, tokenizer, _ in common.each_model(common.find_runs(args), args, "layers"):
             by_run[run["arm"], run["seed"]] = measure(model, tokenizer, run, families, bool(published), args)
         arms = sorted({a for a, _ in by_run}, key=report.arm_sort_key)
         baseline = common.pick_baseline(arms, args.baseline)

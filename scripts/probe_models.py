@@ -738,7 +738,7 @@ def run_tables(args):
     """Tables of our own runs, as if they were models: (name, arm, table, token bytes)."""
     from kronecker import token_bytes
 
-    for run, model, tokenizer, _ in common.each_model(common.find_runs(args.runs), args, "table"):
+    for run, model, tokenizer, _ in common.each_model(common.find_runs(args), args, "table"):
         wte = model.transformer.wte
         with torch.no_grad():
             table = (wte.table() if hasattr(wte, "table") else wte.weight).detach().float().cpu()

@@ -44,6 +44,10 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     try:
         runs = [compare.load_folder(p) for p in compare.find_run_folders(args.runs)]
+        for r in runs if not args.allow_unfinished else ():
+            if r.state != "finished":
+                common.progress(f"left out: {r.name} ({r.state}); --allow-unfinished takes it in")
+        runs = [r for r in runs if r.state == "finished" or args.allow_unfinished]
         runs = [r for r in runs if any(isinstance(v.get("wte/rms"), (int, float)) for v in r.val)]
         if not runs:
             raise common.ProbeError(f"no run with wte/rms in its metrics at or below {', '.join(args.runs)}")

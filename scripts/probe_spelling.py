@@ -374,7 +374,7 @@ def main(argv=None) -> None:
     try:
         if args.generate is not None and args.generate < 1:
             raise common.ProbeError(f"--generate wants a number of pairs, got {args.generate}")
-        runs = common.find_runs(args.runs)
+        runs = common.find_runs(args)
         if args.generate:
             pairs, published = generate_pairs(held_out_text(args, runs[0]), args.generate, args.seed), {}
             what, name = f"{len(pairs)} synthetic typos", "spelling_generated"

@@ -181,7 +181,7 @@ def main(argv=None) -> None:
     try:
         pairs = read_pairs(Path(args.pairs), args.seed)
         by_run = {}
-        for run, model, tokenizer, _ in common.each_model(common.find_runs(args.runs), args, "trade-off"):
+        for run, model, tokenizer, _ in common.each_model(common.find_runs(args), args, "trade-off"):
             by_run[run["arm"], run["seed"]] = measure(model, tokenizer, pairs, args.prefix)
         arms = sorted({a for a, _ in by_run}, key=report.arm_sort_key)
         baseline = common.pick_baseline(arms, args.baseline)

@@ -397,6 +397,24 @@ def test_errors_are_one_sentence(tmp_path, runs_dir):
         assert str(e.value).startswith("error: ") and "\n" not in str(e.value), argv
 
 
+def test_unfinished_runs_do_not_pass_for_their_arm(runs_dir, tmp_path, capsys):
+    import shutil
+
+    root = tmp_path / "some"
+    for name in ("kronecker_s1337", "kronecker_s1338", "bpe_tied_s1337"):
+        shutil.copytree(runs_dir / name, root / name)
+    rows = (root / "kronecker_s1338" / "metrics.jsonl").read_text().splitlines()
+    (root / "kronecker_s1338" / "metrics.jsonl").write_text("\n".join(rows[:2]) + "\n")  # stops at 1 of 2
+    for module, name in ((probe_norms, "norms"), (probe_spelling, "spelling")):
+        module.main(["--runs", str(root)])
+        assert "left out" in capsys.readouterr().err
+        result = json.loads((root / "compare" / "probes" / f"{name}.json").read_text())
+        by_seed = result["kronecker"]["agg"] if name == "spelling" else result["wte/rms"]["kronecker"]
+        assert list(by_seed["by_seed"]) == ["1337"]
+        module.main(["--runs", str(root), "--allow-unfinished"])
+        assert "left out" not in capsys.readouterr().err
+
+
 def test_untrained_twin_is_step_zero(runs_dir):
     for arm in ARMS:
         net, tokenizer, config = load_run(runs_dir / f"{arm}_s1338")
