@@ -159,6 +159,15 @@ def test_every_way_to_the_loss_gives_one_loss_and_gradient_compiled_or_not(arm, 
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+def test_a_loss_beyond_float32s_smallest_probability_is_still_right():
+    x = torch.tensor([[100.0], [1.0]], requires_grad=True)
+    w = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss = ChunkedLinearCrossEntropy.apply(x, w, torch.tensor([1, 0]), torch.float32)
+    assert loss.item() == pytest.approx((200 + math.log(1 + math.exp(-2))) / 2)
+    loss.backward()
+    assert x.grad[0].item() == pytest.approx(1.0)  # (p - onehot) @ w / n = (1 * 1 + -1 * -1) / 2
+
+
 def test_bfloat16_autocast_trains_close_to_float32():
     """Both matmuls of the loss go through the low format; the sum over chunks stays in float32."""
     idx = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(1))
