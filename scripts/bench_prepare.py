@@ -170,6 +170,8 @@ def main() -> None:
             sys.exit(f"error: no data/fineweb.py in {args.modded_dir}")
     from engine.runs import commit, machine
 
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
         source = args.input
@@ -260,6 +262,7 @@ def main() -> None:
         "python": sys.version.split()[0],
         "input": {"documents": len(texts), "text_bytes": sum(texts), "tokens": n, "name": args.input.name},
         "processes": args.workers,
+        "load_average_before": load,
         "same_tokens_from_all_sides": True,
         "sides": rows,
         "ours_on_other_input": extras,
