@@ -104,7 +104,9 @@ def main() -> None:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
                     kills += 1
-                    names = [p.name for p in out.iterdir() if p.name != "prepare.lock"] if out.is_dir() else []
+                    names = (
+                        [p.name for p in out.iterdir() if p.name != "prepare.lock"] if out.is_dir() else []
+                    )
                     writing = any(name.endswith(".tmp") for name in names)
                     stages[
                         "before the first file" if not names else "writing" if writing else "between files"
