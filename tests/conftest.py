@@ -12,6 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
+    if wanted:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in wanted:
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA GPU here"))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Folder with real text and tokenizer files; tests that want it skip where it is absent."""
