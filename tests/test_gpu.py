@@ -1,0 +1,207 @@
+"""What only a CUDA GPU can show; every test here is skipped where there is none (see conftest.py).
+
+`python -m pytest -m gpu` runs these alone.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, losses
+
+import model as model_file
+from data.loader import TrainBatches, prefetch
+from engine import checkpoint
+from engine.errors import RunError
+from engine.ranks import choose_attention
+from kronecker import KroneckerEmbedding, build_byte_buffer
+from model import GPT, GPTConfig
+
+gpu = pytest.mark.gpu
+ARMS = {
+    "bpe_tied": {"wte": "stock", "tie_weights": True},
+    "bpe_untied": {"wte": "stock", "tie_weights": False},
+    "kronecker": {"wte": "kronecker", "tie_weights": False},
+    "kronecker_tied": {"wte": "kronecker", "tie_weights": True},
+}
+
+
+def on_gpu(**keys):
+    return {"device": "cuda", "compile": False} | keys
+
+
+def small(**changes) -> GPT:
+    shape = {
+        "block_size": 32,
+        "vocab_size": 64,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 128,
+        "bias": False,
+        "pos_dim": 4,
+    }
+    pieces = [bytes([65 + i % 26, 97 + i // 26])[: i % 3] for i in range(64)]
+    return GPT(GPTConfig(**shape | changes), build_byte_buffer(pieces, 4))
+
+
+def test_a_kernel_that_cannot_do_what_is_asked_is_refused_before_the_gpu_is_touched():
+    cuda = torch.device("cuda")
+    with pytest.raises(RunError, match="attention=flash has no float32 kernel: use --attention=auto"):
+        choose_attention("flash", "float32", False, cuda)
+    with pytest.raises(RunError, match="attention=cudnn has no deterministic kernel"):
+        choose_attention("cudnn", "bfloat16", True, cuda)
+    choose_attention("cudnn", "float32", True, torch.device("cpu"))  # means nothing there
+
+
+@gpu
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_gpu_trains_as_the_cpu_does(arm, train_tiny, tmp_path):
+    cpu = losses(train_tiny(tmp_path / "cpu", **ARMS[arm]))
+    cuda = losses(train_tiny(tmp_path / "cuda", **ARMS[arm], **on_gpu()))
+    assert cpu.keys() == cuda.keys()
+    for k in cpu:  # float32, whose matmuls may be TF32 on CUDA
+        assert cuda[k] == pytest.approx(cpu[k], rel=3e-3), k
+
+
+@gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_deterministic_runs_and_resumes_are_bit_identical(compiled, train_tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    keys = ARMS["kronecker_tied"] | on_gpu(
+        deterministic=True, compile=compiled, dtype="bfloat16", ckpt_interval=6
+    )
+    try:
+        whole = train_tiny(tmp_path / "whole", **keys)
+        assert losses(train_tiny(tmp_path / "twin", **keys)) == losses(whole)
+        train_tiny(tmp_path / "cut", **keys, init_from="auto")
+        os.rename(tmp_path / "cut/ckpt/step_000012", tmp_path / "gone")
+        assert losses(train_tiny(tmp_path / "cut", **keys, init_from="auto")) == losses(whole)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    ours, theirs = (checkpoint.load(tmp_path / d / "ckpt/step_000012")[0] for d in ("whole", "cut"))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("attention", ["auto", "flash", "cudnn"])
+def test_low_formats_and_attention_kernels_train_alike(dtype, attention, train_tiny, tmp_path):
+    exact = losses(train_tiny(tmp_path / "fp32", **on_gpu(dtype="float32", n_embd=128)))
+    try:
+        low = train_tiny(tmp_path / "low", **on_gpu(dtype=dtype, attention=attention, n_embd=128))
+    finally:
+        for kernel in ("flash", "cudnn", "mem_efficient", "math"):
+            getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(True)
+    assert all(r["skipped"] == 0 for r in low if "skipped" in r)
+    for k, value in losses(low).items():
+        assert value == pytest.approx(exact[k], rel=0.02), k
+
+
+@gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("loss", ["chunked", "liger"])
+def test_every_way_to_the_loss_is_one_loss(loss, compiled, monkeypatch):
+    """Compiled too: writes into slices inside a compiled autograd.Function were once silently lost (torch 2.11)."""
+    if loss == "liger":
+        pytest.importorskip("liger_kernel")
+    monkeypatch.setitem(model_file.CHUNK_BYTES, "gpu", 40 * 4 * 64)
+    x = torch.randint(0, 64, (8, 32), device="cuda")
+    found = []
+    for way in ("full", loss):
+        torch._dynamo.reset()
+        model = small(loss=way, tie_weights=False).cuda()
+        run = torch.compile(model) if compiled and way == loss else model
+        with torch.autocast("cuda", torch.bfloat16):
+            value = run(x, x.roll(-1, 1))[1]
+        value.backward()
+        found.append([value.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 0.03 * a.norm()
+
+
+@gpu
+def test_the_loss_in_chunks_needs_less_memory():
+    peaks = {}
+    for loss in ("full", "chunked"):
+        model = small(loss=loss, vocab_size=50304, block_size=1024, tie_weights=False).cuda()
+        x = torch.randint(0, 50304, (32, 1024), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(x, x)[1].backward()
+        peaks[loss] = torch.cuda.max_memory_allocated()
+        del model
+        torch.cuda.empty_cache()
+    assert peaks["chunked"] < 0.7 * peaks["full"]
+
+
+@gpu
+def test_the_embedding_moves_and_agrees_with_the_cpu():
+    pieces = [bytes([i % 256, (7 * i) % 256, 3])[: i % 4] for i in range(500)]
+    one = KroneckerEmbedding(
+        500,
+        64,
+        pos_dim=4,
+        **dict(zip(("byte_buffer", "length_buffer"), build_byte_buffer(pieces, 4), strict=True)),
+    )
+    two = KroneckerEmbedding(
+        500, 64, pos_dim=4, byte_buffer=one._byte_buffer, length_buffer=one._length_buffer
+    )
+    two.load_state_dict(one.state_dict())
+    two.cuda()
+    ids = torch.randint(0, 500, (3, 700))
+    g = torch.randn(3, 700, 64)
+    one(ids).backward(g)
+    two(ids.cuda()).backward(g.cuda())
+    torch.testing.assert_close(two(ids.cuda()).cpu(), one(ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        two.projection.weight.grad.cpu(), one.projection.weight.grad, rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(two.table().cpu(), one.table(), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(two.cpu()(ids), one(ids))  # and back
+
+
+@gpu
+def test_batches_arrive_whole_and_in_order(tiny_data):
+    batches = TrainBatches(tiny_data, 16, 8, 1337)
+    arrived = list(prefetch((batches.rows(s, 0, 8) for s in range(20)), "cuda"))
+    for s, (x, y) in enumerate(arrived):
+        plain = batches.rows(s, 0, 8)
+        assert x.is_cuda and torch.equal(x.cpu(), plain[0]) and torch.equal(y.cpu(), plain[1])
+
+
+@gpu
+def test_rows_tell_the_allocators_memory_and_the_devices_mfu(train_tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("KNG_PEAK_TFLOPS", "100")
+    rows = [r for r in train_tiny(tmp_path, **on_gpu(log_interval=4)) if "train/loss" in r]
+    from engine.flops import flops_per_token
+    from model import GPTConfig
+
+    config = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
+    for r in rows:
+        assert r["mfu"] == pytest.approx(r["tok_per_sec"] * flops_per_token(config) / 1e14 * 100)
+        assert 0 < r["mem_gb"] < 5
+
+
+@gpu
+def test_cached_generation_is_plain_generation():
+    model = small().cuda().eval()
+    prompt = torch.randint(0, 64, (2, 5), device="cuda")
+    ids = prompt
+    for _ in range(20):
+        ids = torch.cat((ids, model(ids)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+    cached = torch.cat((prompt, *model.generate(prompt, 20, temperature=0)), dim=1)
+    assert torch.equal(cached, ids)
+
+
+@gpu
+def test_too_large_a_batch_is_one_sentence(tiny_flags, tmp_path):
+    rows = 2**22
+    flags = tiny_flags(tmp_path, **on_gpu(batch_size=rows, global_batch_size=rows, n_embd=512))
+    done = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the GPU is out of memory" in done.stderr
+    assert f"--batch_size={rows // 2} instead of {rows}" in done.stderr
+    assert "Traceback" not in done.stderr
