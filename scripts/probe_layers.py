@@ -296,7 +296,7 @@ def draw(by_run: dict, arms):
             ax.set_title(title)
             ax.margins(x=0.08)
             low, high = ax.get_ylim()  # a flat line is no reason to show a hundredth of a per cent
-            ax.set_ylim((max(-3, low - 5), min(103, high + 5)) if score == "L" else (-0.5, max(10, high)))
+            ax.set_ylim((max(-3, low - 5), min(101, high + 5)) if score == "L" else (-0.5, max(10, high)))
         axes[0].legend(fontsize=9)
     return figure
 

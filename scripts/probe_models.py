@@ -706,26 +706,23 @@ def draw(groups: dict):
         left.set_title("What lies nearest")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles[:6], labels[:6], fontsize=8, loc="outside lower center", ncols=3)
-        for kind in SPACES:
-            lines = []
-            for members in groups.values():
-                y = [
-                    np.mean(
-                        [
-                            m["falloff"][kind][str(d)]["mean"]
-                            for m in members
-                            if str(d) in m["falloff"].get(kind, {})
-                        ]
-                        or [np.nan]
-                    )
-                    for d in range(1, 8)
-                ]
-                lines.append(y)
-                right.plot(
-                    range(1, 8), y, color=colours[kind], alpha=0.35 if len(groups) > 1 else 0, linewidth=0.9
-                )
+
+        def fall(members, kind):
+            means = [
+                [m["falloff"].get(kind, {}).get(str(d), {}).get("mean", np.nan) for d in range(1, 8)]
+                for m in members
+            ]
+            return np.nanmean(np.array(means), axis=0)
+
+        everyone = [m for members in groups.values() for m in members]
+        for kind in ("codec", "random"):  # nearly the same for every vocabulary: one line
             right.plot(
-                range(1, 8), np.nanmean(np.array(lines), axis=0), color=colours[kind], linewidth=2, label=kind
+                range(1, 8), fall(everyone, kind), color=colours[kind], linewidth=2, label=f"{kind}, all"
+            )
+        blues = report.plt.get_cmap("Blues")(np.linspace(0.9, 0.4, len(groups)))
+        for (name, members), shade in zip(groups.items(), blues, strict=True):
+            right.plot(
+                range(1, 8), fall(members, "trained"), color=shade, marker=".", linewidth=1.4, label=name
             )
         right.set_xticks(range(1, 8), [*map(str, range(1, 7)), "7+"])
         right.set_xlabel("edit distance of two words")
@@ -804,7 +801,7 @@ def main(argv=None) -> None:
             tables,
             draw(groups),
             "Left: share of the 5 nearest tokens that are typographic variants (full colour) or kin (pale). "
-            "Right: mean centred cosine of word pairs by edit distance; thin lines are single models.",
+            "Right: mean centred cosine of word pairs by edit distance; blue: each trained table.",
             intro,
         )
     except (ValueError, OSError) as e:

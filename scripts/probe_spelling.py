@@ -345,7 +345,7 @@ def draw(by_arm: dict):
                 values = [scale * e[key] for e in (agg["overall"], *agg["by_category"].values())]
                 y = np.arange(len(names)) + 0.16 * (k - (len(arms) - 1) / 2)
                 style = report.arm_style(arm, arms)
-                ax.plot(values, y, "o", color=style["color"], label=arm, markersize=6)
+                ax.plot(values, y, "o", color=style["color"], label=arm, markersize=6, clip_on=False)
             ax.axhline(0.5, color=report.INK, linewidth=0.8)
             ax.set_title(title)
             ax.grid(axis="y", visible=False)
