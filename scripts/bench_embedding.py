@@ -12,6 +12,7 @@ which of the two it was. Writes embedding_<device>.json and .md.
 import argparse
 import datetime
 import gc
+import importlib.util
 import json
 import lzma
 import os
@@ -225,6 +226,9 @@ def bench_setting(V, d, pos_dim, n, kind, tokens, pieces, bandwidth, args) -> di
         skipped["reference"] = (
             f"not run: needs about {6 * 4 * n * D / 1e9:.0f} GB and {6 * n * D * d / 1e12:.1f} TFLOP a step"
         )
+    elif importlib.util.find_spec("kronecker_embeddings") is None:
+        sides.remove("reference")
+        skipped["reference"] = "not run: kronecker-embeddings is not installed"
     modules = {side: build(side, V, d, pos_dim, buffers, args.device, dtype) for side in sides}
     rounds = args.rounds * (10 if n * d < 1e6 else 1)
     row = {
@@ -248,7 +252,7 @@ def bench_setting(V, d, pos_dim, n, kind, tokens, pieces, bandwidth, args) -> di
         for s, m in modules.items()
     }
     del modules
-    if kind == "text":
+    if kind == "text" and not args.no_memory:
         row["peak_bytes"] = {s: peak_memory(s, V, d, pos_dim, n, args) for s in sides}
     return row | skipped
 
@@ -378,6 +382,9 @@ def main(argv=None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as many as torch takes)")
     parser.add_argument("--reference-gb", type=float, default=8.0, help="leave the reference out above this")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave the peak memory out (a process a side)"
+    )
     parser.add_argument("--quick", action="store_true", help="two settings, five rounds")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--memory", type=int, nargs=4, help=argparse.SUPPRESS)

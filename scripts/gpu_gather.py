@@ -191,6 +191,20 @@ def embedding_table(pieces) -> dict | None:
     return table("The embedding alone", header, rows, 3, note)
 
 
+def ways_table(pieces) -> dict | None:
+    """Milliseconds of the package's way and of the candidates."""
+    rows, sides = [], ["package", "table", "slots", "nn.Embedding"]
+    for _, c in pieces:
+        for r in c.get("ways", []) if c["piece"] == "embedding" else ():
+            what = f"{r['V']:,} x {r['d']:,}, pos_dim {r['pos_dim']}"
+            rows.append(
+                [what, r["dtype"], f"{r['tokens']:,}", *(f"{r['ms'][s]:.3f}" for s in sides), c["device"]]
+            )
+    header = ["embedding", "dtype", "tokens", *(f"{s}, ms" for s in sides), "device"]
+    note = "Forward and backward; ids by a Zipf law. scripts/embedding_candidates.py says what the ways are."
+    return table("Ways to the same embedding", header, rows, 2, note)
+
+
 def speed_table(pieces) -> dict | None:
     rows, notes = [], []
     for _, c in pieces:
@@ -330,6 +344,7 @@ def gather(out: Path, plan: dict | None, pinned: list[str], argv: list[str]) -> 
         "speed": speed_table(pieces),
         "tune": tune_table(pieces),
         "embedding": embedding_table(pieces),
+        "ways": ways_table(pieces),
         "probes": probe_table(pieces, c["arms"] if c else []),
         "sweep": swept,
         "correctness": correctness_table(pieces),

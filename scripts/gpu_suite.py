@@ -56,7 +56,7 @@ from engine import runs
 from engine.flops import CONVENTION, flops_per_token, peak_flops
 from engine.metrics import is_finished, read_metrics
 from model import GPTConfig
-from scripts import bench_train, compare, gpu_checks, gpu_gather
+from scripts import bench_train, compare, embedding_candidates, gpu_checks, gpu_gather
 
 RECIPE = "config/gpt2_124m_short.py"
 PIECES = "prepare correctness embedding tune speed train probes sweep gather".split()
@@ -305,7 +305,7 @@ def correctness(args) -> None:
 
 
 def embedding(args) -> None:
-    """scripts/bench_embedding.py in fp32 and bf16."""
+    """scripts/bench_embedding.py in fp32 and bf16, and other ways to the same sums beside the package's."""
     began, results = time.monotonic(), {}
     text = next((t for t in args.text if t.is_file()), None)
     for dtype in ("float32", "bfloat16"):
@@ -313,12 +313,14 @@ def embedding(args) -> None:
         command = [sys.executable, "-m", "scripts.bench_embedding", "--device", args.device, "--dtype", dtype]
         command += ["--out", str(folder)] + (["--text", str(text)] if text else [])
         command += ["--quick", "--rounds", "3"] if args.toy else ["--reference-gb", "60"]
+        command += ["--no-memory"] if dtype == "bfloat16" or args.toy else []
         run_tool(command, f"bench_embedding {dtype}", args, args.work / f"embedding_{dtype}.log")
         suffix = "" if dtype == "float32" else f"_{dtype}"
         results[dtype] = json.loads((folder / f"embedding_{args.device}{suffix}.json").read_text())
         if args.toy:
             break
-    write_piece(args, "embedding", began, {"results": results})
+    ways = embedding_candidates.measure(args.device, args.toy, rounds=3 if args.toy else 20)
+    write_piece(args, "embedding", began, {"results": results, "ways": ways})
 
 
 def run_tool(command: list[str], what: str, args, log: Path) -> str:

@@ -140,7 +140,7 @@ def check(args, passed, todo, environment) -> None:
 
 def show(args, todo, running, started: float, finished: int, begun: dict, last: bool = False) -> None:
     """One line for each running job, or a status line on a terminal."""
-    parts, tokens_left, speed = [], 0, 0.0
+    parts = []
     for (arm, seed), job in running.items():
         rows = read_metrics(folder(args, arm, seed))
         train = [r for r in rows if "train/loss" in r]

@@ -1,0 +1,181 @@
+"""Other ways to compute the same embedding on a GPU, measured beside the package's own.
+
+    python scripts/embedding_candidates.py                  on a GPU; scripts/gpu_suite.py embedding runs it too
+
+kronecker/bag.py learns from the device how many of a batch's tokens are distinct, so the host waits for it: twice in
+the forward pass and, compiled, twice in the backward one. The ways here have fixed shapes and never wait:
+
+table   the embeddings of the whole vocabulary, then a lookup; the sums of the backward pass follow an order that is
+        made once, since the bytes of a vocabulary do not change. Long runs (the rows that many tokens share) are cut
+        into pieces of CHUNK, or one thread would add up thousands of rows.
+slots   the distinct tokens, like the package, in as many slots as there could be at most; empty slots cost little.
+
+Whichever is fastest in the training step should become the package's way; until it is measured, nothing is changed.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from kronecker import KroneckerEmbedding
+from scripts.bench_embedding import byte_buffers, draw_ids, interleave
+
+CHUNK = 64
+
+
+class Table:
+    """W^T (D, M) -> embeddings (N, M) through the table of all V tokens. coef (P + 1, 2) as in kronecker/bag.py."""
+
+    def __init__(self, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor, D: int):
+        V, P = bytes_VxP.shape
+        device = bytes_VxP.device
+        position_P = torch.arange(P, device=device)
+        real_VxP = position_P < lengths_V[:, None]
+        self.flat_K = (bytes_VxP.long() * P + position_P)[real_VxP]
+        lengths = lengths_V.long()
+        self.starts_V = lengths.cumsum(0) - lengths
+        self.scale_Vx1, self.shift_Vx1 = coef_Lx2[lengths].unsqueeze(2).unbind(1)
+        # the same sums backwards: for each row of W^T the tokens that have it, in pieces of CHUNK
+        order_K = torch.argsort(self.flat_K, stable=True)
+        self.token_K = torch.repeat_interleave(torch.arange(V, device=device), lengths)[order_K]
+        counts_D = torch.bincount(self.flat_K, minlength=D)
+        pieces_D = (counts_D + CHUNK - 1) // CHUNK
+        first_D = counts_D.cumsum(0) - counts_D
+        n_pieces = int(pieces_D.sum())
+        row_C = torch.repeat_interleave(torch.arange(D, device=device), pieces_D)
+        within_C = torch.arange(n_pieces, device=device) - (pieces_D.cumsum(0) - pieces_D)[row_C]
+        self.starts_C = first_D[row_C] + within_C * CHUNK
+        self.starts_D = pieces_D.cumsum(0) - pieces_D
+        self.all_C = torch.arange(n_pieces, device=device)
+
+    def forward(self, ids_N: Tensor, wT_DxM: Tensor) -> Tensor:
+        bag_VxM = F.embedding_bag(self.flat_K, wT_DxM, self.starts_V, mode="sum").to(self.scale_Vx1.dtype)
+        e_VxM = torch.addcmul(
+            self.scale_Vx1 * bag_VxM, self.shift_Vx1, wT_DxM.sum(0, dtype=bag_VxM.dtype), value=-1
+        )
+        return e_VxM.to(wT_DxM.dtype).index_select(0, ids_N)
+
+    def backward(self, ids_N: Tensor, g_NxM: Tensor, D: int) -> Tensor:
+        g_VxM = torch.ops.aten.embedding_dense_backward(g_NxM, ids_N, len(self.scale_Vx1), -1, False)
+        g_VxM = g_VxM.to(self.scale_Vx1.dtype)
+        shared_M = self.shift_Vx1[:, 0] @ g_VxM
+        piece_CxM = F.embedding_bag(self.token_K, g_VxM * self.scale_Vx1, self.starts_C, mode="sum")
+        grad_DxM = F.embedding_bag(self.all_C, piece_CxM, self.starts_D, mode="sum")
+        return grad_DxM.sub_(shared_M).to(g_NxM.dtype)
+
+
+class Slots:
+    """The same through min(N, V) slots for the distinct tokens of the batch."""
+
+    def __init__(self, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor, D: int):
+        self.bytes_VxP, self.lengths_V, self.coef_Lx2, self.D = bytes_VxP, lengths_V.long(), coef_Lx2, D
+
+    def forward(self, ids_N: Tensor, wT_DxM: Tensor) -> Tensor:
+        V, P = self.bytes_VxP.shape
+        device = ids_N.device
+        S = min(len(ids_N), V)
+        used_V = torch.zeros(V, dtype=torch.bool, device=device).index_fill_(0, ids_N, True)
+        slot_V = used_V.cumsum(0) - 1
+        # slot S is the bin of all tokens that are not there
+        token_S = torch.zeros(S + 1, dtype=torch.long, device=device)
+        token_S = token_S.scatter_(0, torch.where(used_V, slot_V, S), torch.arange(V, device=device))[:S]
+        alive_S = torch.arange(S, device=device) < used_V.sum()
+        lengths_S = self.lengths_V[token_S] * alive_S
+        position_P = torch.arange(P, device=device)
+        flat_SxP = self.bytes_VxP[token_S].long() * P + position_P
+        self.flat_SxP = flat_SxP.masked_fill(position_P >= lengths_S[:, None], self.D)  # a row of zeros
+        self.inverse_N, self.lengths_S = slot_V[ids_N], lengths_S
+        self.scale_Sx1, self.shift_Sx1 = self.coef_Lx2[lengths_S].unsqueeze(2).unbind(1)
+        bag_SxM = F.embedding_bag(self.flat_SxP, F.pad(wT_DxM, (0, 0, 0, 1)), mode="sum", padding_idx=self.D)
+        bag_SxM = bag_SxM.to(self.scale_Sx1.dtype)
+        e_SxM = torch.addcmul(
+            self.scale_Sx1 * bag_SxM, self.shift_Sx1, wT_DxM.sum(0, dtype=bag_SxM.dtype), value=-1
+        )
+        return e_SxM.to(wT_DxM.dtype).index_select(0, self.inverse_N)
+
+    def backward(self, ids_N: Tensor, g_NxM: Tensor, D: int) -> Tensor:
+        S, P = self.flat_SxP.shape
+        g_SxM = torch.ops.aten.embedding_dense_backward(g_NxM, self.inverse_N, S, -1, False)
+        g_SxM = g_SxM.to(self.scale_Sx1.dtype)
+        shared_M = self.shift_Sx1[:, 0] @ g_SxM
+        bag_K = torch.arange(S, device=ids_N.device)[:, None].expand(S, P).reshape(-1)
+        grad = torch.ops.aten._embedding_bag_dense_backward(
+            g_SxM * self.scale_Sx1, self.flat_SxP.reshape(-1), bag_K, self.lengths_S, self.lengths_S, D + 1, False,
+            0, None, D,
+        )  # fmt: skip
+        return grad[:D].sub_(shared_M).to(g_NxM.dtype)
+
+
+class _Candidate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids_N, weight_MxD, way):
+        ctx.way, ctx.D = way, weight_MxD.size(1)
+        ctx.save_for_backward(ids_N)
+        return way.forward(ids_N, weight_MxD.t().contiguous())
+
+    @staticmethod
+    def backward(ctx, g_NxM):
+        (ids_N,) = ctx.saved_tensors
+        return None, ctx.way.backward(ids_N, g_NxM.contiguous(), ctx.D).t(), None
+
+
+class CandidateEmbedding(nn.Module):
+    """A KroneckerEmbedding whose sums go another way."""
+
+    def __init__(self, module: KroneckerEmbedding, way):
+        super().__init__()
+        self.module = module
+        self.way = way(module._byte_buffer, module._length_buffer, module._coef, module.D)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = _Candidate.apply(ids.reshape(-1), self.module.projection.weight, self.way)
+        return out.view(*ids.shape, -1)
+
+
+def measure(device: str, toy: bool = False, rounds: int = 20) -> list[dict]:
+    """Median ms of forward and backward of every way and of nn.Embedding, interleaved."""
+    settings = [(512, 32, 8, 300)] if toy else [(50_304, 768, 16, 65_536), (50_304, 768, 16, 8_192), (131_072, 4_096, 32, 65_536)]  # fmt: skip
+    rows = []
+    for V, d, pos_dim, n in settings:
+        for dtype in (torch.float32, torch.bfloat16):
+            buffers = byte_buffers(V, pos_dim, None)
+            package = KroneckerEmbedding(
+                V, d, pos_dim=pos_dim, byte_buffer=buffers[0], length_buffer=buffers[1]
+            )
+            package = package.to(device=device, dtype=dtype)
+            sides = {
+                "package": package,
+                "table": CandidateEmbedding(package, Table),
+                "slots": CandidateEmbedding(package, Slots),
+                "nn.Embedding": nn.Embedding(V, d, device=device, dtype=dtype),
+            }
+            ids = draw_ids("text", n, V, None).to(device)
+            g = torch.randn(n, d, device=device, dtype=dtype)
+
+            def step(module, ids=ids, g=g):
+                module.zero_grad(set_to_none=True)
+                module(ids).backward(g)
+
+            ms = interleave(
+                {name: lambda m=m, step=step: step(m) for name, m in sides.items()}, rounds, device
+            )
+            rows.append({"V": V, "d": d, "pos_dim": pos_dim, "tokens": n, "dtype": str(dtype)[6:], "ms": ms})
+            print(json.dumps(rows[-1]), flush=True)
+            del sides, package, g
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--toy", action="store_true")
+    args = parser.parse_args()
+    measure(args.device, args.toy)

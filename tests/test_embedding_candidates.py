@@ -1,0 +1,35 @@
+"""scripts/embedding_candidates.py: every way gives the package's embedding and gradient."""
+
+import pytest
+import torch
+
+from kronecker import KroneckerEmbedding, build_byte_buffer
+from scripts import embedding_candidates
+from scripts.embedding_candidates import CandidateEmbedding, Slots, Table
+
+
+@pytest.mark.parametrize("way", [Table, Slots])
+@pytest.mark.parametrize(("V", "n"), [(700, 2000), (700, 50), (3, 9)])
+def test_it_is_the_same_embedding(way, V, n, monkeypatch):
+    monkeypatch.setattr(embedding_candidates, "CHUNK", 7)
+    g = torch.Generator().manual_seed(V + n)
+    pieces = [bytes([32, *torch.randint(0, 256, (i % 6,), generator=g).tolist()])[: i % 7] for i in range(V)]
+    buffers = build_byte_buffer(pieces, 4)
+    one = KroneckerEmbedding(V, 24, pos_dim=4, byte_buffer=buffers[0], length_buffer=buffers[1])
+    two = CandidateEmbedding(one, way)
+    ids = torch.randint(0, V, (n // 3, 3), generator=g)
+    out_grad = torch.randn(n // 3, 3, 24, generator=g)
+    found = []
+    for module in (one, two):
+        one.zero_grad()
+        out = module(ids)
+        out.backward(out_grad)
+        found.append((out.detach(), one.projection.weight.grad.clone()))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_all_ways_are_measured(capsys):
+    rows = embedding_candidates.measure("cpu", toy=True, rounds=3)
+    assert [r["dtype"] for r in rows] == ["float32", "bfloat16"]
+    assert all(set(r["ms"]) == {"package", "table", "slots", "nn.Embedding"} for r in rows)
