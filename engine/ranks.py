@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import secrets
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from engine.errors import RunError
 
@@ -86,8 +88,44 @@ def start(device: str) -> Ranks:
         keep_heap()
     if world == 1:
         return Ranks(0, 1, chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    patience = timedelta(minutes=30)
+    store, rank, world = next(rendezvous("env://", timeout=patience))
+    store = fresh_store(store, rank, world)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return Ranks(rank, world, chosen, dist.new_group(backend="gloo"))
+
+
+def fresh_store(store, rank: int, world: int, patience: float = 300):
+    """A part of torchrun's store that no earlier attempt has written to.
+
+    torchrun keeps one store over its restarts, so a worker can read the address of one that is dead, and
+    hang. Here rank 0 draws a name, each rank makes sure that rank 0 has heard its own draw and not that of
+    its predecessor, and rank 0 that each has heard the name; then all meet under it.
+    """
+    mine, deadline = secrets.token_hex(8), time.monotonic() + patience
+    others = range(1, world)
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+    heard = None
+    while time.monotonic() < deadline:
+        if rank == 0:
+            hellos = [store.get(f"hello/{r}").decode() for r in others]
+            if hellos != heard:
+                store.set("welcome", " ".join([mine, *hellos]))
+                heard = hellos
+            ready = [f"ready/{r}" for r in others]
+            if store.check(ready) and all(store.get(key).decode() == mine for key in ready):
+                return dist.PrefixStore(mine, store)
+        else:
+            name, *echoes = store.get("welcome").decode().split()
+            if echoes[rank - 1] == mine:
+                store.set(f"ready/{rank}", name)
+                return dist.PrefixStore(name, store)
+        time.sleep(0.02)
+    raise RunError(
+        f"not all of the {world} ranks came within {patience:.0f} s: look at the other ranks' output"
+    )
 
 
 def stop() -> None:
