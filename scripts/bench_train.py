@@ -18,10 +18,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from datetime import date
 from pathlib import Path
@@ -71,13 +73,18 @@ class BenchError(ValueError):
     """A side did not run; the message says which and why."""
 
 
-def timed(command: list[str], cwd: Path, env: dict) -> tuple[str, float]:
-    """(output, peak resident memory in GB) of a process."""
+def timed(command: list[str], cwd: Path, env: dict, limit: float | None = None) -> tuple[str, float]:
+    """(output, peak resident memory in GB) of a process, which is ended after `limit` seconds."""
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT)
+        clock = threading.Timer(limit or 10**6, process.kill)
+        clock.start()
         _, status, usage = os.wait4(process.pid, 0)
+        clock.cancel()
         out.seek(0)
         text = out.read()
+    if os.waitstatus_to_exitcode(status) == -signal.SIGKILL and limit is not None:
+        raise BenchError(f"ended after {limit:.0f} s, without figures")
     if os.waitstatus_to_exitcode(status):
         lines = text.strip().splitlines() or ["it said nothing"]
         said = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
@@ -114,7 +121,7 @@ def run_ours(arm: str, shape: dict, steps: int, work: Path, number: int, args) -
     keys["keep_best"] = False
     keys |= {"max_iters": steps, "seed": 1 + number, "eval_interval": 10**6, "ckpt_interval": -1} | args.keys
     flags = [f"--{k}={v}" for k, v in keys.items()]
-    _, memory = timed([sys.executable, str(ROOT / "train.py"), *flags], work, dict(os.environ))
+    _, memory = timed([sys.executable, str(ROOT / "train.py"), *flags], work, dict(os.environ), args.limit)
     rows = [r for r in read_metrics(out_dir) if "train/loss" in r]
     shutil.rmtree(out_dir)
     tokens = keys["batch_size"] * args.accumulate * shape["block_size"]
@@ -146,7 +153,7 @@ def run_nanogpt(shape: dict, steps: int, work: Path, number: int, args) -> dict:
     (work / "data" / "bench" / "meta.pkl").write_bytes(pickled_vocabulary(shape["vocab_size"]))
     flags = [f"--{k}={v!r}" if not isinstance(v, str) else f"--{k}={v}" for k, v in keys.items()]
     start = [sys.executable] + (["-c", WITH_PEAK] if args.device == "cuda" else [])
-    text, memory = timed([*start, str(checkout / "train.py"), *flags], work, dict(os.environ))
+    text, memory = timed([*start, str(checkout / "train.py"), *flags], work, dict(os.environ), args.limit)
     (work / "data" / "bench" / "meta.pkl").unlink()
     times = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.naif]+, time ([\d.]+)ms", text)][args.skip :]
     if args.device == "cuda":
@@ -156,10 +163,11 @@ def run_nanogpt(shape: dict, steps: int, work: Path, number: int, args) -> dict:
 
 
 def alternate(sides: dict, n_rounds: int, left=None, say=print) -> dict[str, list[dict]]:
-    """Run each side once a round, there and back again: {side: [figures of each round]}.
+    """Run each side once a round, there and back again: {side: [figures, with the "round" they belong to]}.
 
-    sides: {name: function of the round's number}. left: seconds that are left; a round that would take
-    longer than the one before it is not begun, but the first always is.
+    sides: {name: function of the round's number}. left: function that gives the seconds that are left; then a
+    round that would take longer than the longest before it is not begun (the first always is), and a side
+    that fails is told and left out of that round instead of ending the measurement.
     """
     rounds, longest = {side: [] for side in sides}, 0.0
     for number in range(n_rounds):
@@ -169,8 +177,13 @@ def alternate(sides: dict, n_rounds: int, left=None, say=print) -> dict[str, lis
         began = time.perf_counter()
         for side in list(sides)[:: 1 if number % 2 == 0 else -1]:
             say(f"round {number + 1} of {n_rounds}, {side}")
-            rounds[side].append(sides[side](number))
-        longest = time.perf_counter() - began
+            try:
+                rounds[side].append({"round": number} | sides[side](number))
+            except BenchError as e:
+                if left is None:
+                    raise
+                say(f"{side}: {e}")
+        longest = max(longest, time.perf_counter() - began)
     return rounds
 
 
@@ -287,6 +300,7 @@ def arguments(argv=None):
     wrong = [word for word in more if not re.fullmatch(r"--\w+=.+", word)]
     if wrong:
         parser.error(f"unrecognized argument {wrong[0]}")
+    args.limit = None  # seconds a process may take; gpu_suite.py sets it
     args.keys = dict(word[2:].split("=", 1) for word in more)
     if args.nanogpt_dir and not (Path(args.nanogpt_dir) / "train.py").is_file():
         sys.exit(f"error: {args.nanogpt_dir} is no checkout of nanoGPT: it has no train.py")

@@ -216,8 +216,9 @@ def speed_table(pieces) -> dict | None:
         def ratio(side, base, rounds=rounds):
             if side not in rounds or base not in rounds:
                 return "-"
-            pairs = zip(rounds[side], rounds[base], strict=False)
-            return f"{statistics.median(a['tokens_per_s'] / b['tokens_per_s'] for a, b in pairs):.3f}x"
+            of_base = {f["round"]: f["tokens_per_s"] for f in rounds[base]}
+            ratios = [f["tokens_per_s"] / of_base[f["round"]] for f in rounds[side] if f["round"] in of_base]
+            return f"{statistics.median(ratios):.3f}x" if ratios else "-"
 
         for side, found in rounds.items():
 

@@ -197,8 +197,9 @@ def write_piece(
 
 
 def pieces_there(args, piece: str) -> list[dict]:
-    """Contents of a piece's files in --out, oldest first."""
-    found = [json.loads(p.read_text()) for p in sorted(args.out.glob(f"{piece}_*.json"))]
+    """Contents of a piece's files in --out and beside the plan, oldest first."""
+    folders = {args.out.resolve(), args.plan.parent.resolve()}
+    found = [json.loads(p.read_text()) for f in sorted(folders) for p in sorted(f.glob(f"{piece}_*.json"))]
     return sorted(found, key=lambda c: c["date"])
 
 
@@ -379,6 +380,7 @@ def tune(args) -> None:
     def attempt(batch_size: int, keys: dict) -> bool:
         """Measure; True if this is the fastest until now."""
         settings = bench_settings(args, batch_size, keys)
+        settings.limit = max(10.0, left(args))
         start = time.monotonic()
         try:
             found = bench_train.run_ours("bpe_untied", shape, settings.steps, work, len(tried), settings)
@@ -422,13 +424,18 @@ def speed(args) -> None:
     steps = settings.steps
 
     def ours(arm):
-        return lambda n: bench_train.run_ours(arm, shape, steps, work, n, settings)
+        def run(n):
+            settings.limit = max(10.0, left(args))
+            return bench_train.run_ours(arm, shape, steps, work, n, settings)
+
+        return run
 
     def theirs(batch, accumulate):
-        own = argparse.Namespace(
-            **vars(settings) | {"nanogpt_batch": batch, "nanogpt_accumulate": accumulate}
-        )
-        return lambda n: bench_train.run_nanogpt(shape, steps, work, n, own)
+        def run(n):
+            own = {"nanogpt_batch": batch, "nanogpt_accumulate": accumulate, "limit": max(10.0, left(args))}
+            return bench_train.run_nanogpt(shape, steps, work, n, argparse.Namespace(**vars(settings) | own))
+
+        return run
 
     sides = {arm: ours(arm) for arm in ("bpe_untied", "kronecker")}
     if args.nanogpt_dir:

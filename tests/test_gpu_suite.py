@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from conftest import ROOT
 
 from data.tokenizers import load_tokenizer
 from data.verify import verify
-from scripts import compare, gpu_checks, gpu_gather, gpu_suite
+from scripts import bench_train, compare, gpu_checks, gpu_gather, gpu_suite
 
 RUNS = ["--arm", "bpe_untied,kronecker", "--seed", "1,2"]
 
@@ -211,9 +212,15 @@ def test_probe_figures_and_embedding_table_by_hand():
 
 def test_speed_table_by_hand():
     def side(*speeds):
-        return [{"tokens_per_s": s, "ms": 1e3 / s, "tokens": 1, "gb": 2.0, "mfu": 50.0} for s in speeds]
+        same = {"tokens": 1, "gb": 2.0, "mfu": 50.0}
+        return [{"round": n, "tokens_per_s": s, "ms": 1e3 / s} | same for n, s in enumerate(speeds) if s]
 
-    rounds = {"bpe_untied": side(100, 110), "kronecker": side(101, 121), "nanoGPT, as it comes": side(80, 80)}
+    rounds = {
+        "bpe_untied": side(100, 110),
+        "kronecker": side(101, 121),
+        "nanoGPT, as it comes": side(80, 80),
+        "bpe_tied": side(0, 160),
+    }
     mfu = {"convention": "6N", "peak_flops": 989e12, "device": "H200"}
     piece = {
         "piece": "speed",
@@ -225,9 +232,29 @@ def test_speed_table_by_hand():
         "mfu": mfu,
     }
     t = gpu_gather.speed_table([(None, piece)])
-    assert [row[6] for row in t["rows"]] == ["1.312x", "1.387x", "1.000x"]
+    assert [row[6] for row in t["rows"]] == ["1.312x", "1.387x", "1.000x", "2.000x"]
     assert t["rows"][1][7] == "1.055x"
     assert "989 TFLOP/s" in t["note"]
+
+
+def test_a_side_that_fails_costs_its_figure_and_no_more(capsys):
+    def broken(number):
+        raise bench_train.BenchError("no memory")
+
+    sides = {"a": lambda n: {"ms": n}, "b": broken}
+    rounds = bench_train.alternate(sides, 2, left=lambda: 100.0)
+    assert rounds == {"a": [{"round": 0, "ms": 0}, {"round": 1, "ms": 1}], "b": []}
+    assert "b: no memory" in capsys.readouterr().out
+    with pytest.raises(bench_train.BenchError):
+        bench_train.alternate(sides, 1)
+    rounds = bench_train.alternate({"a": sides["a"]}, 5, left=lambda: -1.0)
+    assert len(rounds["a"]) == 1  # no time for a second round
+
+
+def test_a_process_is_ended_at_its_limit(tmp_path):
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    with pytest.raises(bench_train.BenchError, match="ended after 1 s"):
+        bench_train.timed([sys.executable, str(tmp_path / "slow.py")], tmp_path, {}, limit=1)
 
 
 def test_compare_reads_the_runs_as_it_reads_folders(work, results):
