@@ -109,8 +109,8 @@ def figures(times: list[float], tokens: int, gb: float, shape: dict, device: str
     return {"ms": ms, "tokens": tokens, "tokens_per_s": tokens_per_s, "gb": gb, "mfu": mfu, "all_ms": times}
 
 
-def run_ours(arm: str, shape: dict, steps: int, work: Path, number: int, args) -> dict:
-    """train.py as it is; its clock is that of its own log, one row a step."""
+def run_ours(arm: str, shape: dict, steps: int, work: Path, number: int, args, script=("train.py",)) -> dict:
+    """train.py as it is; its clock is that of its own log, one row a step. script: what to run in its place."""
     out_dir = work / f"{arm}_{number}"
     keys = shape | ARMS[arm] | common(args)
     keys |= {
@@ -121,7 +121,8 @@ def run_ours(arm: str, shape: dict, steps: int, work: Path, number: int, args) -
     keys["keep_best"] = False
     keys |= {"max_iters": steps, "seed": 1 + number, "eval_interval": 10**6, "ckpt_interval": -1} | args.keys
     flags = [f"--{k}={v}" for k, v in keys.items()]
-    _, memory = timed([sys.executable, str(ROOT / "train.py"), *flags], work, dict(os.environ), args.limit)
+    command = [sys.executable, str(ROOT / script[0]), *script[1:], *flags]
+    _, memory = timed(command, work, dict(os.environ), args.limit)
     rows = [r for r in read_metrics(out_dir) if "train/loss" in r]
     shutil.rmtree(out_dir)
     tokens = keys["batch_size"] * args.accumulate * shape["block_size"]

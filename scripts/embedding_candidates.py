@@ -1,6 +1,7 @@
 """Other ways to compute the same embedding on a GPU, measured beside the package's own.
 
-    python scripts/embedding_candidates.py                  on a GPU; scripts/gpu_suite.py embedding runs it too
+    python scripts/embedding_candidates.py                     on a GPU; scripts/gpu_suite.py embedding runs it too
+    python scripts/embedding_candidates.py train table FLAGS   train.py, its embedding going this way
 
 kronecker/bag.py learns from the device how many of a batch's tokens are distinct, so the host waits for it: twice in
 the forward pass and, compiled, twice in the backward one. The ways here have fixed shapes and never wait:
@@ -140,6 +141,22 @@ class CandidateEmbedding(nn.Module):
         return out.view(*ids.shape, -1)
 
 
+def install(way) -> None:
+    """Let every KroneckerEmbedding of this process compute its forward pass `way` (to measure a training step)."""
+    place = KroneckerEmbedding._place_constants
+
+    def placed(self):
+        place(self)
+        if self.projection.weight.device.type != "meta":
+            self._way = way(self._byte_buffer, self._length_buffer, self._coef, self.D)
+
+    def forward(self, ids):
+        out = _Candidate.apply(ids.reshape(-1), self.projection.weight, self._way)
+        return out.view(*ids.shape, -1)
+
+    KroneckerEmbedding._place_constants, KroneckerEmbedding.forward = placed, forward
+
+
 def measure(device: str, toy: bool = False, rounds: int = 20) -> list[dict]:
     """Median ms of forward and backward of every way and of nn.Embedding, interleaved."""
     settings = [(512, 32, 8, 300)] if toy else [(50_304, 768, 16, 65_536), (50_304, 768, 16, 8_192), (131_072, 4_096, 32, 65_536)]  # fmt: skip
@@ -174,6 +191,14 @@ def measure(device: str, toy: bool = False, rounds: int = 20) -> list[dict]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:3] == [
+        "train",
+        "table",
+    ]:  # slots keeps something between its passes, which no compiler takes
+        import train
+
+        install(Table)
+        sys.exit(train.cli(sys.argv[3:]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true")

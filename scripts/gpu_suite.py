@@ -423,10 +423,10 @@ def speed(args) -> None:
     work, shape, settings = bench_data(args), bench_shape(args), bench_settings(args, batch_size, keys)
     steps = settings.steps
 
-    def ours(arm):
+    def ours(arm, *script):
         def run(n):
             settings.limit = max(10.0, left(args))
-            return bench_train.run_ours(arm, shape, steps, work, n, settings)
+            return bench_train.run_ours(arm, shape, steps, work, n, settings, script or ("train.py",))
 
         return run
 
@@ -443,6 +443,8 @@ def speed(args) -> None:
         sides["nanoGPT, as it comes"] = theirs(*default)
         sides["nanoGPT, our micro-batch"] = theirs(batch_size, settings.accumulate)
     sides["bpe_tied"] = ours("bpe_tied")
+    # the same arm, its embedding computed without ever waiting for the GPU
+    sides["kronecker, table"] = ours("kronecker", "scripts/embedding_candidates.py", "train", "table")
     rounds = bench_train.alternate(sides, args.rounds, lambda: left(args), lambda s: print(s, flush=True))
     lines = bench_train.absolute(rounds)
     print("\n".join(lines), flush=True)

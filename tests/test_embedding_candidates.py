@@ -1,8 +1,13 @@
 """scripts/embedding_candidates.py: every way gives the package's embedding and gradient."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT, losses
 
+from engine.metrics import read_metrics
 from kronecker import KroneckerEmbedding, build_byte_buffer
 from scripts import embedding_candidates
 from scripts.embedding_candidates import CandidateEmbedding, Slots, Table
@@ -33,3 +38,30 @@ def test_all_ways_are_measured(capsys):
     rows = embedding_candidates.measure("cpu", toy=True, rounds=3)
     assert [r["dtype"] for r in rows] == ["float32", "bfloat16"]
     assert all(set(r["ms"]) == {"package", "table", "slots", "nn.Embedding"} for r in rows)
+
+
+def test_a_run_trains_alike_with_the_embedding_going_another_way(tiny_flags, tmp_path):
+    """As its own process, for it changes the package."""
+    found = []
+    for script in (["train.py"], ["scripts/embedding_candidates.py", "train", "table"]):
+        flags = tiny_flags(tmp_path / script[0].replace("/", "_"), wte="kronecker", tie_weights=False)
+        subprocess.run([sys.executable, *script, *flags], cwd=ROOT, check=True, capture_output=True)
+        found.append(losses(read_metrics(tmp_path / script[0].replace("/", "_"))))
+    assert found[0].keys() == found[1].keys()
+    for k in found[0]:
+        assert found[1][k] == pytest.approx(found[0][k], rel=1e-5)
+
+
+def test_table_compiles_without_a_break():
+    buffers = build_byte_buffer([b"ab", b"", b"c", b"abc"] * 5, 4)
+    module = KroneckerEmbedding(20, 8, pos_dim=4, byte_buffer=buffers[0], length_buffer=buffers[1])
+    ids = torch.arange(20).repeat(2)
+    found = []
+    for run in (
+        module,
+        torch.compile(CandidateEmbedding(module, Table), fullgraph=True, backend="aot_eager"),
+    ):
+        module.zero_grad()
+        run(ids).square().sum().backward()
+        found.append(module.projection.weight.grad.clone())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
