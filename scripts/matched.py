@@ -76,7 +76,8 @@ def command(args, passed: list[str], arm: str, seed: int, *more: str) -> list[st
         start += [f"--nproc_per_node={args.nproc_per_node}"]
     else:
         start = [sys.executable]
-    files = [str(ROOT / "train.py"), args.recipe, str(ARMS / f"{arm}.py")]
+    # paths as a person would write them: run.json keeps the command, and is shown to others
+    files = [os.path.relpath(ROOT / "train.py"), args.recipe, os.path.relpath(ARMS / f"{arm}.py")]
     own = [f"--seed={seed}", f"--out_dir={folder(args, arm, seed)}", "--init_from=auto"]
     return start + files + passed + own + list(more)
 
