@@ -325,7 +325,7 @@ def table(title: str, header, rows, left: int, note: str) -> dict | None:
 # ---------------------------------------------------------------------------------------------- the whole
 
 
-def gather(out: Path, plan: dict | None, pinned: list[str], argv: list[str]) -> dict:
+def gather(out: Path, plan: dict | None, pinned: list[str], command: str) -> dict:
     """Write summary.md, compare/ and gathered.json into OUT; returns what gathered.json holds."""
     pieces = read_pieces(out)
     trained = runs_of(pieces, plan, pinned, "train")
@@ -333,7 +333,7 @@ def gather(out: Path, plan: dict | None, pinned: list[str], argv: list[str]) -> 
     if trained:
         arms = compare.arms_of(trained)
         c = compare.compare(trained, "bpe_tied" if "bpe_tied" in arms else arms[0])
-        told = compare.provenance(c, "python scripts/gpu_suite.py " + " ".join(argv))
+        told = compare.provenance(c, f"python scripts/gpu_suite.py {command}")
         report.write_json(out / "compare" / "comparison.json", c | {"provenance": told})
         kept = [r for r in trained if not any(x["run"] == r.name for x in c["left_out"])]
         curves = compare.draw(c, kept, out / "compare")

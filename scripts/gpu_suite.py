@@ -167,6 +167,21 @@ def machine_id() -> str:
     return f"{name}-{hashlib.sha256(serial.encode()).hexdigest()[:6]}"
 
 
+def command_told(args) -> str:
+    """The arguments with files and folders by their last names: where they lay is nobody's business."""
+    return " ".join(Path(w).name if "/" in w and "=" not in w else w for w in args.command)
+
+
+def portable(content: dict, args) -> dict:
+    """The same without paths of this machine."""
+    text = json.dumps(content)
+    given = [p for p in (*args.text, args.val, args.reference) if p is not None]
+    named = {args.work.resolve(): "WORK", args.work: "WORK", ROOT: "."} | {p: p.name for p in given}
+    for path in sorted(named, key=lambda p: -len(str(p))):
+        text = text.replace(str(path), named[path])
+    return json.loads(text)
+
+
 def write_piece(
     args, piece: str, began: float, content: dict, arm: str = "", seed: int | None = None
 ) -> Path:
@@ -178,7 +193,7 @@ def write_piece(
         "arm": arm or None,
         "seed": seed,
         "toy": args.toy,
-        "command": "python scripts/gpu_suite.py " + " ".join(args.command),
+        "command": "python scripts/gpu_suite.py " + command_told(args),
         "commit": runs.commit(),
         "machine": machine_id(),
         "device": torch.cuda.get_device_name(0) if cuda else runs.machine(),
@@ -321,7 +336,7 @@ def embedding(args) -> None:
         if args.toy:
             break
     ways = embedding_candidates.measure(args.device, args.toy, rounds=3 if args.toy else 20)
-    write_piece(args, "embedding", began, {"results": results, "ways": ways})
+    write_piece(args, "embedding", began, portable({"results": results, "ways": ways}, args))
 
 
 def run_tool(command: list[str], what: str, args, log: Path) -> str:
@@ -567,14 +582,6 @@ def train_one(args, arm: str, seed: int, sweep: bool = False) -> float:
     return time.monotonic() - began
 
 
-def portable(content: dict, args) -> dict:
-    """The same without paths of this machine."""
-    text = json.dumps(content)
-    for folder, name in ((args.work.resolve(), "WORK"), (args.work, "WORK"), (ROOT, ".")):
-        text = text.replace(str(folder), name)
-    return json.loads(text)
-
-
 def train(args, sweep: bool = False) -> None:
     """All of --arm x --seed, seed by seed, that are not in --out yet, as long as the time is enough for one more."""
     arms = args.arms
@@ -655,7 +662,10 @@ def probes(args) -> None:
 
 def gather(args) -> None:
     gpu_gather.gather(
-        args.out, json.loads(args.plan.read_text()) if args.plan.is_file() else None, PINNED, args.command
+        args.out,
+        json.loads(args.plan.read_text()) if args.plan.is_file() else None,
+        PINNED,
+        command_told(args),
     )
 
 

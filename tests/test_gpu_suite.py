@@ -1,5 +1,6 @@
 """scripts/gpu_suite.py at toy size on a CPU: the pieces run, match, are gathered, and refuse what does not belong."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -7,8 +8,10 @@ import sys
 import pytest
 from conftest import ROOT
 
+import configurator
 from data.tokenizers import load_tokenizer
 from data.verify import verify
+from engine.runs import schedule_sha256
 from scripts import bench_train, compare, gpu_checks, gpu_gather, gpu_suite
 
 RUNS = ["--arm", "bpe_untied,kronecker", "--seed", "1,2"]
@@ -255,6 +258,18 @@ def test_a_process_is_ended_at_its_limit(tmp_path):
     (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
     with pytest.raises(bench_train.BenchError, match="ended after 1 s"):
         bench_train.timed([sys.executable, str(tmp_path / "slow.py")], tmp_path, {}, limit=1)
+
+
+def test_the_recipe_is_the_one_that_the_plan_pins():
+    """Once runs stand in results/124m, neither the recipe's schedule nor what counts as one may change."""
+    plan = json.loads((ROOT / "results" / "124m" / "plan.json").read_text())
+    config = configurator.load([str(ROOT / gpu_suite.RECIPE)], quiet=True)
+    step = config.global_batch_size * config.block_size
+    keys = dataclasses.asdict(config) | {"tokens_per_step": step}
+    assert plan["schedule_sha256"] == schedule_sha256(keys)
+    assert (plan["tokens_per_step"], plan["tokens"]) == (step, step * config.max_iters)
+    assert plan["tokens"] >= 100_000_000
+    assert plan["tokens"] <= 4 * plan["train_tokens"]
 
 
 def test_compare_reads_the_runs_as_it_reads_folders(work, results):
