@@ -496,7 +496,9 @@ def recipe_flags(args, arm: str, seed: int, out_dir: Path, sweep: bool) -> list[
     keys |= {"batch_size": args.batch_size} if args.batch_size else {}
     keys |= {"data_dir": args.work / "data", "out_dir": out_dir, "seed": seed, "init_from": "auto"}
     files = [str(ROOT / RECIPE), str(ROOT / "config" / "arms" / f"{arm}.py")]
-    return files + [f"--{k}={v}" for k, v in keys.items()] + args.keys
+    # what makes a step faster and changes nothing else (attention, loss) is the same for all runs, too
+    pinned = json.loads(args.plan.read_text()).get("keys", []) if args.plan.is_file() else []
+    return files + pinned + [f"--{k}={v}" for k, v in keys.items()] + args.keys
 
 
 def facts_of(flags: list[str]) -> dict:
