@@ -25,6 +25,7 @@ from model import GPT, GPTConfig
 
 SHAPES = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
+    "baby": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 1024, "vocab_size": 50304},
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 1024, "vocab_size": 4096},
 }
 
