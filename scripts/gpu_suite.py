@@ -148,9 +148,14 @@ def arguments(argv: list[str]):
     return args
 
 
-def left(args) -> float:
-    """Seconds of this call that are left."""
-    return args.deadline - time.monotonic()
+# Seconds that a piece leaves for those after it in the same call: one round of speed, all probes.
+RESERVED = {"tune": {"speed": 330}, "train": {"probes": 80}}
+
+
+def left(args, piece: str = "") -> float:
+    """Seconds of this call that are left, for a piece: less what the next ones need."""
+    after = 0 if args.toy else sum(s for later, s in RESERVED.get(piece, {}).items() if later in args.pieces)
+    return args.deadline - time.monotonic() - after
 
 
 # ---- what every piece's JSON says of its making
@@ -395,7 +400,7 @@ def tune(args) -> None:
     def attempt(batch_size: int, keys: dict) -> bool:
         """Measure; True if this is the fastest until now."""
         settings = bench_settings(args, batch_size, keys)
-        settings.limit = max(10.0, left(args))
+        settings.limit = max(10.0, left(args, "tune"))
         start = time.monotonic()
         try:
             found = bench_train.run_ours("bpe_untied", shape, settings.steps, work, len(tried), settings)
@@ -411,7 +416,7 @@ def tune(args) -> None:
         return faster
 
     def time_for_one() -> bool:
-        return left(args) > 1.2 * max(r["seconds"] for r in tried)
+        return left(args, "tune") > 1.2 * max(r["seconds"] for r in tried)
 
     attempt(best["batch_size"], {})
     # what is likeliest to gain most comes first; a call with little time gets that far
@@ -421,7 +426,7 @@ def tune(args) -> None:
     for batch_size in (1, 4) if args.toy else (128, 32, 16):
         if time_for_one() and attempt(batch_size, best["keys"]) and batch_size > best["batch_size"]:
             break
-    if not args.toy and left(args) > 200:  # autotuning takes minutes the first time
+    if not args.toy and left(args, "tune") > 200:  # autotuning takes minutes the first time
         attempt(best["batch_size"], best["keys"] | {"compile_mode": "max-autotune-no-cudagraphs"})
     if "tokens_per_s" not in best:
         raise SuiteError("tune: nothing ran: " + tried[0]["error"])
@@ -552,7 +557,7 @@ def train_one(args, arm: str, seed: int, sweep: bool = False) -> float:
             [sys.executable, str(ROOT / "train.py"), *flags], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
         )
         try:
-            process.wait(timeout=max(1.0, left(args) - 20))  # the checkpoint takes its time
+            process.wait(timeout=max(1.0, left(args, piece) - 20))  # the checkpoint takes its time
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             process.wait()
@@ -595,7 +600,7 @@ def train(args, sweep: bool = False) -> None:
         for arm in arms:
             if (arm, seed) in done:
                 print(f"{arm}, seed {seed} is there already", flush=True)
-            elif longest and left(args) < longest:
+            elif longest and left(args, piece) < longest:
                 waiting.append(f"{arm} seed {seed}")
             else:
                 longest = max(longest, train_one(args, arm, seed, sweep))
