@@ -179,7 +179,6 @@ class GPT(nn.Module):
             if byte_buffers is None:
                 raise ValueError("wte='kronecker' needs the bytes of the tokens: pass byte_buffers")
             padding = config.vocab_size - len(byte_buffers[1])  # ids past the tokenizer's have no bytes
-            options = {"scale": config.wte_scale, "ngrams": config.wte_ngrams, "rank": config.wte_rank}
             wte = KroneckerEmbedding(
                 config.vocab_size,
                 config.n_embd,
@@ -189,7 +188,9 @@ class GPT(nn.Module):
                 length_buffer=F.pad(byte_buffers[1], (0, padding)),
                 length_normalize=config.length_normalize,
                 z_normalize=config.z_normalize,
-                **{k: v for k, v in options.items() if v != (1.0 if k == "scale" else 0)},
+                scale=config.wte_scale,
+                ngrams=config.wte_ngrams,
+                rank=config.wte_rank,
             )
         self.transformer = nn.ModuleDict(
             {
