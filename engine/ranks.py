@@ -194,7 +194,10 @@ def cpu_has_bf16() -> bool:
 
 
 class Signals:
-    """SIGTERM and Ctrl-C become a wish that the loop reads between two steps; a second one ends at once."""
+    """SIGTERM and Ctrl-C become a wish that the loop reads between two steps; a second Ctrl-C ends at once.
+
+    A second SIGTERM does not: under Slurm every process of a job gets one, and torchrun hands on its own.
+    """
 
     def __init__(self):
         self.wish: signal.Signals | None = None
@@ -202,6 +205,6 @@ class Signals:
             signal.signal(s, self.note)
 
     def note(self, number, frame) -> None:
-        if self.wish is not None:
+        if self.wish is not None and number == signal.SIGINT:
             raise SystemExit(128 + number)
-        self.wish = signal.Signals(number)
+        self.wish = self.wish or signal.Signals(number)

@@ -9,6 +9,7 @@ process that takes the whole global batch at once.
 """
 
 import argparse
+import atexit
 import json
 import os
 import shutil
@@ -42,6 +43,8 @@ PATIENCE = 240  # seconds that any launch may take
 
 # ---- launching
 
+LAUNCHED: list[subprocess.Popen] = []
+
 
 def train_command(arm: str, out_dir, keys: dict) -> list[str]:
     flags = [f"--{k}={v}" for k, v in (keys | {"out_dir": out_dir}).items()]
@@ -72,8 +75,10 @@ def two_nodes(port: int, *options: str) -> list[str]:
 
 def launch(command: list[str], log: Path) -> subprocess.Popen:
     with open(log, "w") as f:
-        return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                env=environment(), start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                   env=environment(), start_new_session=True)  # fmt: skip
+    LAUNCHED.append(process)
+    return process
 
 
 def run(command: list[str], log: Path) -> None:
@@ -82,19 +87,25 @@ def run(command: list[str], log: Path) -> None:
         sys.exit(f"error: {' '.join(command)} failed: see {log}")
 
 
+def clear() -> None:
+    """End whatever is still running of what was launched."""
+    for process in LAUNCHED:
+        if process.poll() is None:
+            stop_all(process)
+
+
 def wait(processes: list[subprocess.Popen], seconds: float = PATIENCE) -> list[int]:
     """Exit statuses; whoever is still there after so many seconds is killed with all of its children."""
     end = time.monotonic() + seconds
     try:
         return [p.wait(max(0.1, end - time.monotonic())) for p in processes]
-    finally:
-        for p in processes:
-            if p.poll() is None:
-                stop_all(p)
+    except subprocess.TimeoutExpired:
+        clear()
+        raise
 
 
 def stop_all(process: subprocess.Popen) -> None:
-    for pid in [*workers(process.pid).values(), process.pid]:
+    for pid in [process.pid, *workers(process.pid).values()]:  # the agent first: it would start others
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -405,6 +416,8 @@ def main(argv: list[str]) -> int:
         subprocess.run(
             [sys.executable, str(ROOT / "data/pydocs/prepare.py"), f"--out_dir={args.data_dir}"], check=True
         )
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    atexit.register(clear)
     args.keys = KEYS | {"data_dir": args.data_dir.resolve()}
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
