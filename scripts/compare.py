@@ -479,8 +479,9 @@ def claims(result: dict, kept: list[Run]) -> list[str]:
     says = []
     if (body is not None and body < 50e6) or result["tokens"] < 1e9:
         size = f"{count(body)} parameters in the body, " if body is not None else ""
+        scale = "Toy scale" if body is None or body < 50e6 else "Short runs"
         says.append(
-            f"Toy scale ({size}{count(result['tokens'])} tokens). It shows that the arms are matched, that "
+            f"{scale} ({size}{count(result['tokens'])} tokens). It shows that the arms are matched, that "
             "the method trains, and which arm is ahead here. It cannot confirm or refute the paper's "
             "figures: at this size the vocabulary, the head and the length of training weigh differently, "
             "and the order of the arms may change with scale."
