@@ -40,13 +40,12 @@ def gpt2_encoding(shared_dir):
     return tiktoken.get_encoding("gpt2")
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory) -> Path:
-    """A prepared character-level set of 30,000 training and 3,000 validation tokens, without any download."""
+def make_tiny_data(folder: Path) -> Path:
+    """Write a character-level set of 30,000 training and 3,000 validation tokens, the same wherever it is made."""
     from data.meta import characters_meta, write_meta
     from data.shards import write_shard
 
-    folder = tmp_path_factory.mktemp("tiny")
+    folder.mkdir(parents=True, exist_ok=True)
     characters = list("\n abcdefghijklmnopqrstuvwxyz")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(characters[2:], rng.integers(1, 7))) for _ in range(60)]
@@ -57,6 +56,12 @@ def tiny_data(tmp_path_factory) -> Path:
     write_shard(folder / "tiny_train_000002.bin", tokens[18_000:33_000])
     write_meta(folder, characters_meta("tiny", characters))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A prepared set of characters, without any download."""
+    return make_tiny_data(tmp_path_factory.mktemp("tiny"))
 
 
 TINY = {
