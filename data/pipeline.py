@@ -1,8 +1,8 @@
 """From blocks of text to a folder of shards: in parallel, resumable, the same bytes every time.
 
 The stream of tokens is defined by the documents' order alone. Worker processes encode blocks; this process
-puts the results in order, cuts the stream into shards (number 0 has val_tokens, the others shard_tokens)
-and renames each when it is whole. After each shard meta.json says where the next one starts: the position
+puts the results in order, cuts the stream into shards (number 0 has val_tokens, or all that the source holds
+out; the others shard_tokens) and renames each when it is whole. After each shard meta.json says where the next one starts: the position
 of a block in the source, and how many of its tokens belong to shards before. A killed run is taken up
 there, so are shards that were lost later.
 """
@@ -29,7 +29,7 @@ import numpy as np
 from data import DataError
 from data.fast_bpe import FastEncoder
 from data.meta import read_meta, write_meta
-from data.shards import dtype_for, header_bytes, open_shard, publish
+from data.shards import MAX_TOKENS, dtype_for, header_bytes, open_shard, publish
 from data.sources import Block, read_payload
 from data.tokenizers import load_tokenizer
 
@@ -153,7 +153,7 @@ def prepare_shards(
     source: dict,
     *,
     column: str = "text",
-    val_tokens: int = 100_000_000,
+    val_tokens: int | None = 100_000_000,
     shard_tokens: int = 100_000_000,
     max_shards: int | None = None,
     workers: int = 1,
@@ -162,7 +162,8 @@ def prepare_shards(
     """Make, or finish, the set of shards in `out_dir`; returns its meta.
 
     blocks_from(position) gives the source's blocks from a position (None: from the start). source: what
-    identifies it; kept in meta.json, and a folder made from anything else is refused. max_shards: stop
+    identifies it; kept in meta.json, and a folder made from anything else is refused. val_tokens: length of
+    the validation shard; None: it ends where the source's blocks say "train". max_shards: stop
     after so many training shards (a later call with more goes on). workers: processes that encode; 0: this
     one does. Raises DataError, with every whole shard and its record on the disk.
     """
@@ -320,9 +321,15 @@ def _make_span(out_dir, prefix, dtype, meta, first, stop, blocks_from, pool, ahe
             used = min(skip, len(tokens))
             skip -= used
             progress.block(block, n_bytes, tokens[used:], meta["eot"], skipped)
+            if number == 0 and made["val_tokens"] is None and block.split == "train":
+                if shard is None:
+                    raise DataError("the validation text has no document: give another")
+                close({"position": block.position, "tokens": 0, "skipped": _nonzero(skipped)})
+                if number == stop:
+                    return
             while used < len(tokens):
                 if shard is None:
-                    target = made["shard_tokens"] if number else made["val_tokens"]
+                    target = made["shard_tokens"] if number else made["val_tokens"] or MAX_TOKENS
                     shard = _OpenShard(out_dir / shard_name(prefix, number), target, dtype)
                 piece = tokens[used : used + shard.target - shard.n_tokens]
                 shard.write(piece)
@@ -389,8 +396,12 @@ def _finish(out_dir: Path, meta: dict, limit: int | None) -> None:
         (out_dir / shards[0]["file"]).unlink()  # in the way of a run with another --val-tokens
         (out_dir / "meta.json").unlink(missing_ok=True)
         raise DataError(
-            f"the whole input has {tokens:,} tokens, all of which went into the validation shard of "
-            f"{meta['made']['val_tokens']:,}: run again with --val-tokens {max(1, tokens // 20)}, say"
+            f"the whole input has {tokens:,} tokens, all of which went into the validation shard: "
+            + (
+                f"run again with --val-tokens {max(1, tokens // 20)}, say"
+                if meta["made"]["val_tokens"]
+                else "the training files have no document"
+            )
         )
     meta["complete"] = True
     _record(out_dir, meta)
@@ -452,7 +463,7 @@ class _Progress:
         left = "?"
         made, shards = self.meta["made"], len(self.meta["shards"])
         if self.limit is not None:
-            all_tokens = made["val_tokens"] + (self.limit - 1) * made["shard_tokens"]
+            all_tokens = (made["val_tokens"] or 0) + (self.limit - 1) * made["shard_tokens"]
             here = sum(self.meta["tokens"].values())
             left = _duration((all_tokens - here) * seconds / max(1, self.tokens))
         elif done is not None and done > self.first_done:

@@ -29,11 +29,15 @@ KINDS = (
 
 @dataclass
 class Block:
-    """position: where it starts; payload: for `read_payload`; done: 0..1 of the source, or None."""
+    """position: where it starts; payload: for `read_payload`; done: 0..1 of the source, or None.
+
+    split: "val" or "train" where the source itself says what is held out, else None.
+    """
 
     position: object
     payload: tuple
     done: float | None
+    split: str | None = None
 
 
 def read_payload(payload: tuple, column: str) -> tuple[list[str], list[bool], dict[str, int]]:
@@ -82,8 +86,11 @@ def _lenient_json(line: bytes):
         return _NOT_JSON
 
 
-def local_blocks(files: list[Path], column: str, position=None) -> Iterator[Block]:
-    """Blocks of local files, one file after the other. Position: [number of the file, place in it]."""
+def local_blocks(files: list[Path], column: str, position=None, held_out: int = 0) -> Iterator[Block]:
+    """Blocks of local files, one file after the other. Position: [number of the file, place in it].
+
+    held_out: how many of the files, from the first on, are validation text (0: the source does not say).
+    """
     sizes = [path.stat().st_size for path in files]
     total = max(1, sum(sizes))
     first, place = position or (0, 0)
@@ -93,7 +100,8 @@ def local_blocks(files: list[Path], column: str, position=None) -> Iterator[Bloc
         before = sum(sizes[:number])
         try:
             for at, payload, progress in _file_blocks(path, column, start):
-                yield Block([number, at], payload, min(1.0, (before + progress) / total))
+                split = ("val" if number < held_out else "train") if held_out else None
+                yield Block([number, at], payload, min(1.0, (before + progress) / total), split)
         except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{path} is damaged or cut short ({error}): fetch it again") from error
 

@@ -498,6 +498,37 @@ def test_max_shards_stops_and_a_larger_one_goes_on(tmp_path, bpe, small_blocks):
     assert digests(out) == digests(tmp_path / "all" / "set") and digests(out)["set_val_000000.bin"] == val
 
 
+def test_held_out_files_fill_the_validation_shard_and_nothing_else(tmp_path, bpe, small_blocks):
+    train, held = jsonl(tmp_path / "a.jsonl"), [words(500 + k, 60) for k in range(9)]
+    files = [jsonl(tmp_path / "v.jsonl", held[:4]), jsonl(tmp_path / "w.jsonl", held[4:]), train]
+
+    def held_out(position, n=10**9):
+        for k, block in enumerate(sources.local_blocks(files, "text", position, held_out=2)):
+            if k >= n:
+                raise Cut
+            yield block
+
+    for n in (1, 3, 5, 10**9):  # interrupted inside the held-out text, at its end, behind it
+        try:
+            meta = make(tmp_path / "o", bpe, files, blocks=lambda p, n=n: held_out(p, n), val=None)
+        except Cut:
+            continue
+    val, training = (
+        np.concatenate([open_shard(p).tokens for p in find_shards(tmp_path / "o", s)])
+        for s in ("val", "train")
+    )
+    assert val.tolist() == reference(held, bpe).tolist()
+    assert training.tolist() == reference(DOCUMENTS, bpe).tolist()
+    assert meta["complete"] and meta["tokens"] == {"train": len(training), "val": len(val)}
+    assert verify.verify(tmp_path / "o", say=lambda line: None) == []
+    empty = jsonl(tmp_path / "empty.jsonl", ["", None])
+    blocks = lambda p: sources.local_blocks([empty, train], "text", p, held_out=1)  # noqa: E731
+    with pytest.raises(DataError, match="validation text has no document"):
+        make(tmp_path / "e", bpe, [], blocks=blocks, val=None)
+    with pytest.raises(SystemExit):
+        fineweb.main(["--input", str(train), "--val-input", str(train), "--val-tokens", "5"])
+
+
 def test_a_source_that_ends_exactly_with_a_shard(tmp_path, bpe):
     path = jsonl(tmp_path / "a.jsonl")
     n = len(reference(DOCUMENTS, bpe))

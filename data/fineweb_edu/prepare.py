@@ -1,17 +1,22 @@
 """FineWeb-Edu, or any text of yours, as token shards.
 
-    python data/fineweb_edu/prepare.py                                 stream the 10B-token sample from the
-    hub python data/fineweb_edu/prepare.py --max-shards 25                 2.5B tokens of it, and no more
-    python data/fineweb_edu/prepare.py --pretokenized kjj0/finewebedu10B-gpt2      download ready shards
-    instead python data/fineweb_edu/prepare.py --input a.jsonl.zst b.parquet --out-dir data/mine
-    --val-tokens 1000000
+    python data/fineweb_edu/prepare.py
+        streams the 10B-token sample from the hub
+    python data/fineweb_edu/prepare.py --max-shards 25
+        2.5B tokens of it, and no more
+    python data/fineweb_edu/prepare.py --pretokenized kjj0/finewebedu10B-gpt2
+        downloads ready shards instead
+    python data/fineweb_edu/prepare.py --input a.jsonl.zst b.parquet --out-dir data/mine --val-tokens 1000000
+        takes text of yours, the first million tokens of it for validation
+    python data/fineweb_edu/prepare.py --input a.jsonl.xz b.jsonl.xz --val-input held_out.jsonl --out-dir data/mine
+        takes all of another text for validation
 
 Interrupted in any way, the same command goes on from the last whole shard, and what comes out in the end is
 the same, byte for byte, for any number of workers and interruptions. `python -m data.verify DIR` checks the
 result.
 
 Each document is opened by <|endoftext|> and encoded as ordinary text. Shard 0 is the first --val-tokens
-tokens and is for validation; the others are for training. Of --input files: .jsonl has one object a line,
+tokens (or all of --val-input) and is for validation; the others are for training. Of --input files: .jsonl has one object a line,
 .txt is one document a file, and both may be packed (.gz .zst .xz .bz2); .parquet is read column by column.
 """
 
@@ -41,6 +46,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--input", type=Path, nargs="+", metavar="FILE", help="local files instead of the hub, in this order")
+    add(
+        "--val-input",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="held-out files: all of shard 0, and nothing else",
+    )
     add("--pretokenized", metavar="REPO", help="hub data set of ready shards to download")
     add("--dataset", default="HuggingFaceFW/fineweb-edu", help="hub data set to stream (%(default)s)")
     add(
@@ -66,7 +78,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     raw = sys.argv[1:] if argv is None else argv
     dashed = [re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in raw]
     args = parser.parse_args(dashed)
-    if args.val_tokens is None:
+    if args.val_input and (args.val_tokens is not None or not args.input):
+        parser.error("--val-input goes with --input, and takes the place of --val-tokens")
+    if args.val_tokens is None and not args.val_input:
         args.val_tokens = args.shard_size
     lowest_of = {"shard_size": 1, "val_tokens": 1, "max_shards": 1, "workers": 0, "retries": 0}
     for name, lowest in lowest_of.items():
@@ -85,12 +99,14 @@ def prepare(args: argparse.Namespace) -> dict:
     tokenizer = load_tokenizer(args.tokenizer)
     prefix = re.sub(r"[^a-z0-9]", "", args.out_dir.resolve().name.lower()) or "tokens"
     if args.input:
-        check_files(args.input)
-        files = args.input
+        held_out = args.val_input or []
+        files = [*held_out, *args.input]
+        check_files(files)
         source = {"files": [{"name": path.name, "bytes": path.stat().st_size} for path in files]}
+        source |= {"held_out": len(held_out)} if held_out else {}
 
         def blocks_from(position):
-            return local_blocks(files, args.text_column, position)
+            return local_blocks(files, args.text_column, position, len(held_out))
     else:
         source = {"dataset": args.dataset, "name": args.name, "split": args.split}
 
