@@ -40,13 +40,13 @@ def gpt2_encoding(shared_dir):
     return tiktoken.get_encoding("gpt2")
 
 
-def make_tiny_data(folder: Path) -> Path:
+def make_tiny_data(folder: Path, letters: str = "abcdefghijklmnopqrstuvwxyz") -> Path:
     """Write a character-level set of 30,000 training and 3,000 validation tokens, the same wherever it is made."""
     from data.meta import characters_meta, write_meta
     from data.shards import write_shard
 
     folder.mkdir(parents=True, exist_ok=True)
-    characters = list("\n abcdefghijklmnopqrstuvwxyz")
+    characters = list("\n " + letters)
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(characters[2:], rng.integers(1, 7))) for _ in range(60)]
     text = " ".join(rng.choice(words, 12_000))

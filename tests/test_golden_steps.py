@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY, make_tiny_data
 
 FILE = Path(__file__).with_name("golden_steps.json")
 DIGITS = 5
+LETTERS = "abcdefghijklmnopqrsàéîöüαβγ→€語"  # tokens of one, two and three bytes, so that n-grams and positions count
 
 KRONECKER = {"wte": "kronecker", "tie_weights": False}
 CASES = {
@@ -47,8 +49,6 @@ CASES = {
 
 def golden(out_dir: Path, case: str, data_dir: Path) -> dict:
     """What one case gives: body at step 0, losses of the steps and evaluations, hash of the final weights."""
-    from conftest import TINY
-
     import configurator
     import train
     from engine import checkpoint
@@ -88,10 +88,15 @@ def arithmetic() -> str:
     )
 
 
+@pytest.fixture(scope="module")
+def golden_data(tmp_path_factory):
+    return make_tiny_data(tmp_path_factory.mktemp("golden"), LETTERS)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_golden_steps(case, tmp_path, tiny_data):
+def test_golden_steps(case, tmp_path, golden_data):
     recorded = json.loads(FILE.read_text())
-    now = golden(tmp_path / "run", case, tiny_data)
+    now = golden(tmp_path / "run", case, golden_data)
     assert_golden(now, recorded["cases"][case], case, recorded["arithmetic"])
 
 
@@ -125,11 +130,9 @@ def test_a_moved_number_is_noticed(key):
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    from conftest import make_tiny_data
-
+    sys.path.insert(0, str(Path(__file__).parent.parent))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        make_tiny_data(Path(folder) / "data")
+        make_tiny_data(Path(folder) / "data", LETTERS)
         cases = {case: golden(Path(folder) / case, case, Path(folder) / "data") for case in CASES}
     FILE.write_text(json.dumps({"arithmetic": arithmetic(), "cases": cases}, indent=1) + "\n")
