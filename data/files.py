@@ -1,0 +1,125 @@
+"""Files that are whole or not there: atomic writes, hashes, locks, and names that stay inside their folder."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from data import DataError
+
+
+def write_atomic(path, *chunks) -> None:
+    """Write byte chunks to `path` through a temporary file beside it, an fsync and a rename."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text: str) -> None:
+    """Write text as UTF-8, whole or not at all; half a surrogate pair is written as an escape."""
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path, value) -> None:
+    """Write a value as JSON, whole or not at all; see `finite` for NaN and infinity."""
+    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value):
+    """The value with null for every NaN and infinity in it: JSON has no word for these."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def publish(temporary, path) -> None:
+    """Rename a finished, flushed file or folder to its real name, and make the rename itself durable."""
+    os.replace(temporary, path)
+    flush(Path(path).parent)
+
+
+def flush(path) -> None:
+    """fsync a file, or a folder where the system and its file system allow that."""
+    folder = os.path.isdir(path)
+    if folder and sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not folder:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def plain_name(name: str) -> str:
+    """The name, if it is a plain one: a file of this name can only lie in the folder that it is looked for in.
+
+    Names in records come from others. Raises DataError for an empty one, `.`, `..`, a path, a Windows drive,
+    control or other unprintable characters, and more than 200 bytes.
+    """
+    if name in ("", ".", "..") or {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
+        raise DataError(f"{name[:80]!r} is not a plain file name")
+    if not name.isprintable() or len(name.encode()) > 200:
+        raise DataError(f"{name[:80]!r} is too long for a file name or has characters that cannot be printed")
+    return name
+
+
+class Lock:
+    """Keeps other processes out for as long as this one lives, or until the lock is closed.
+
+    path: the lock's own file, made if need be and never removed (removing it would let two in).
+    refusal: the sentence of the DataError that is raised when another process holds the lock.
+    """
+
+    def __init__(self, path, refusal: str):
+        self.file = open(path, "a+")  # noqa: SIM115 - closing it would release the lock
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                self.file.seek(0)
+                msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                self.file.close()
+                raise DataError(refusal) from None
+            # a file system without locks, as some clusters have
+            print(f"note: {path} cannot be locked ({error.strerror}): let only one process work there")
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
