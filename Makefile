@@ -26,7 +26,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 demo: setup
 	@$(RUN) data/pydocs/prepare.py
 	@$(RUN) scripts/matched.py config/demo.py --out=$(OUT)
-	@$(RUN) scripts/probe_spelling.py --runs $(OUT)
+	@$(RUN) scripts/probes/spelling.py --runs $(OUT)
 	@for arm in bpe_tied bpe_untied kronecker; do \
 	  echo; echo "--- a sample of $$arm, seed 1337"; \
 	  $(RUN) sample.py --out_dir=$(OUT)/$${arm}_s1337 --start="Return a new" --num_samples=1 --max_new_tokens=60 || exit 1; \

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from kronecker.audit import audit_line
-from scripts import report, stats
+from scripts.analysis import report, stats
 
 # What has to be equal, over which runs, and what it means when it is not.
 MATCH_PER_SEED = {

@@ -1,4 +1,4 @@
-"""scripts/compare.py, scripts/stats.py and scripts/report.py against numbers worked out by hand."""
+"""scripts/compare.py, scripts/analysis/stats.py and scripts/analysis/report.py against numbers worked out by hand."""
 
 import json
 import math
@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from scripts import compare, report, stats
+from scripts import compare
+from scripts.analysis import report, stats
 
 # Final losses; every curve is 8.0 at step 0, 4.5 at step 50, the final loss at step 100.
 LOSSES = {

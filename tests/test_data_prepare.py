@@ -430,7 +430,7 @@ def test_interrupted_anywhere_the_set_is_the_same(tmp_path, bpe, small_blocks, s
 
 
 def test_killed_for_real(tmp_path, bpe):
-    """A few SIGKILLs; scripts/kill_prepare.py does a hundred."""
+    """A few SIGKILLs; scripts/trust/kill_prepare.py does a hundred."""
     tokenizer = str(bpe._path.parent / "hf")
     jsonl(tmp_path / "a.jsonl", [words(k, 300) for k in range(300)])
 

@@ -1,4 +1,4 @@
-"""scripts/embedding_candidates.py: every way gives the package's embedding and gradient."""
+"""scripts/gpu/candidates.py: every way gives the package's embedding and gradient."""
 
 import subprocess
 import sys
@@ -9,8 +9,8 @@ from conftest import ROOT, losses
 
 from engine.metrics import read_metrics
 from kronecker import KroneckerEmbedding, build_byte_buffer
-from scripts import embedding_candidates
-from scripts.embedding_candidates import CandidateEmbedding, Slots, Table
+from scripts.gpu import candidates as embedding_candidates
+from scripts.gpu.candidates import CandidateEmbedding, Slots, Table
 
 
 @pytest.mark.parametrize("way", [Table, Slots])
@@ -43,7 +43,7 @@ def test_all_ways_are_measured(capsys):
 def test_a_run_trains_alike_with_the_embedding_going_another_way(tiny_flags, tmp_path):
     """As its own process, for it changes the package."""
     found = []
-    for script in (["train.py"], ["scripts/embedding_candidates.py", "train", "table"]):
+    for script in (["train.py"], ["scripts/gpu/candidates.py", "train", "table"]):
         flags = tiny_flags(tmp_path / script[0].replace("/", "_"), wte="kronecker", tie_weights=False)
         subprocess.run([sys.executable, *script, *flags], cwd=ROOT, check=True, capture_output=True)
         found.append(losses(read_metrics(tmp_path / script[0].replace("/", "_"))))

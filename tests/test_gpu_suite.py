@@ -1,4 +1,4 @@
-"""scripts/gpu_suite.py at toy size on a CPU: the pieces run, match, are gathered, and refuse what does not belong."""
+"""scripts/gpu/suite.py at toy size on a CPU: the pieces run, match, are gathered, and refuse what does not belong."""
 
 import dataclasses
 import json
@@ -12,7 +12,11 @@ import configurator
 from data.tokenizers import load_tokenizer
 from data.verify import verify
 from engine.runs import schedule_sha256
-from scripts import bench_train, compare, gpu_checks, gpu_gather, gpu_suite
+from scripts import compare
+from scripts.bench import train as bench_train
+from scripts.gpu import checks as gpu_checks
+from scripts.gpu import gather as gpu_gather
+from scripts.gpu import suite as gpu_suite
 
 RUNS = ["--arm", "bpe_untied,kronecker", "--seed", "1,2"]
 

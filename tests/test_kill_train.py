@@ -1,4 +1,4 @@
-"""scripts/kill_train.py and kill_lines.py: small versions of both harnesses, and proof that they would notice."""
+"""scripts/trust/kill_train.py and kill_lines.py: small versions of both harnesses, and proof that they would notice."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from engine import checkpoint
-from scripts import kill_train
+from scripts.trust import kill_train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are not here")
 
@@ -32,7 +32,7 @@ def test_five_kills_leave_no_trace(tiny_data, tmp_path, capsys):
 
 def test_a_kill_at_any_line_leaves_no_trace(tmp_path):
     """A sample of the lines; results/trust/kill_lines.md has them all."""
-    command = [sys.executable, "scripts/kill_lines.py", "--stride=83", f"--out={tmp_path}"]
+    command = [sys.executable, "scripts/trust/kill_lines.py", "--stride=83", f"--out={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]

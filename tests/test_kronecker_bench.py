@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("kronecker_embeddings")
 
-from scripts import bench_embedding as bench
+from scripts.bench import embedding as bench
 
 
 def test_toy_run_writes_table_and_provenance(tmp_path, monkeypatch, capsys):

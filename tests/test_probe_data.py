@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).resolve().parent.parent / "scripts" / "probe_data"
+DATA = Path(__file__).resolve().parent.parent / "scripts" / "probes" / "data"
 # a typo must fall on a content word, not on one of these
 FUNCTION_WORDS = """
 a an the and or of to in on at by for with from is are was were be been has have had do does not no when if as

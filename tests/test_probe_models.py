@@ -1,4 +1,4 @@
-"""scripts/probe_models.py on small sharded checkpoints written here; the hub is a local server."""
+"""scripts/probes/models.py on small sharded checkpoints written here; the hub is a local server."""
 
 import http.server
 import itertools
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kronecker import kronecker_codec, token_bytes
-from scripts import probe_common, probe_models
+from scripts.probes import common as probe_common
+from scripts.probes import models as probe_models
 
 transformers = pytest.importorskip("transformers")
 FAMILY_TEXT = " ".join(

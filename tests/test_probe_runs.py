@@ -13,14 +13,12 @@ from data.tokenizers import load_tokenizer
 from engine import checkpoint
 from kronecker import build_byte_buffer
 from sample import load_run, parse_prompt
-from scripts import (
-    probe_common,
-    probe_generation,
-    probe_layers,
-    probe_norms,
-    probe_spelling,
-    probe_tradeoff,
-)
+from scripts.probes import common as probe_common
+from scripts.probes import generation as probe_generation
+from scripts.probes import layers as probe_layers
+from scripts.probes import norms as probe_norms
+from scripts.probes import spelling as probe_spelling
+from scripts.probes import tradeoff as probe_tradeoff
 
 ARMS = {"bpe_tied": ("stock", True), "bpe_untied": ("stock", False), "kronecker": ("kronecker", False)}
 SEEDS = (1337, 1338)

@@ -1,7 +1,7 @@
 """Kill a small training with SIGKILL at random instants, start it again, and compare it with an unkilled twin.
 
-    python scripts/kill_train.py --kills 100 --seed 1 --report results/trust/kill_train
-    python scripts/kill_train.py --kills 100 --seed 1 --minutes 4      a slice; the same command goes on
+    python scripts/trust/kill_train.py --kills 100 --seed 1 --report results/trust/kill_train
+    python scripts/trust/kill_train.py --kills 100 --seed 1 --minutes 4      a slice; the same command goes on
 
 Each run is killed a few times and started again with the same command (--init_from=auto) until it is through.
 Many kills are aimed at checkpoint writes: at a moment after a .writing_* folder appears, or at the appearance
@@ -27,8 +27,9 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(ROOT)
 
 import contextlib
 
@@ -403,7 +404,7 @@ def table(records: list[dict], command: str) -> str:
 
 def main(argv: list[str]) -> int:
     args = arguments(argv)
-    command = " ".join(["python", "scripts/kill_train.py", *argv])
+    command = " ".join(["python", "scripts/trust/kill_train.py", *argv])
     if not list(args.data_dir.glob("*_train_*.bin")):
         subprocess.run(
             [sys.executable, str(ROOT / "data/pydocs/prepare.py"), f"--out_dir={args.data_dir}"], check=True

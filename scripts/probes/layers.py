@@ -1,7 +1,7 @@
 """Layers: what lies near a word in the embedding and after the first blocks.
 
-    python scripts/probe_layers.py --runs out/demo
-    python scripts/probe_layers.py --runs out/demo --families layered_probe_results.json   the paper's families
+    python scripts/probes/layers.py --runs out/demo
+    python scripts/probes/layers.py --runs out/demo --families layered_probe_results.json   the paper's families
 
 Every token of the vocabulary goes through the model alone, at position 0. At each level (E_raw: the embedding;
 E_post: with its position, what enters block 0; L0, L1: after block 0 and 1) the vectors are centred over the
@@ -19,13 +19,14 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
 
-from scripts import probe_common as common
-from scripts import report
+from scripts.analysis import report
+from scripts.probes import common
 
 LEVELS = ("E_raw", "E_post", "L0", "L1")
 NEIGHBOURS = 10
@@ -303,7 +304,7 @@ def draw(by_run: dict, arms):
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="probe_layers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="layers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     common.add_arguments(parser)
     parser.add_argument(

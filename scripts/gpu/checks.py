@@ -1,7 +1,7 @@
 """Is what runs on this device right? Each check is a name, a measured value and what it may be at most.
 
-    python scripts/gpu_suite.py correctness            on a GPU
-    python scripts/gpu_suite.py correctness --toy      the same at a size for a CPU
+    python scripts/gpu/suite.py correctness            on a GPU
+    python scripts/gpu/suite.py correctness --toy      the same at a size for a CPU
 
 Errors are |ours - reference| / |reference| in the Frobenius norm, against float64; inputs are drawn anew for
 every check, and a figure that is not finite never passes.
@@ -17,9 +17,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+ROOT = Path(__file__).resolve().parents[2]
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -30,7 +28,7 @@ from engine import checkpoint
 from engine.metrics import read_metrics
 from kronecker import KroneckerEmbedding, kronecker_codec
 from model import GPT, GPTConfig
-from scripts.bench_embedding import byte_buffers
+from scripts.bench.embedding import byte_buffers
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 ARMS = {

@@ -5,7 +5,7 @@ compare.py and each probe leave a section in `OUT/compare/sections/NAME.json`:
     {"name": "spelling", "title": "Spelling robustness", "order": 20, "html": "<p>...</p>"}
 
 and the page is made again from all of them, so tools can be run in any order and as often as one likes.
-Run by itself (`python scripts/report.py out/demo`) it only rebuilds the page.
+Run by itself (`python scripts/analysis/report.py out/demo`) it only rebuilds the page.
 """
 
 import html
@@ -16,7 +16,8 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import jinja2
 import matplotlib
@@ -194,7 +195,9 @@ def build_report(out_dir: Path) -> Path:
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 1 or argv[0].startswith("-"):
-        sys.exit("usage: python scripts/report.py OUT   (rebuilds OUT/compare/report.html from its sections)")
+        sys.exit(
+            "usage: python scripts/analysis/report.py OUT   (rebuilds OUT/compare/report.html from its sections)"
+        )
     if not (Path(argv[0]) / "compare" / "sections").is_dir():
         sys.exit(f"error: {argv[0]} has no compare/sections; run scripts/compare.py {argv[0]} first")
     try:

@@ -1,6 +1,6 @@
 """Trade-off: words alike in bytes but not in meaning, and where the network pulls them apart.
 
-    python scripts/probe_tradeoff.py --runs out/demo
+    python scripts/probes/tradeoff.py --runs out/demo
 
 A byte codec puts compute next to commute and nation next to notion. For such pairs, for synonyms, for
 morphological kin and for random pairs: cosine at the embedding and after each block. A word goes through the
@@ -12,13 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
 
-from scripts import probe_common as common
-from scripts import report
+from scripts.analysis import report
+from scripts.probes import common
 
 KINDS = {"byte_similar": "alike in bytes", "kin": "kin", "synonyms": "synonyms", "random": "random"}
 
@@ -170,7 +171,7 @@ def draw(by_run: dict, arms):
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="probe_tradeoff.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tradeoff.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     common.add_arguments(parser)
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Norms: does the embedding's scale drift while it is trained? Read from metrics.jsonl, no model is loaded.
 
-    python scripts/probe_norms.py --runs out/demo
+    python scripts/probes/norms.py --runs out/demo
 
 Two figures an evaluation: `wte/rms`, the RMS of the embedding's output over the vocabulary, and
 `wte/weight_norm`, the mean Euclidean norm of the rows of its trainable matrix (of the table, or of the
@@ -12,12 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 
-from scripts import compare, report, stats
-from scripts import probe_common as common
+from scripts import compare
+from scripts.analysis import report, stats
+from scripts.probes import common
 
 METRICS = {"wte/rms": "RMS of the embedding's output", "wte/weight_norm": "Row norm of the trainable matrix"}
 
@@ -38,7 +40,7 @@ def drift(iters: list[int], values: list[float]) -> dict:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="probe_norms.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="norms.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     common.add_arguments(parser)
     args = parser.parse_args(argv)

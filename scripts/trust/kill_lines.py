@@ -1,9 +1,9 @@
 """Kill a run at every line that it executes, in turn, and let the next start finish it.
 
-    python scripts/kill_lines.py --report results/trust/kill_lines
-    python scripts/kill_lines.py --stride 10 --only engine/checkpoint.py
+    python scripts/trust/kill_lines.py --report results/trust/kill_lines
+    python scripts/trust/kill_lines.py --stride 10 --only engine/checkpoint.py
 
-A kill from outside (scripts/kill_train.py) seldom finds the few microseconds between two renames. Here a
+A kill from outside (scripts/trust/kill_train.py) seldom finds the few microseconds between two renames. Here a
 forked child trains four steps under a trace function that sends it SIGKILL as the N-th line of train.py or
 engine/ begins; a second child goes on undisturbed, and what it ends with is held against the twin that was
 never killed, as kill_train.py does. First in a run that begins (`fresh`), then in one that goes on from what a
@@ -22,8 +22,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork must not inherit a thread pool
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(ROOT)
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ import train
 from data.meta import characters_meta, write_meta
 from data.shards import write_shard
 from engine import runs
-from scripts.kill_train import Twin, compare_end, half_written
+from scripts.trust.kill_train import Twin, compare_end, half_written
 
 KEYS = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "global_batch_size": 4,
@@ -216,7 +217,7 @@ def main(argv: list[str]) -> int:
     bad = [r for r in records if r["trouble"]]
     if args.report:
         provenance = {
-            "command": " ".join(["python", "scripts/kill_lines.py", *argv]),
+            "command": " ".join(["python", "scripts/trust/kill_lines.py", *argv]),
             "commit": runs.commit(),
             "machine": f"{runs.machine()}, torch {torch.__version__}",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,6 +1,6 @@
 """Kill data/fineweb_edu/prepare.py with SIGKILL over and over; what comes out in the end must not show it.
 
-    python scripts/kill_prepare.py --input text.jsonl --kills 100 --json results/data/kill_prepare.json
+    python scripts/trust/kill_prepare.py --input text.jsonl --kills 100 --json results/data/kill_prepare.json
 
 One uninterrupted run with one worker gives the reference. Then the same set is prepared again and again in fresh
 folders by runs that are killed after a random time, or the moment a file of a random number appears, each time with
@@ -22,12 +22,12 @@ import tempfile
 import time
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: let `import data` find the project
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data.shards import open_shard
 
-PREPARE = Path(__file__).resolve().parents[1] / "data" / "fineweb_edu" / "prepare.py"
+PREPARE = Path(__file__).resolve().parents[2] / "data" / "fineweb_edu" / "prepare.py"
 
 
 def command(source: Path, out: Path, workers: int, shard_size: int) -> list[str]:
@@ -144,7 +144,7 @@ def main() -> None:
         "workers_left_behind": lingering,
         "seconds": round(time.perf_counter() - began),
         "seed": args.seed,
-        "command": f"python scripts/kill_prepare.py --input {args.input.name} --kills {args.kills}",
+        "command": f"python scripts/trust/kill_prepare.py --input {args.input.name} --kills {args.kills}",
         "commit": commit(),
         "machine": machine(),
         "date": datetime.date.today().isoformat(),

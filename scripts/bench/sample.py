@@ -1,6 +1,6 @@
 """Generation speed: our cached `generate` against nanoGPT's, the same weights, the same tokens.
 
-    python scripts/bench_sample.py --nanogpt-dir ../nanoGPT        (a checkout of karpathy/nanoGPT)
+    python scripts/bench/sample.py --nanogpt-dir ../nanoGPT        (a checkout of karpathy/nanoGPT)
 
 Both models run in this one process, in turns, on a model of GPT-2's shape with random weights; greedy, so
 that both must give the same tokens, which is checked. The ratio is the median over the rounds.
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from engine.ranks import keep_heap
 from engine.runs import commit, machine

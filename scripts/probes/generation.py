@@ -1,7 +1,7 @@
 """Generation: does a model carry a misspelled or made-up word of the prompt into what it writes?
 
-    python scripts/probe_generation.py --runs out/demo
-    python scripts/probe_generation.py --runs out/demo --prompts generation_probe_results.json   the paper's prompts
+    python scripts/probes/generation.py --runs out/demo
+    python scripts/probes/generation.py --runs out/demo --prompts generation_probe_results.json   the paper's prompts
 
 Each prompt is continued in three conditions: as it is, misspelled, and with a made-up word in a slot in double
 braces (`The {{zorblescope}} is used to`), which on a kronecker arm is one position embedded from the word's own
@@ -21,14 +21,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
 
 from sample import SLOT, parse_prompt
-from scripts import probe_common as common
-from scripts import report
+from scripts.analysis import report
+from scripts.probes import common
 
 CONDITIONS = ("normal", "misspelled", "forced_oov")
 RATES = {"echo": "echo", "partial_echo": "partial", "gibberish_flag": "gibberish"}
@@ -324,7 +325,7 @@ def examples_html(records: list[dict], arms, count: int = 4) -> str:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="probe_generation.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="generation.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     common.add_arguments(parser)
     parser.add_argument(

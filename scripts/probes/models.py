@@ -1,7 +1,7 @@
 """Across models: what lies near what in the embedding tables of public language models.
 
-    python scripts/probe_models.py --models ~/models/SmolLM2-135M HuggingFaceTB/SmolLM2-135M
-    python scripts/probe_models.py --runs out/demo
+    python scripts/probes/models.py --models ~/models/SmolLM2-135M HuggingFaceTB/SmolLM2-135M
+    python scripts/probes/models.py --runs out/demo
 
 Only the embedding matrix is read, never the model: its place comes from the safetensors index and header,
 its bytes from a local folder or by range requests from the hub (kept under --cache, resumed where a download
@@ -31,14 +31,15 @@ import urllib.request
 from itertools import combinations
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from scripts import probe_common as common
-from scripts import report
+from scripts.analysis import report
+from scripts.probes import common
 
 DTYPES = {
     "F64": torch.float64,
@@ -744,7 +745,7 @@ def run_tables(args):
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="probe_models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     common.add_arguments(parser, need_runs=False)
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Other ways to compute the same embedding on a GPU, measured beside the package's own.
 
-    python scripts/embedding_candidates.py                     on a GPU; scripts/gpu_suite.py embedding runs it too
-    python scripts/embedding_candidates.py train table FLAGS   train.py, its embedding going this way
+    python scripts/gpu/candidates.py                     on a GPU; scripts/gpu/suite.py embedding runs it too
+    python scripts/gpu/candidates.py train table FLAGS   train.py, its embedding going this way
 
 kronecker/bag.py learns from the device how many of a batch's tokens are distinct, so the host waits for it: twice in
 the forward pass and, compiled, twice in the backward one. The ways here have fixed shapes and never wait:
@@ -19,7 +19,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 import torch.nn as nn
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kronecker import KroneckerEmbedding
-from scripts.bench_embedding import byte_buffers, draw_ids, interleave
+from scripts.bench.embedding import byte_buffers, draw_ids, interleave
 
 CHUNK = 64
 

@@ -1,7 +1,7 @@
 """Any number of ranks gives the same training: splits, resumes, two nodes, a worker killed in the middle.
 
-    python scripts/check_ranks.py --report results/trust/ranks
-    python scripts/check_ranks.py --parts nodes        some of: splits, resumes, evaluation, nodes
+    python scripts/trust/ranks.py --report results/trust/ranks
+    python scripts/trust/ranks.py --parts nodes        some of: splits, resumes, evaluation, nodes
 
 Everything runs here on the CPU in fp32 over gloo, through torchrun as on a cluster; the two nodes are two
 torchrun agents that meet on loopback through the c10d rendezvous. Losses are compared row by row with one
@@ -21,8 +21,9 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(ROOT)
 
 import torch
 
@@ -434,7 +435,7 @@ def main(argv: list[str]) -> int:
         runs.write_json(kept, rows)
     if args.report:
         provenance = {
-            "command": " ".join(["python", "scripts/check_ranks.py", *argv]),
+            "command": " ".join(["python", "scripts/trust/ranks.py", *argv]),
             "commit": runs.commit(),
             "machine": f"{runs.machine()}, torch {torch.__version__}",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,6 +1,6 @@
 """How fast is data/fineweb_edu/prepare.py, against the pipeline that everybody writes?
 
-    python scripts/bench_prepare.py --input text.jsonl.xz --json results/data/bench_prepare.json
+    python scripts/bench/prepare.py --input text.jsonl.xz --json results/data/bench_prepare.json
 
 Both sides take the same JSON lines (unpacked beforehand, so that no decompressor is the limit), the same number of
 processes and the same disk, in turns. The plain side is a multiprocessing.Pool over documents, tiktoken's
@@ -24,14 +24,14 @@ import threading
 import time
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: let `import data` find the project
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 
 from data.shards import find_shards, open_shard, write_shard
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODDED = """
 import json, os, runpy, sys
 import datasets
@@ -255,7 +255,7 @@ def main() -> None:
         )
     report = {
         "what": "tokenizing local JSON lines into token shards, whole program with start-up and fsync",
-        "command": "python " + " ".join(["scripts/bench_prepare.py", *map(_public, sys.argv[1:])]),
+        "command": "python " + " ".join(["scripts/bench/prepare.py", *map(_public, sys.argv[1:])]),
         "commit": commit(),
         "machine": machine(),
         "date": datetime.date.today().isoformat(),

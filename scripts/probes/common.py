@@ -9,13 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-from scripts import compare, report, stats
+from scripts import compare
+from scripts.analysis import report, stats
 
-DATA = Path(__file__).resolve().parent / "probe_data"
+DATA = Path(__file__).resolve().parent / "data"
 
 
 class ProbeError(ValueError):
@@ -202,7 +201,7 @@ def read_data(path, what: str) -> dict:
 def provenance(argv, settings: dict | None = None) -> dict:
     """Command, commit, machine and date, which every figure under results/ has to name."""
     try:
-        root = Path(__file__).resolve().parent.parent
+        root = Path(__file__).resolve().parents[2]
         commit = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
             capture_output=True,
@@ -221,7 +220,7 @@ def provenance(argv, settings: dict | None = None) -> dict:
 
 
 def relative(path: str) -> str:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     full = Path(path).resolve()
     return str(full.relative_to(root)) if full.is_relative_to(root) else full.name
 

@@ -1,8 +1,8 @@
 """Spelling robustness: what a typo in the prompt does to the next-token prediction.
 
-    python scripts/probe_spelling.py --runs out/demo
-    python scripts/probe_spelling.py --runs out/demo --generate 1000             synthetic typos in held-out text
-    python scripts/probe_spelling.py --runs out/demo --pairs robustness_results.json   the paper's 110 pairs
+    python scripts/probes/spelling.py --runs out/demo
+    python scripts/probes/spelling.py --runs out/demo --generate 1000             synthetic typos in held-out text
+    python scripts/probes/spelling.py --runs out/demo --pairs robustness_results.json   the paper's 110 pairs
 
 Per clean/typo pair, at the last position: KL(clean || typo) in nats, cosine of the final hidden states (output
 of ln_f), log-probability that the clean top-1 loses, and whether the top-1 stays. Arms are paired by prompt and
@@ -17,12 +17,13 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 
-from scripts import probe_common as common
-from scripts import report, stats
+from scripts.analysis import report, stats
+from scripts.probes import common
 
 KEYBOARD = ["qwertyuiop", "asdfghjkl", "zxcvbnm"]
 OPERATIONS = ("swap", "drop", "double", "substitute")
@@ -118,7 +119,7 @@ def held_out_text(args, run: dict) -> str:
     from data.shards import find_shards, open_shard
 
     _, tokenizer, config = common.load(run, args)
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     folder = Path(config.get("data_dir") or root / "data" / str(config.get("dataset")))
     try:
         shards = find_shards(folder, "val")
@@ -358,7 +359,7 @@ def draw(by_arm: dict):
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="probe_spelling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="spelling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     common.add_arguments(parser)
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Time and memory of the Kronecker embedding beside the PyPI reference and nn.Embedding, in one run.
 
-    python -m scripts.bench_embedding --text corpus.jsonl.xz --hf-tokenizer path/to/gpt2 --out results/embedding
-    python -m scripts.bench_embedding --quick
+    python scripts/bench/embedding.py --text corpus.jsonl.xz --hf-tokenizer path/to/gpt2 --out results/embedding
+    python scripts/bench/embedding.py --quick
 
 Every round runs each side once, in turn, and the table gives medians, so that what else the machine does falls
 on all sides alike. Peak memory is measured with each side alone in a process of its own. Without --text the ids
@@ -22,6 +22,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
@@ -195,7 +198,7 @@ def peak_resident_bytes() -> int:
 
 
 def peak_memory(side: str, V: int, d: int, pos_dim: int, n: int, args) -> dict | None:
-    command = [sys.executable, "-m", "scripts.bench_embedding", "--side", side, "--device", args.device]
+    command = [sys.executable, str(Path(__file__).resolve()), "--side", side, "--device", args.device]
     command += ["--memory", *map(str, (V, d, pos_dim, n)), "--dtype", args.dtype]
     if args.text:
         command += ["--text", args.text]
@@ -411,7 +414,7 @@ def main(argv=None) -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else machine()
     result = {
         "command": " ".join(
-            ["python -m scripts.bench_embedding", *map(without_folders, argv or sys.argv[1:])]
+            ["python scripts/bench/embedding.py", *map(without_folders, argv or sys.argv[1:])]
         ),
         "commit": commit(),
         "machine": name,

@@ -1,10 +1,10 @@
 """What a GPU is wanted for, in pieces that each end within nine minutes, on one machine or on several days' machines.
 
-    python scripts/gpu_suite.py prepare correctness embedding --text PACK.jsonl.xz --val HELD_OUT.jsonl.xz
-    python scripts/gpu_suite.py tune speed --nanogpt-dir ../nanoGPT
-    python scripts/gpu_suite.py train probes --arm bpe_untied,kronecker --seed 1337
-    python scripts/gpu_suite.py sweep
-    python scripts/gpu_suite.py gather                             (needs no GPU)
+    python scripts/gpu/suite.py prepare correctness embedding --text PACK.jsonl.xz --val HELD_OUT.jsonl.xz
+    python scripts/gpu/suite.py tune speed --nanogpt-dir ../nanoGPT
+    python scripts/gpu/suite.py train probes --arm bpe_untied,kronecker --seed 1337
+    python scripts/gpu/suite.py sweep
+    python scripts/gpu/suite.py gather                             (needs no GPU)
 
 prepare      text (JSONL, one {"text"} a line, may be packed) into shards; packs can come one call at a time
 correctness  the sparse path against the definition, determinism, resume, compile, hidden waits, tests
@@ -39,8 +39,9 @@ import traceback
 from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(ROOT)
 
 import torch
 
@@ -56,7 +57,11 @@ from engine import runs
 from engine.flops import CONVENTION, flops_per_token, peak_flops
 from engine.metrics import is_finished, read_metrics
 from model import GPTConfig
-from scripts import bench_train, compare, embedding_candidates, gpu_checks, gpu_gather
+from scripts import compare
+from scripts.bench import train as bench_train
+from scripts.gpu import candidates as embedding_candidates
+from scripts.gpu import checks as gpu_checks
+from scripts.gpu import gather as gpu_gather
 
 RECIPE = "config/gpt2_124m_short.py"
 PIECES = "prepare correctness embedding tune speed train probes sweep gather".split()
@@ -198,7 +203,7 @@ def write_piece(
         "arm": arm or None,
         "seed": seed,
         "toy": args.toy,
-        "command": "python scripts/gpu_suite.py " + command_told(args),
+        "command": "python scripts/gpu/suite.py " + command_told(args),
         "commit": runs.commit(),
         "machine": machine_id(),
         "device": torch.cuda.get_device_name(0) if cuda else runs.machine(),
@@ -326,12 +331,12 @@ def correctness(args) -> None:
 
 
 def embedding(args) -> None:
-    """scripts/bench_embedding.py in fp32 and bf16, and other ways to the same sums beside the package's."""
+    """scripts/bench/embedding.py in fp32 and bf16, and other ways to the same sums beside the package's."""
     began, results = time.monotonic(), {}
     text = next((t for t in args.text if t.is_file()), None)
     for dtype in ("float32", "bfloat16"):
         folder = args.work / "embedding"
-        command = [sys.executable, "-m", "scripts.bench_embedding", "--device", args.device, "--dtype", dtype]
+        command = [sys.executable, "-m", "scripts.bench.embedding", "--device", args.device, "--dtype", dtype]
         command += ["--out", str(folder)] + (["--text", str(text)] if text else [])
         command += ["--quick", "--rounds", "3"] if args.toy else ["--reference-gb", "60"]
         command += ["--no-memory"] if dtype == "bfloat16" or args.toy else []
@@ -464,7 +469,7 @@ def speed(args) -> None:
         sides["nanoGPT, our micro-batch"] = theirs(batch_size, settings.accumulate)
     sides["bpe_tied"] = ours("bpe_tied")
     # the same arm, its embedding computed without ever waiting for the GPU
-    sides["kronecker, table"] = ours("kronecker", "scripts/embedding_candidates.py", "train", "table")
+    sides["kronecker, table"] = ours("kronecker", "scripts/gpu/candidates.py", "train", "table")
     rounds = bench_train.alternate(sides, args.rounds, lambda: left(args), lambda s: print(s, flush=True))
     lines = bench_train.absolute(rounds)
     print("\n".join(lines), flush=True)
@@ -618,12 +623,12 @@ def probes(args) -> None:
     out = args.work / "probes"
     common = ["--runs", str(folder), "--out", str(out), "--device", args.device]
     jobs = {
-        name: [f"scripts/probe_{name}.py"]
+        name: [f"scripts/probes/{name}.py"]
         for name in ("spelling", "layers", "tradeoff", "norms", "generation")
     }
     if args.val and args.val.is_file() and not args.toy:
         more = ["--generate", "1000", "--text", str(args.val)]
-        jobs["spelling_generated"] = ["scripts/probe_spelling.py", *more]
+        jobs["spelling_generated"] = ["scripts/probes/spelling.py", *more]
     if args.reference:
         published = {
             "spelling": ("--pairs", "robustness_results.json"),
@@ -632,7 +637,7 @@ def probes(args) -> None:
         }
         for name, (flag, file) in published.items():
             if (args.reference / file).is_file():
-                jobs[f"{name}_published"] = [f"scripts/probe_{name}.py", flag, str(args.reference / file)]
+                jobs[f"{name}_published"] = [f"scripts/probes/{name}.py", flag, str(args.reference / file)]
     if args.toy:
         jobs["generation"] += ["--samples", "1", "--max_new_tokens", "4"]
     running, failed = {}, []

@@ -1,6 +1,6 @@
-"""The pieces of scripts/gpu_suite.py as one table, curves and a report: OUT/summary.md, OUT/compare/, OUT/gathered.json.
+"""The pieces of scripts/gpu/suite.py as one table, curves and a report: OUT/summary.md, OUT/compare/, OUT/gathered.json.
 
-    python scripts/gpu_suite.py gather --out results/124m
+    python scripts/gpu/suite.py gather --out results/124m
 
 Pieces come from several machines and days. Runs belong into one comparison when what had to be equal is equal:
 data and order, body at step 0, schedule, validation windows (scripts/compare.py checks them), and the facts that
@@ -9,12 +9,11 @@ OUT/plan.json pins. Anything else is refused, and the sentence names the file.
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts import compare, probe_common, report, stats
+from scripts import compare
+from scripts.analysis import report, stats
+from scripts.probes import common as probe_common
 
 # Figures of the probes that go into the table: (probe, figure, heading, digits).
 PROBE_FIGURES = [
@@ -201,7 +200,7 @@ def ways_table(pieces) -> dict | None:
                 [what, r["dtype"], f"{r['tokens']:,}", *(f"{r['ms'][s]:.3f}" for s in sides), c["device"]]
             )
     header = ["embedding", "dtype", "tokens", *(f"{s}, ms" for s in sides), "device"]
-    note = "Forward and backward; ids by a Zipf law. scripts/embedding_candidates.py says what the ways are."
+    note = "Forward and backward; ids by a Zipf law. scripts/gpu/candidates.py says what the ways are."
     return table("Ways to the same embedding", header, rows, 2, note)
 
 
@@ -269,7 +268,7 @@ def probe_table(pieces, arms: list[str]) -> dict | None:
         rows.append([*row, probe_common.difference_cell(over.get("kronecker"), digits)])
     header = ["probe", *arms, f"kronecker less {baseline} (95%)"]
     return table(
-        "Probes", header, rows, 1, "Mean ± SD over seeds; what each figure is stands in scripts/probe_*.py."
+        "Probes", header, rows, 1, "Mean ± SD over seeds; what each figure is stands in scripts/probes/*.py."
     )
 
 
@@ -333,7 +332,7 @@ def gather(out: Path, plan: dict | None, pinned: list[str], command: str) -> dic
     if trained:
         arms = compare.arms_of(trained)
         c = compare.compare(trained, "bpe_tied" if "bpe_tied" in arms else arms[0])
-        told = compare.provenance(c, f"python scripts/gpu_suite.py {command}")
+        told = compare.provenance(c, f"python scripts/gpu/suite.py {command}")
         report.write_json(out / "compare" / "comparison.json", c | {"provenance": told})
         kept = [r for r in trained if not any(x["run"] == r.name for x in c["left_out"])]
         curves = compare.draw(c, kept, out / "compare")

@@ -1,8 +1,8 @@
 """Training speed and peak memory: our train.py against nanoGPT's own, and the arms against each other.
 
-    python scripts/bench_train.py --nanogpt-dir ../nanoGPT          (a checkout of karpathy/nanoGPT)
-    python scripts/bench_train.py --setting=demo --breakdown
-    python scripts/bench_train.py --setting=124m --device=cuda --dtype=bfloat16 --compile --nanogpt-dir ../nanoGPT
+    python scripts/bench/train.py --nanogpt-dir ../nanoGPT          (a checkout of karpathy/nanoGPT)
+    python scripts/bench/train.py --setting=demo --breakdown
+    python scripts/bench/train.py --setting=124m --device=cuda --dtype=bfloat16 --compile --nanogpt-dir ../nanoGPT
 
 Every side runs as its own process, one after the other, round after round; a side's figure is the median of
 its steps after the first ones, and ratios are medians over the rounds' pairs. Both read the same headerless
@@ -30,8 +30,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(ROOT)
 
 from engine.metrics import read_metrics
 from engine.runs import commit, machine

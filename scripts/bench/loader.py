@@ -1,6 +1,6 @@
 """How fast does the loader read, and does its memory stay flat?
 
-    python scripts/bench_loader.py --json results/data/bench_loader.json
+    python scripts/bench/loader.py --json results/data/bench_loader.json
 
 On one core, from shards in the page cache: tokens a second of data.loader in three shapes, in turns with the loop
 that nanoGPT's train.py has (a new memory map a batch, random places, one array a row); resident memory over 100,000
@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: let `import data` find the project
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ def main() -> None:
     microseconds = (time.perf_counter() - started) / 200 * 1e6
     report = {
         "what": "data.loader on one core, from shards in the page cache",
-        "command": "python " + " ".join(["scripts/bench_loader.py", *sys.argv[1:]]),
+        "command": "python " + " ".join(["scripts/bench/loader.py", *sys.argv[1:]]),
         "commit": commit(),
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
