@@ -252,6 +252,16 @@ class GPT(nn.Module):
         embeds those positions from the given bytes (kronecker only). `past` is make_cache()'s tensor,
         already filled up to `pos`.
         """
+        x, weight = self.hidden(idx, byte_overrides, past, pos)
+        if targets is None:
+            return F.linear(x[:, -1:], weight), None
+        if self.liger is not None and reduction == "mean" and torch.is_grad_enabled():
+            dtype = matmul_dtype(x)
+            return None, self.liger(weight.to(dtype), x.flatten(0, 1).to(dtype), targets.flatten())
+        return None, cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction, self.config.loss)
+
+    def hidden(self, idx: Tensor, byte_overrides=None, past=None, pos: int = 0) -> tuple[Tensor, Tensor]:
+        """(what the head multiplies (B, T, n_embd), the head's weight (V, n_embd)); arguments as forward's."""
         T = idx.size(1)
         if pos + T > self.config.block_size:
             raise ValueError(f"{pos + T} tokens do not fit into block_size {self.config.block_size}")
@@ -263,12 +273,7 @@ class GPT(nn.Module):
         if self.head_scale is not None:
             x = x * self.head_scale
         weight = table if self.lm_head is None else self.lm_head.weight
-        if targets is None:
-            return F.linear(x[:, -1:], weight), None
-        if self.liger is not None and reduction == "mean" and torch.is_grad_enabled():
-            dtype = matmul_dtype(x)
-            return None, self.liger(weight.to(dtype), x.flatten(0, 1).to(dtype), targets.flatten())
-        return None, cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction, self.config.loss)
+        return x, weight
 
     def embed(self, idx: Tensor, byte_overrides=None) -> tuple[Tensor | None, Tensor]:
         """(table (V, n_embd) if the tied head needs it, embeddings (B, T, n_embd))."""
