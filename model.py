@@ -216,15 +216,8 @@ class GPT(nn.Module):
         if self.transformer.wpe.weight.is_meta:
             return
         for name, p in self.named_parameters():
-            if name.startswith("transformer.wte.") and self.config.wte == "kronecker":
-                # The projection keeps the paper's N(0, 1/D); what is added to it starts at zero output, as the
-                # package made it, so that of the residual only the factor that tells tokens apart is drawn.
-                if name.endswith("projection.weight"):
-                    std = (self.config.char_dim * self.config.pos_dim) ** -0.5
-                elif name.endswith("residual_u"):
-                    std = self.config.wte_rank**-0.5
-                else:
-                    continue
+            if name.startswith("transformer.wte.") and self.config.wte != "stock":
+                continue  # draws its own, below
             elif name.endswith("c_proj.weight"):  # as many residual branches add up as there are c_proj
                 std = 0.02 / math.sqrt(2 * self.config.n_layer)
             elif p.dim() == 2:
@@ -235,6 +228,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(".bias"):
                 p.zero_()
+        if self.config.wte != "stock":
+            self.transformer.wte.reset_parameters(lambda name: generator(seed, f"transformer.wte.{name}"))
 
     def forward(
         self,

@@ -8,7 +8,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,8 @@ from kronecker.codec import bag_coefficients, check_buffers, codec_output_dim
 from kronecker.ngrams import EMPTY, ngram_buckets
 from kronecker.tokens import build_byte_buffer, utf8_safe_truncate
 
+GeneratorFor = Callable[[str], torch.Generator]  # a parameter's name -> what it is drawn from
+
 
 class KroneckerEmbedding(nn.Module):
     """Drop-in replacement for nn.Embedding: ids (...) -> embeddings (..., d_model). Paper: section 3.
@@ -28,7 +30,7 @@ class KroneckerEmbedding(nn.Module):
         (vocab_size,) instead.
     mode: "dynamic" computes embeddings from the weight at each call; "cached" keeps the (vocab_size, d_model)
         table while the module is in eval() mode and gradients are off. Training is the same in both.
-    projection_init: "normal" (std 1/sqrt(D), the paper's) or "xavier".
+    projection_init: "normal" (std init_rms/sqrt(D), the paper's at init_rms 1) or "xavier" (times init_rms).
     length_normalize, z_normalize: the codec's two normalisations (both on in the paper).
     byte_extraction: "bytes" for the tokens' true bytes, "decode" for what the reference package extracts.
     row_major: lay projection.weight out as usual instead of transposed. The transposed layout (the default)
@@ -37,6 +39,8 @@ class KroneckerEmbedding(nn.Module):
 
     Additions that the paper does not have, off by default (ngrams and rank add nothing at the start):
     scale: factor on the output.
+    init_rms: RMS of the embeddings at the start (at scale 1), for z-normalised codes, whose entries have RMS 1. It
+        scales the initial projection and nothing else: no factor stays in the forward pass.
     ngrams: number of buckets of a bag of hashed byte 2- and 3-grams, ngram.weight (ngrams, d_model), summed and
         divided by the square root of their count.
     rank: rank of a residual of each token's own, residual_u[id] @ residual_v, (vocab_size, rank) and
@@ -65,6 +69,7 @@ class KroneckerEmbedding(nn.Module):
         byte_extraction: str = "bytes",
         row_major: bool = False,
         scale: float = 1.0,
+        init_rms: float = 1.0,
         ngrams: int = 0,
         rank: int = 0,
     ):
@@ -83,7 +88,7 @@ class KroneckerEmbedding(nn.Module):
         self.char_dim, self.pos_dim, self.D = char_dim, pos_dim, codec_output_dim(char_dim, pos_dim)
         self.mode, self.projection_init, self.byte_extraction = mode, projection_init, byte_extraction
         self.length_normalize, self.z_normalize = length_normalize, z_normalize
-        self.scale, self.ngrams, self.rank = scale, ngrams, rank
+        self.scale, self.init_rms, self.ngrams, self.rank = scale, init_rms, ngrams, rank
 
         if byte_buffer is None or length_buffer is None:
             if tokenizer is None:
@@ -125,20 +130,26 @@ class KroneckerEmbedding(nn.Module):
         self.register_state_dict_post_hook(_row_major_state)
         self.register_load_state_dict_pre_hook(_check_loaded_shape)
 
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, the projection as projection_init says, equally in either layout."""
-        weight = self.projection.weight
-        fresh_MxD = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
+    def init_std(self) -> dict[str, float]:
+        """Standard deviation that each parameter is drawn with, by name; the others start at zero."""
         if self.projection_init == "normal":
-            nn.init.normal_(fresh_MxD, std=1 / math.sqrt(self.D))
+            std = {"projection.weight": self.init_rms * self.D**-0.5}
         else:
-            nn.init.xavier_uniform_(fresh_MxD)
-        with torch.no_grad():
-            weight.copy_(fresh_MxD)
+            std = {"projection.weight": self.init_rms * math.sqrt(2 / (self.D + self.d_model))}
+        if self.rank:  # u tells tokens apart from the first step, v = 0 starts at the paper's embedding
+            std["residual_u"] = self.rank**-0.5
+        return std
+
+    def reset_parameters(self, generator_for: GeneratorFor | None = None) -> None:
+        """Draw the parameters anew (init_std), equally in either layout of the projection.
+
+        generator_for: gives each parameter's generator by the parameter's name; torch's own when None.
+        """
+        uniform = {"projection.weight"} if self.projection_init == "xavier" else set()
+        draw(self, self.init_std(), generator_for, uniform)
         if self.ngrams:
             nn.init.zeros_(self.ngram.weight)
-        if self.rank:  # u tells tokens apart from the first step, v = 0 starts at the paper's embedding
-            nn.init.normal_(self.residual_u, std=self.rank**-0.5)
+        if self.rank:
             nn.init.zeros_(self.residual_v)
 
     # nn.Embedding's names
@@ -293,6 +304,33 @@ class KroneckerEmbedding(nn.Module):
         if self._table is None or versions != self._table_versions:
             self._table, self._table_versions = self.table(), versions
         return self._table
+
+
+@torch.no_grad()
+def draw(
+    module: nn.Module,
+    std: Mapping[str, float],
+    generator_for: GeneratorFor | None = None,
+    uniform: Set[str] = frozenset(),
+) -> None:
+    """Fill the module's named parameters from N(0, std^2), or uniformly with that deviation where named so.
+
+    The numbers are drawn in row-major order, on the device of the generator if there is one: the layout and the
+    device of a parameter change nothing then.
+    """
+    for name, deviation in std.items():
+        p, generator = module.get_parameter(name), None
+        if generator_for is None:
+            fresh = torch.empty_like(p, memory_format=torch.contiguous_format)
+        else:
+            generator = generator_for(name)
+            fresh = torch.empty(p.shape, dtype=p.dtype, device=generator.device)
+        if name in uniform:
+            half = math.sqrt(3) * deviation
+            fresh.uniform_(-half, half, generator=generator)
+        else:
+            fresh.normal_(0, deviation, generator=generator)
+        p.copy_(fresh)
 
 
 def _sum_dtype(weight: Tensor) -> torch.dtype:

@@ -82,6 +82,7 @@ def swap_input_embeddings(
         "z_normalize": new.z_normalize,
         "byte_extraction": new.byte_extraction,
         "scale": new.scale,
+        "init_rms": new.init_rms,
         "ngrams": new.ngrams,
         "rank": new.rank,
         "tie": "induced" if tie == "induced" else "untie",

@@ -1,4 +1,4 @@
-"""What the package adds to the paper's method: scale, n-grams, residual, regulariser. All off by default."""
+"""What the package adds to the paper's method: initial scale, n-grams, residual, regulariser. All off by default."""
 
 import math
 
@@ -80,6 +80,33 @@ def test_values_in_forward_table_and_scale():
     once = filled()
     once.load_state_dict(plain.state_dict())
     torch.testing.assert_close(plain(ids), 0.5 * once(ids))
+
+
+@pytest.mark.parametrize("init", ["normal", "xavier"])
+def test_init_rms_scales_the_start_and_nothing_else(init):
+    plain, small = build(projection_init=init), build(projection_init=init, init_rms=0.02, ngrams=32, rank=3)
+    torch.testing.assert_close(small.projection.weight, 0.02 * plain.projection.weight)
+    assert small.residual_u.std().item() == pytest.approx(3**-0.5, rel=0.5)
+    assert not small.residual_v.any()
+    small.load_state_dict(small.state_dict() | plain.state_dict())
+    assert torch.equal(small(torch.arange(8)), plain(torch.arange(8)))
+
+
+def test_init_rms_is_the_rms_and_a_generator_a_name_decides_the_numbers():
+    def of(name):
+        return torch.Generator().manual_seed(len(name))
+
+    def drawn(**options):
+        emb = KroneckerEmbedding(len(TOKENS), 400, tokenizer=TOKENS, pos_dim=7, init_rms=0.3, **options)
+        emb.reset_parameters(of)
+        return emb
+
+    emb, other = drawn(rank=3), drawn(rank=3, row_major=True)
+    assert emb.table()[1:].square().mean().sqrt().item() == pytest.approx(0.3, rel=0.05)  # id 0 has no bytes
+    for name, std in emb.init_std().items():
+        expected = torch.empty(emb.get_parameter(name).shape).normal_(0, std, generator=of(name))
+        assert torch.equal(emb.get_parameter(name), expected)
+        assert torch.equal(other.get_parameter(name), expected)
 
 
 def test_override_has_ngrams_but_no_residual():
