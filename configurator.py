@@ -164,7 +164,9 @@ def load(argv: list[str], prog: str = "train.py", also: type | None = None, quie
                 said.add(name)
             else:
                 values[name] = convert(known, name, value, where)
-    return (also or Config)(**values)
+    config = (also or Config)(**values)
+    config.given = values  # what was set, beside what is a default
+    return config
 
 
 def read_file(path: str) -> dict:

@@ -19,7 +19,7 @@ import configurator
 import kronecker
 from configurator import key
 from data.tokenizers import load_tokenizer
-from engine import checkpoint, foreign, runs
+from engine import checkpoint, pretrained, runs
 from engine import ranks as engine_ranks
 from engine.errors import RunError, sentences
 from model import GPT, GPTConfig
@@ -66,15 +66,15 @@ def load_run(out_dir, device="cpu", which: str = "latest"):
         )
     model = GPT(shape, byte_buffers)
     weights, _, _ = checkpoint.load(folder, with_optimizer=False)
-    model.load_state_dict(weights)
+    pretrained.load(model, weights, folder)
     return model.to(device).eval(), tokenizer, config
 
 
-def load_foreign(source: str, tokenizer: str, device="cpu"):
+def load_pretrained(source: str, tokenizer: str, device="cpu"):
     """(model in eval mode, tokenizer, {}) of GPT-2 or nanoGPT weights; a meta.pkl beside ckpt.pt is not needed."""
-    weights, shape = foreign.read(source, "stock")
+    weights, shape = pretrained.read(source)
     model = GPT(GPTConfig(**shape))
-    model.load_state_dict(weights)
+    pretrained.load(model, weights, source)
     return model.to(device).eval(), load_tokenizer(tokenizer), {}
 
 
@@ -128,7 +128,7 @@ def main(config: SampleConfig) -> None:
     if config.init_from in ("resume", "auto"):
         model, tokenizer, _ = load_run(config.out_dir, ranks.device, config.which)
     else:
-        model, tokenizer, _ = load_foreign(config.init_from, config.tokenizer, ranks.device)
+        model, tokenizer, _ = load_pretrained(config.init_from, config.tokenizer, ranks.device)
     prompts = [parse_prompt(text, tokenizer, model.config.vocab_size) for text in read_prompts(config)]
     for text, (ids, slots) in zip(read_prompts(config), prompts, strict=True):
         if slots and model.config.wte == "stock":

@@ -25,7 +25,7 @@ from data import DataError
 from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, prefetch
 from data.meta import read_meta
 from data.tokenizers import load_tokenizer
-from engine import checkpoint, evaluation, flops, foreign, metrics, plan, runs
+from engine import checkpoint, evaluation, flops, metrics, plan, pretrained, runs
 from engine import ranks as engine_ranks
 from engine.errors import RunError, sentences
 from kronecker.audit import audit, audit_line
@@ -90,9 +90,9 @@ def main(config) -> None:
     config.vocab_size = config.vocab_size or -(-meta["vocab_size"] // 64) * 64
 
     # ---- the model's shape, and what the run will cost
-    foreign_weights = None
+    weights = None
     if config.init_from not in ("scratch", "resume", "auto"):
-        foreign_weights, shape = foreign.read(config.init_from, config.wte)
+        weights, shape = pretrained.read(config.init_from, config.given, with_weights=not config.dry_run)
         for name, value in shape.items():  # the file knows better than the defaults
             setattr(config, name, value)
     names = [f.name for f in dataclasses.fields(GPTConfig)]
@@ -138,8 +138,8 @@ def main(config) -> None:
 
     # ---- the model, drawn from the seed or read from elsewhere
     model = GPT(model_config, byte_buffers, seed=config.seed)
-    if foreign_weights is not None:
-        model.load_state_dict(foreign_weights)
+    if weights is not None:
+        pretrained.load(model, weights, config.init_from)
 
     # ---- who this run is: what must be equal in runs that are compared, and what made it
     identity = fingerprint(data_dir)

@@ -1,0 +1,214 @@
+"""Pretrained weights: nanoGPT's ckpt.pt, and GPT-2 as transformers writes it. No code in them is run."""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import AliasChoices, Field, field_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from data.records import Record, read_record
+from engine.errors import RunError
+
+# OpenAI's four models by name, so that their shape can be planned with without their weights.
+HUB = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+
+GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none", "gelu_python": "none"}
+
+
+def also_called(default: int, name: str, alias: str):
+    return Field(default, ge=1, validation_alias=AliasChoices(name, alias))
+
+
+class GPT2Config(Record):
+    """Every option of transformers' GPT2Config that bears on the logits, with the values that this GPT can do."""
+
+    model_type: Literal["gpt2"]
+    vocab_size: int = Field(50257, ge=1)
+    n_positions: int = also_called(1024, "n_positions", "max_position_embeddings")
+    n_embd: int = also_called(768, "n_embd", "hidden_size")
+    n_layer: int = also_called(12, "n_layer", "num_hidden_layers")
+    n_head: int = also_called(12, "n_head", "num_attention_heads")
+    n_inner: int | None = None
+    activation_function: Literal[tuple(GELUS)] = "gelu_new"
+    layer_norm_epsilon: float = Field(1e-5, ge=1e-5, le=1e-5)
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    add_cross_attention: Literal[False] = False
+    tie_word_embeddings: bool = True
+    quantization_config: None = None
+    auto_map: None = None  # code of the folder's own
+
+    @field_validator("n_inner")
+    def usual_width(cls, n_inner: int | None, info) -> int | None:
+        if n_inner not in (None, 4 * info.data.get("n_embd", 0)):
+            raise ValueError("it should be null, or four times n_embd")
+        return n_inner
+
+
+# Its other options: dropout and initialisation, special ids, heads of other tasks, where to round.
+NO_MATTER = set(
+    "resid_pdrop embd_pdrop attn_pdrop initializer_range use_cache bos_token_id eos_token_id pad_token_id"
+    " summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout"
+    " reorder_and_upcast_attn".split()
+)
+
+
+def read(source: str, given: dict | None = None, with_weights: bool = True) -> tuple[dict | None, dict]:
+    """(state_dict for GPT, config keys that it fixes) of a nanoGPT ckpt.pt, a folder, or a GPT-2's name.
+
+    given: config keys that the user set. A smaller block_size crops the context, as in nanoGPT; whatever else
+    contradicts the weights is refused.
+    with_weights: False spares a name's download; the state_dict is then None.
+    Raises RunError, also for options that this GPT does not have.
+    """
+    given = given or {}
+    if given.get("wte", "stock") != "stock":
+        raise RunError(
+            f"{source} holds a learned table, which wte={given['wte']!r} has no place for: use wte='stock'"
+        )
+    path = Path(source).expanduser()
+    if path.is_file():
+        weights, shape = read_nanogpt(path)
+    elif path.is_dir():
+        weights, shape = read_transformers(path)
+    elif source not in HUB:
+        raise RunError(
+            f"init_from={source!r} is nothing known: use scratch, resume, auto, {', '.join(sorted(HUB))}, "
+            "a nanoGPT ckpt.pt, or a folder with config.json and model.safetensors"
+        )
+    elif with_weights:
+        weights, shape = read_transformers(download(source))
+    else:
+        weights, shape = None, shape_of(GPT2Config(model_type="gpt2", **HUB[source]))
+    for name in shape.keys() & given.keys():
+        if given[name] == shape[name] or (name == "vocab_size" and given[name] == 0):  # 0: whatever fits
+            continue
+        if name != "block_size" or given[name] > shape[name]:
+            raise RunError(
+                f"{name} is {given[name]!r}, but that of {source} is {shape[name]!r}: leave it out"
+            )
+        shape[name] = given[name]
+        if weights is not None:
+            weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: given[name]]
+    return weights, shape
+
+
+def load(model, weights: dict, source) -> None:
+    """model.load_state_dict(weights); a RunError, which names `source`, where they do not fit or are not finite."""
+    ours = model.state_dict()
+    for name in sorted(ours.keys() | weights.keys()):
+        if name not in weights:
+            raise RunError(f"{source} lacks the weights {name}")
+        if name not in ours:
+            raise RunError(f"{source} has the weights {name}, which this model has no place for")
+        if weights[name].shape != ours[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, but this model needs {tuple(ours[name].shape)}"
+            raise RunError(f"{name} in {source} has the shape {shapes}")
+        if not weights[name].isfinite().all():
+            raise RunError(f"{name} in {source} is not finite (NaN or infinite): take an earlier checkpoint")
+    model.load_state_dict(weights)
+
+
+def read_nanogpt(path: Path) -> tuple[dict, dict]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        # compiled and wrapped models left these prefixes; attn.bias is the mask of nanoGPT before SDPA
+        weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in saved["model"].items()}
+        weights = {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}
+        wte, wpe = weights["transformer.wte.weight"], weights["transformer.wpe.weight"]
+        head = weights.get("lm_head.weight", wte)
+        tied = head.shape == wte.shape and torch.equal(head, wte)
+        shape = {
+            "n_layer": int(saved["model_args"]["n_layer"]),
+            "n_head": int(saved["model_args"]["n_head"]),
+            "n_embd": wte.size(1),
+            "block_size": wpe.size(0),
+            "bias": "transformer.ln_f.bias" in weights,
+            "vocab_size": wte.size(0),
+        }
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise RunError(f"{path} is no nanoGPT checkpoint, or a damaged one ({reason})") from None
+    if tied:
+        weights.pop("lm_head.weight", None)
+    return weights, shape | {"tie_weights": tied, "wte": "stock"}
+
+
+def download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        wanted = ["config.json", "model.safetensors"]
+        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=wanted))
+    except ImportError:
+        raise RunError("huggingface_hub is not installed: pip install huggingface_hub") from None
+    except Exception as e:  # the hub's client raises many kinds, all of them about the way to the file
+        raise RunError(
+            f"{name} could not be had from the hub ({str(e).splitlines()[0][:120]}): go online once, or give a folder "
+            "with its config.json and model.safetensors"
+        ) from None
+
+
+def read_transformers(folder: Path) -> tuple[dict, dict]:
+    config = read_record(
+        folder / "config.json", GPT2Config, "the config.json of a GPT-2 that this GPT can be"
+    )
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+    if not files:
+        raise RunError(f"{folder} has no model.safetensors: save the model there in this format")
+    plain = {}
+    for file in files:
+        for name, tensor in read_weights(file).items():
+            name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # masks
+            if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                tensor = tensor.t().contiguous()  # transformers' Conv1D keeps (in, out)
+            if layer := re.search(r"\.h\.(\d+)\.attn\.c_attn\.", name):
+                # ours divides scores by the root of a head's width and by nothing else: the queries take the rest
+                queries = tensor[: config.n_embd]
+                if not config.scale_attn_weights:
+                    queries *= (config.n_embd / config.n_head) ** 0.5
+                if config.scale_attn_by_inverse_layer_idx:
+                    queries /= int(layer[1]) + 1
+            plain[name] = tensor
+    if config.tie_word_embeddings:
+        plain.pop("lm_head.weight", None)
+    return plain, shape_of(config)
+
+
+def read_weights(file: Path) -> dict:
+    """The tensors of a safetensors file by name, in float32."""
+    try:
+        return {name: tensor.float() for name, tensor in load_file(file).items()}
+    except (RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as e:
+        raise RunError(f"{file} cannot be read as safetensors ({e}): fetch or save it again") from None
+
+
+def shape_of(config: GPT2Config) -> dict:
+    same = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    return same | {
+        "block_size": config.n_positions,
+        "bias": True,
+        "gelu": GELUS[config.activation_function],
+        "tie_weights": config.tie_word_embeddings,
+        "wte": "stock",
+    }
