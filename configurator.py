@@ -3,14 +3,17 @@
     python train.py config/demo.py config/arms/kronecker.py --seed=1338
 
 A config file is plain Python whose top-level names are keys of `Config`; later files and flags win.
-A key nobody knows is refused, in a file as on the command line, with the nearest known one. nanoGPT's
-own config files run as they are: the few of their keys that mean nothing here are named in OBSOLETE.
+An unknown key is refused, in a file as on the command line, with the nearest known one, and so is a value of
+another type or outside its key's range. nanoGPT's own config files run as they are: the few of their keys
+that mean nothing here are named in OBSOLETE.
 """
 
+import argparse
 import ast
 import difflib
+import math
+import os
 import runpy
-import types
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -22,20 +25,30 @@ class ConfigError(SystemExit):
         super().__init__(f"error: {sentence}")
 
 
-def key(default, meaning: str, choices: tuple = ()):
-    return field(default=default, metadata={"meaning": meaning, "choices": choices})
+def key(default, meaning: str, choices: tuple = (), *, low=None, high=None, below=None, path: bool = False):
+    """A key of a configuration: its default, what it means, and what its values may be.
+
+    low, high: the lowest and the highest value; below: a value that is out of reach; path: `~` is expanded.
+    """
+    limits = {"low": low, "high": high, "below": below, "path": path, "empty": default == ""}
+    return field(default=default, metadata={"meaning": meaning, "choices": choices} | limits)
+
+
+SEEDS = {"low": -(2**63), "high": 2**63 - 1}  # what torch's generators take
+COUNT = {"low": 1, "high": 10**12}  # steps, tokens
 
 
 @dataclass
 class Config:
     # the run
-    out_dir: str = key("out", "folder of the run: config.json, run.json, metrics.jsonl, ckpt/")
+    out_dir: str = key("out", "folder of the run: config.json, run.json, metrics.jsonl, ckpt/", path=True)
     arm: str = key("", "name of the arm, for the comparison (empty: made from wte and tie_weights)")
-    seed: int = key(1337, "seed of the parameters and of the data's order")
+    seed: int = key(1337, "seed of the parameters and of the data's order", **SEEDS)
     init_from: str = key(
         "scratch",
         "scratch | resume | auto (resume where there is something to resume) | gpt2 | gpt2-medium | gpt2-large"
         " | gpt2-xl | a nanoGPT ckpt.pt | a folder with GPT-2 weights as transformers writes them",
+        path=True,
     )
     dry_run: bool = key(False, "print what the run will be and need, then stop before any data is read")
     check_only: bool = key(
@@ -43,38 +56,47 @@ class Config:
     )
     # data
     dataset: str = key("fineweb_edu", "name of a folder in data/")
-    data_dir: str = key("", "folder with the shards (empty: data/<dataset>)")
-    batch_size: int = key(12, "sequences in one forward and backward on one rank (the micro-batch)")
+    data_dir: str = key("", "folder with the shards (empty: data/<dataset>)", path=True)
+    batch_size: int = key(
+        12, "sequences in one forward and backward on one rank (the micro-batch)", low=1, high=2**20
+    )
     gradient_accumulation_steps: int = key(
-        40, "micro-batches in one optimiser step, over all ranks together, as in nanoGPT"
+        40, "micro-batches in one optimiser step, over all ranks together, as in nanoGPT", low=1, high=2**20
     )
     global_batch_size: int = key(
-        0, "sequences in one optimiser step (0: batch_size * gradient_accumulation_steps); ranks share it"
+        0,
+        "sequences in one optimiser step (0: batch_size * gradient_accumulation_steps); ranks share it",
+        low=0,
+        high=2**30,
     )
-    block_size: int = key(1024, "context length in tokens")
+    block_size: int = key(1024, "context length in tokens", low=1, high=2**20)
     # model
-    n_layer: int = key(12, "transformer blocks")
-    n_head: int = key(12, "attention heads; must divide n_embd")
-    n_embd: int = key(768, "width of the residual stream")
-    dropout: float = key(0.0, "dropout; 0 is right for pretraining")
+    n_layer: int = key(12, "transformer blocks", low=1, high=1000)
+    n_head: int = key(12, "attention heads; must divide n_embd", low=1, high=2**16)
+    n_embd: int = key(768, "width of the residual stream", low=1, high=2**16)
+    dropout: float = key(0.0, "dropout; 0 is right for pretraining", low=0, below=1)
     bias: bool = key(False, "bias in Linear and LayerNorm layers")
     gelu: str = key("none", "exact GELU, or the tanh approximation of OpenAI's GPT-2", ("none", "tanh"))
-    vocab_size: int = key(0, "rows of the table and the head (0: the tokenizer's, rounded up to 64)")
+    vocab_size: int = key(
+        0, "rows of the table and the head (0: the tokenizer's, rounded up to 64)", low=0, high=2**24
+    )
     wte: str = key("stock", "the input embedding", ("stock", "kronecker"))
     tie_weights: bool = key(True, "tie the head to the input table (kronecker: to the induced table)")
-    pos_dim: int = key(16, "kronecker: bytes of a token that the codec sees")
-    char_dim: int = key(256, "kronecker: size of the byte alphabet")
+    pos_dim: int = key(16, "kronecker: bytes of a token that the codec sees", low=1, high=1024)
+    char_dim: int = key(256, "kronecker: size of the byte alphabet", low=1, high=256)
     byte_extraction: str = key(
         "bytes", "kronecker: true bytes, or the reference's decode()", ("bytes", "decode")
     )
     wte_scale: float = key(1.0, "kronecker: factor on the embedding's output (the paper: 1)")
-    wte_lr_mult: float = key(1.0, "kronecker: factor on the projection's learning rate (the paper: 1)")
-    wte_ngrams: int = key(0, "kronecker: buckets of a hashed byte 2/3-gram term (the paper: 0, none)")
-    wte_rank: int = key(0, "kronecker: rank of a per-token residual (the paper: 0, none)")
+    wte_lr_mult: float = key(1.0, "kronecker: factor on the projection's learning rate (the paper: 1)", low=0)
+    wte_ngrams: int = key(
+        0, "kronecker: buckets of a hashed byte 2/3-gram term (the paper: 0, none)", low=0, high=2**24
+    )
+    wte_rank: int = key(0, "kronecker: rank of a per-token residual (the paper: 0, none)", low=0, high=2**16)
     length_normalize: bool = key(True, "kronecker: divide the code by the square root of the token's length")
     z_normalize: bool = key(True, "kronecker: give each token's code mean 0 and deviation 1")
     wte_entropy: float = key(
-        0.0, "kronecker: strength of the row-entropy regulariser (the paper's option; 0: off)"
+        0.0, "kronecker: strength of the row-entropy regulariser (the paper's option; 0: off)", low=0
     )
     loss: str = key(
         "auto",
@@ -82,29 +104,35 @@ class Config:
         ("auto", "full", "chunked", "liger"),
     )
     # optimiser and schedule
-    learning_rate: float = key(6e-4, "largest learning rate of AdamW")
-    max_iters: int = key(600000, "optimiser steps")
-    weight_decay: float = key(1e-1, "weight decay on tensors of two or more dimensions")
-    beta1: float = key(0.9, "AdamW's beta1")
-    beta2: float = key(0.95, "AdamW's beta2")
-    grad_clip: float = key(1.0, "largest gradient norm (0: no clipping)")
+    learning_rate: float = key(6e-4, "largest learning rate of AdamW", low=0)
+    max_iters: int = key(600000, "optimiser steps", **COUNT)
+    weight_decay: float = key(1e-1, "weight decay on tensors of two or more dimensions", low=0)
+    beta1: float = key(0.9, "AdamW's beta1", low=0, below=1)
+    beta2: float = key(0.95, "AdamW's beta2", low=0, below=1)
+    grad_clip: float = key(1.0, "largest gradient norm (0: no clipping)", low=0)
     decay_lr: bool = key(True, "cosine decay after the warm-up")
-    warmup_iters: int = key(2000, "steps of linear warm-up")
-    lr_decay_iters: int = key(0, "step at which the decay ends (0: max_iters)")
-    min_lr: float = key(6e-5, "learning rate at the end of the decay")
+    warmup_iters: int = key(2000, "steps of linear warm-up", low=0, high=10**12)
+    lr_decay_iters: int = key(0, "step at which the decay ends (0: max_iters)", low=0, high=10**12)
+    min_lr: float = key(6e-5, "learning rate at the end of the decay", low=0)
     # evaluation, logs, checkpoints
-    eval_interval: int = key(2000, "steps between evaluations")
+    eval_interval: int = key(2000, "steps between evaluations", **COUNT)
     eval_tokens: int = key(
-        10_485_760, "validation tokens: the first so many of the validation shard, always the same"
+        10_485_760,
+        "validation tokens: the first so many of the validation shard, always the same",
+        **COUNT,
     )
     eval_only: bool = key(False, "evaluate once and stop")
-    log_interval: int = key(1, "steps between lines of the log")
-    ckpt_interval: int = key(0, "steps between checkpoints (0: eval_interval; -1: only when stopped or best)")
-    keep: int = key(2, "newest checkpoints that are kept, beside the best one")
+    log_interval: int = key(1, "steps between lines of the log", **COUNT)
+    ckpt_interval: int = key(
+        0, "steps between checkpoints (0: eval_interval; -1: only when stopped or best)", low=-1, high=10**12
+    )
+    keep: int = key(2, "newest checkpoints that are kept, beside the best one", **COUNT)
     keep_best: bool = key(
         True, "also keep the checkpoint of the lowest validation loss (a save more at each new lowest)"
     )
-    max_skipped: int = key(10, "steps in a row with a non-finite loss or gradient before the run stops")
+    max_skipped: int = key(
+        10, "steps in a row with a non-finite loss or gradient before the run stops", **COUNT
+    )
     wandb_log: bool = key(False, "log to Weights & Biases too")
     wandb_project: str = key("kronecker-nanogpt", "wandb project")
     wandb_run_name: str = key("", "wandb run name (empty: <arm>-s<seed>)")
@@ -133,7 +161,7 @@ OBSOLETE = {
     "backend": "nccl on CUDA and gloo elsewhere are chosen by themselves",
 }
 
-TYPES = {f.name: f.type for f in fields(Config)}
+KEYS = {f.name: f for f in fields(Config)}
 
 
 def load(argv: list[str], prog: str = "train.py", also: type | None = None, quiet: bool = False):
@@ -142,7 +170,7 @@ def load(argv: list[str], prog: str = "train.py", also: type | None = None, quie
     Values already of the right type are kept, an int passes for a float and 0/1 for a bool; anything else
     is a ConfigError, which names the file and what was expected.
     """
-    known = {f.name: f for f in fields(also)} if also else {f.name: f for f in fields(Config)}
+    known = {f.name: f for f in fields(also)} if also else KEYS
     values: dict = {}
     said = set()
     if any(a in ("-h", "--help") for a in argv):
@@ -170,54 +198,99 @@ def load(argv: list[str], prog: str = "train.py", also: type | None = None, quie
 
 
 def read_file(path: str) -> dict:
-    """Top-level names of a config file, modules and names with a leading underscore left out."""
+    """Top-level names of a config file; not what it imports or defines, and no name with a leading underscore."""
     if not Path(path).is_file():
         raise ConfigError(
             f"there is no config file {path}: give a path such as config/demo.py, or --key=value"
         )
     try:
         names = runpy.run_path(path)
-    except Exception as e:
+        tree = ast.parse(Path(path).read_bytes())
+    except (Exception, SystemExit) as e:
         raise ConfigError(f"config file {path} does not run: {type(e).__name__}: {e}") from None
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {(a.asname or a.name).split(".")[0] for node in imports for a in node.names}
     return {
         k: v
         for k, v in names.items()
-        if not k.startswith("_") and not isinstance(v, types.ModuleType | types.FunctionType)
+        if not (k.startswith("_") or callable(v) or k in imported - KEYS.keys())
     }
 
 
 def parse(text: str):
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
 def convert(known: dict, name: str, value, where: str):
+    """The value as the key's type has it, or a ConfigError. known: the keys' dataclass fields by name."""
     if name not in known:
         near = difflib.get_close_matches(name, [*known, *OBSOLETE], n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-        raise ConfigError(f"nobody knows the key {name} {where}: {hint}")
-    kind, choices = known[name].type, known[name].metadata.get("choices", ())
-    wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+        raise ConfigError(f"unknown key {name if name.isidentifier() else repr(name)} {where}: {hint}")
+    try:
+        return checked(known[name].type, value, known[name].metadata)
+    except ValueError as e:
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        raise ConfigError(f"{name} {where} is {shown}, but it must be {e}") from None
+
+
+def checked(kind: type, value, limits: dict):
+    """The value as `kind` and within the limits of `key`; a ValueError says what it must be."""
     if kind == (bool | None) and value in (None, "auto"):
         return None
     if kind in (bool, bool | None):
         lowered = {"true": True, "false": False}.get(str(value).lower(), value)
         if lowered in (True, False):
             return bool(lowered)
-        raise ConfigError(f"{name} {where} is {value!r}, but it must be True or False")
+        raise ValueError("True or False")
     if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e6 is a fine way to write a million steps
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = int(value)  # 1e6 is a fine way to write a million steps
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300:
+        value = float(value)
     if kind is str and not isinstance(value, str):
         value = str(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{name} {where} is {value!r}, but it must be {wanted[kind]}")
+        raise ValueError({int: "a whole number", float: "a number", str: "a text"}[kind])
+    low, high, below = (limits.get(name) for name in ("low", "high", "below"))
+    if kind is float and not math.isfinite(value):
+        raise ValueError("a finite number")
+    if low is not None and value < low:
+        raise ValueError(f"at least {low}")
+    if high is not None and value > high:
+        raise ValueError(f"at most {high}")
+    if below is not None and value >= below:
+        raise ValueError(f"below {below}")
+    choices = limits.get("choices")
     if choices and value not in choices:
-        raise ConfigError(f"{name} {where} is {value!r}, but it must be one of {', '.join(choices)}")
+        raise ValueError(f"one of {', '.join(choices)}")
+    if limits.get("path"):
+        if "\0" in value or "\n" in value:
+            raise ValueError("a path, without line ends and null characters")
+        if not value and not limits.get("empty"):
+            raise ValueError("a path; the folder where you are is ./")
+        value = os.path.expanduser(value)
     return value
+
+
+def argument(kind: type, **limits):
+    """A type for argparse's `add_argument` with the ranges of `key`: argument(int, low=1)."""
+
+    def read(text: str):
+        try:
+            return checked(kind, text if kind is str else parse(text), limits)
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {e}") from None
+
+    return read
+
+
+def recorded(values: dict, where: str) -> Config:
+    """The Config of a run's config.json; keys that it lacks had their defaults, later ones are let through."""
+    return Config(**{k: convert(KEYS, k, v, f"in {where}") for k, v in values.items() if k in KEYS})
 
 
 def help_text(prog: str, known: dict) -> str:

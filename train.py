@@ -98,14 +98,14 @@ def main(config) -> None:
     names = [f.name for f in dataclasses.fields(GPTConfig)]
     try:
         model_config = GPTConfig(**{name: getattr(config, name) for name in names})
-    except ValueError as e:
+        no_bytes = (
+            torch.zeros(config.vocab_size, config.pos_dim, dtype=torch.uint8),
+            torch.zeros(config.vocab_size).short(),
+        )
+        with torch.device("meta"):
+            params = GPT(model_config, no_bytes).count_parameters()
+    except ValueError as e:  # keys that do not go together
         raise RunError(str(e)) from None
-    no_bytes = (
-        torch.zeros(config.vocab_size, config.pos_dim, dtype=torch.uint8),
-        torch.zeros(config.vocab_size).short(),
-    )
-    with torch.device("meta"):
-        params = GPT(model_config, no_bytes).count_parameters()
     flops_token = flops.flops_per_token(model_config)
     say(plan.describe(config, model_config, params, flops_token, rows, world, config.dtype != "float32"))
     if config.dry_run:

@@ -1,6 +1,7 @@
 """configurator.py: layers, types, refusals."""
 
 import dataclasses
+import os
 
 import pytest
 
@@ -92,6 +93,81 @@ def test_nanogpts_recipes_run_unchanged_and_lost_keys_are_said(name, tmp_path, c
         assert config.gradient_accumulation_steps == 40
     if name == "eval_gpt2":
         assert config.eval_only
+
+
+def test_what_a_recipe_imports_or_defines_is_no_key(tmp_path):
+    (tmp_path / "imported_keys.py").write_text("n_head = 3\n")
+    text = (
+        "import math, os.path\nfrom math import ceil, pi\nfrom pathlib import Path\nimport sys\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\nfrom imported_keys import n_head\n"
+        "def double(x):\n    return 2 * x\nclass Shape:\n    pass\n"
+        "_half = ceil(pi)\nn_layer = double(_half)\nout_dir = str(Path('a') / 'b')\n"
+    )
+    config = load([write(tmp_path, text)])
+    assert (config.n_layer, config.n_head, config.out_dir) == (8, 3, "a/b")
+    with pytest.raises(SystemExit, match="unknown key half in"):
+        load([write(tmp_path, "half = 4\n")])
+
+
+def test_home_is_meant_by_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(["--out_dir=~/runs/a", "--data_dir=~/d", "--init_from=~/gpt2", "--arm=~"])
+    assert (config.out_dir, config.data_dir, config.init_from) == (
+        "/home/me/runs/a",
+        "/home/me/d",
+        "/home/me/gpt2",
+    )
+    assert config.arm == "~"  # a name, no path
+
+
+def test_every_number_has_its_range_and_every_default_lies_in_it():
+    """A key whose values have no lowest one must say so here."""
+    without = {"wte_scale", "wte_init_rms"}
+    for f in dataclasses.fields(Config):
+        assert configurator.convert(configurator.KEYS, f.name, f.default, "by default") == f.default
+        if f.type in (int, float) and f.name not in without:
+            low = f.metadata["low"]
+            assert low is not None, f.name
+            with pytest.raises(SystemExit, match=f"{f.name} here is .* must be at least {low}"):
+                configurator.convert(configurator.KEYS, f.name, low - 1, "here")
+        if f.type is float:
+            for value in (float("nan"), float("inf"), 10**400):
+                with pytest.raises(SystemExit, match=r"must be a (finite )?number"):
+                    configurator.convert(configurator.KEYS, f.name, value, "here")
+
+
+def test_the_same_ranges_for_argparse(capsys):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=configurator.argument(int, low=1, high=9), default=3)
+    parser.add_argument("--top_p", type=configurator.argument(float, low=0, high=1))
+    parser.add_argument("--out", type=configurator.argument(str, path=True))
+    args = parser.parse_args(["--pairs=2", "--top_p=1", "--out=~"])
+    assert (args.pairs, args.top_p, args.out) == (2, 1.0, os.path.expanduser("~"))
+    for flag, words in (
+        ("--pairs=0", "at least 1"),
+        ("--pairs=10", "at most 9"),
+        ("--top_p=nan", "a number"),
+        ("--out=", "a path"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args([flag])
+        assert words in capsys.readouterr().err
+
+
+def test_a_recorded_configuration_is_read_as_strictly():
+    config = configurator.recorded({"n_layer": 3, "of_a_later_version": [1]}, "config.json")
+    assert (config.n_layer, config.n_head) == (3, Config().n_head)
+    for values in (
+        {"n_layer": "three"},
+        {"n_layer": None},
+        {"wte": 3},
+        {"learning_rate": -1},
+        {"compile": "perhaps"},
+    ):
+        with pytest.raises(SystemExit, match=r"in config.json is"):
+            configurator.recorded(values, "config.json")
 
 
 def test_help_lists_every_key_with_type_default_and_meaning(capsys):
