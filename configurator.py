@@ -80,15 +80,32 @@ class Config:
     vocab_size: int = key(
         0, "rows of the table and the head (0: the tokenizer's, rounded up to 64)", low=0, high=2**24
     )
-    wte: str = key("stock", "the input embedding", ("stock", "kronecker"))
+    wte: str = key(
+        "stock",
+        "the input embedding: a table, the byte codec, or a control of the codec's size",
+        ("stock", "kronecker", "lowrank", "hash"),
+    )
     tie_weights: bool = key(True, "tie the head to the input table (kronecker: to the induced table)")
     pos_dim: int = key(16, "kronecker: bytes of a token that the codec sees", low=1, high=1024)
     char_dim: int = key(256, "kronecker: size of the byte alphabet", low=1, high=256)
     byte_extraction: str = key(
         "bytes", "kronecker: true bytes, or the reference's decode()", ("bytes", "decode")
     )
-    wte_scale: float = key(1.0, "kronecker: factor on the embedding's output (the paper: 1)")
-    wte_lr_mult: float = key(1.0, "kronecker: factor on the projection's learning rate (the paper: 1)", low=0)
+    wte_init_rms: float = key(
+        0.0,
+        "RMS of the embedding's output at step 0 (0: the usual one, kronecker 1.0 and all others 0.02)",
+        low=0,
+    )
+    wte_lr_mult: float = key(1.0, "learning rate of the input side over the body's", low=0)
+    wte_weight_decay: float = key(-1.0, "weight decay of the input side (-1: the body's)", low=-1)
+    wte_norm: str = key("none", "rms: a norm without parameters behind the token embedding", ("none", "rms"))
+    wte_permute_seed: int = key(
+        0,
+        "kronecker: deal the tokens' bytes out anew among tokens of equal length, by this seed (0: do not)",
+        low=0,
+        high=2**63,
+    )
+    head_lr_mult: float = key(1.0, "learning rate of an untied head over the body's", low=0)
     wte_ngrams: int = key(
         0, "kronecker: buckets of a hashed byte 2/3-gram term (the paper: 0, none)", low=0, high=2**24
     )
@@ -162,6 +179,8 @@ OBSOLETE = {
 }
 
 KEYS = {f.name: f for f in fields(Config)}
+# Keys that are gone, with what took their place.
+RENAMED = {"wte_scale": "wte_init_rms, which scales the initial weights instead of every output"}
 
 
 def load(argv: list[str], prog: str = "train.py", also: type | None = None, quiet: bool = False):
@@ -226,6 +245,8 @@ def parse(text: str):
 
 def convert(known: dict, name: str, value, where: str):
     """The value as the key's type has it, or a ConfigError. known: the keys' dataclass fields by name."""
+    if name in RENAMED and name not in known:
+        raise ConfigError(f"the key {name} {where} is gone: use {RENAMED[name]}")
     if name not in known:
         near = difflib.get_close_matches(name, [*known, *OBSOLETE], n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them all"

@@ -1,7 +1,7 @@
 """GPT-2 in one file, with the input embedding as a switch.
 
-`wte` is 'stock' (a learned table) or 'kronecker' (a fixed byte codec and one learned projection, arXiv
-2605.29459); the head is tied to it or has its own weights. Parameters bear nanoGPT's names, so that its
+`wte` is 'stock' (a learned table), 'kronecker' (a fixed byte codec and one learned projection, arXiv 2605.29459),
+or a control of the codec's size ('lowrank', 'hash'); the head is tied to it or has its own weights. Parameters bear nanoGPT's names, so that its
 checkpoints load, and each is drawn from a generator seeded by (seed, its own name): whatever the embedding
 draws, the body of every arm is the same bit for bit.
 """
@@ -15,7 +15,12 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from kronecker import KroneckerEmbedding
+from kronecker import KroneckerEmbedding, controls
+
+# RMS of an embedding's output at the start: a learned table's in GPT-2, and the projection's in the paper.
+USUAL_RMS = {"stock": 0.02, "lowrank": 0.02, "hash": 0.02, "kronecker": 1.0}
+# The trainable matrix whose norms are logged.
+WTE_MATRIX = {"stock": "weight", "lowrank": "u", "hash": "rows", "kronecker": "projection.weight"}
 
 
 @dataclass
@@ -32,7 +37,9 @@ class GPTConfig:
     tie_weights: bool = True
     pos_dim: int = 16
     char_dim: int = 256
-    wte_scale: float = 1.0
+    wte_init_rms: float = 0.0  # 0: the usual one, USUAL_RMS
+    wte_norm: str = "none"
+    wte_permute_seed: int = 0
     wte_ngrams: int = 0
     wte_rank: int = 0
     length_normalize: bool = True
@@ -51,8 +58,25 @@ class GPTConfig:
             raise ValueError(f"dropout is {self.dropout}, but it must be at least 0 and below 1")
         if self.gelu not in ("none", "tanh"):
             raise ValueError(f"gelu is {self.gelu!r}, but it must be 'none' (exact) or 'tanh'")
-        if self.wte not in ("stock", "kronecker"):
-            raise ValueError(f"wte is {self.wte!r}, but it must be 'stock' or 'kronecker'")
+        if self.wte not in USUAL_RMS:
+            raise ValueError(f"wte is {self.wte!r}, but it must be one of {', '.join(USUAL_RMS)}")
+        if self.wte_norm not in ("none", "rms"):
+            raise ValueError(f"wte_norm is {self.wte_norm!r}, but it must be 'none' or 'rms'")
+        if self.wte_init_rms < 0:
+            raise ValueError(f"wte_init_rms is {self.wte_init_rms}, but it must be above 0 (or 0: the usual)")
+        for name in ("wte_permute_seed", "wte_ngrams", "wte_rank"):
+            if self.wte != "kronecker" and getattr(self, name):
+                raise ValueError(f"{name} means nothing with wte={self.wte!r}: it belongs to wte='kronecker'")
+        if (
+            self.wte_init_rms not in (0, USUAL_RMS[self.wte])
+            and self.wte == "kronecker"
+            and not self.z_normalize
+        ):
+            raise ValueError(
+                "wte_init_rms means nothing with z_normalize=False: the codes have no RMS of 1 to scale"
+            )
+        if not self.wte_init_rms:
+            self.wte_init_rms = USUAL_RMS[self.wte]
         if self.loss not in ("auto", "full", "chunked", "liger"):
             raise ValueError(f"loss is {self.loss!r}, but it must be auto, full, chunked or liger")
 
@@ -173,25 +197,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.config = config
-        if config.wte == "stock":
-            wte = nn.Embedding(config.vocab_size, config.n_embd)
-        else:
-            if byte_buffers is None:
-                raise ValueError("wte='kronecker' needs the bytes of the tokens: pass byte_buffers")
-            padding = config.vocab_size - len(byte_buffers[1])  # ids past the tokenizer's have no bytes
-            wte = KroneckerEmbedding(
-                config.vocab_size,
-                config.n_embd,
-                char_dim=config.char_dim,
-                pos_dim=config.pos_dim,
-                byte_buffer=F.pad(byte_buffers[0], (0, 0, 0, padding)),
-                length_buffer=F.pad(byte_buffers[1], (0, padding)),
-                length_normalize=config.length_normalize,
-                z_normalize=config.z_normalize,
-                scale=config.wte_scale,
-                ngrams=config.wte_ngrams,
-                rank=config.wte_rank,
-            )
+        wte = input_embedding(config, byte_buffers)
         self.transformer = nn.ModuleDict(
             {
                 "wte": wte,
@@ -203,10 +209,10 @@ class GPT(nn.Module):
         )
         # A tied head has no weights of its own, and so no second name in a checkpoint.
         self.lm_head = None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # The induced table's rows are of norm sqrt(n_embd), a learned table's of 0.02 sqrt(n_embd): without
-        # this factor the first loss of kronecker_tied would be about 94 instead of ln V.
-        induced_tie = config.tie_weights and config.wte == "kronecker"
-        self.head_scale = nn.Parameter(torch.tensor(0.02)) if induced_tie else None
+        # A tied head multiplies by a table of RMS 0.02, as GPT-2's does: where the table starts at another, a learned
+        # scalar makes up for it. (Without it the first loss of kronecker_tied would be about 94 instead of ln V.)
+        scaled_tie = config.tie_weights and config.wte_init_rms != 0.02
+        self.head_scale = nn.Parameter(torch.tensor(0.02 / config.wte_init_rms)) if scaled_tie else None
         self.liger = liger_loss() if config.loss == "liger" else None
         self.init_weights(seed)
 
@@ -218,6 +224,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.startswith("transformer.wte.") and self.config.wte != "stock":
                 continue  # draws its own, below
+            elif name == "transformer.wte.weight":
+                std = self.config.wte_init_rms
             elif name.endswith("c_proj.weight"):  # as many residual branches add up as there are c_proj
                 std = 0.02 / math.sqrt(2 * self.config.n_layer)
             elif p.dim() == 2:
@@ -272,17 +280,18 @@ class GPT(nn.Module):
 
     def embed(self, idx: Tensor, byte_overrides=None) -> tuple[Tensor | None, Tensor]:
         """(table (V, n_embd) if the tied head needs it, embeddings (B, T, n_embd))."""
-        wte = self.transformer.wte
-        if self.config.wte == "stock":
-            if byte_overrides:
-                raise ValueError("a stock table has no slot made from bytes; use a kronecker arm")
-            return wte.weight, wte(idx)
-        if self.lm_head is not None:
-            return None, wte.forward_with_byte_override(idx, byte_overrides) if byte_overrides else wte(idx)
-        table = wte.table()  # once for the lookup and the head alike
-        return table, wte.forward_with_byte_override(idx, byte_overrides) if byte_overrides else F.embedding(
-            idx, table
-        )
+        wte, table = self.transformer.wte, None
+        if byte_overrides and self.config.wte != "kronecker":
+            raise ValueError(f"wte={self.config.wte!r} has no slot made from bytes; use a kronecker arm")
+        if self.lm_head is None:
+            table = self.wte_table()  # once for the lookup and the head alike
+        if byte_overrides:
+            x = wte.forward_with_byte_override(idx, byte_overrides)
+        else:
+            x = wte(idx) if table is None else F.embedding(idx, table)
+        if self.config.wte_norm == "rms":
+            x = F.rms_norm(x, (self.config.n_embd,), eps=1e-6)
+        return table, x
 
     def make_cache(self, batch: int) -> Tensor:
         """Empty keys and values: (n_layer, 2, batch, n_head, block_size, head_size)."""
@@ -356,10 +365,42 @@ class GPT(nn.Module):
     def wte_norms(self) -> dict[str, float]:
         """wte/rms: RMS of the embedding's output over the vocabulary. wte/weight_norm: mean Euclidean norm of
         the rows of its trainable matrix (paper: the projection's stays near 1.0, a learned table's drifts)."""
-        wte = self.transformer.wte
-        weight = wte.weight if self.config.wte == "stock" else wte.projection.weight
+        weight = self.transformer.wte.get_parameter(WTE_MATRIX[self.config.wte])
         rms = self.wte_table().float().square().mean().sqrt()
         return {"wte/rms": rms.item(), "wte/weight_norm": weight.float().norm(dim=1).mean().item()}
+
+
+def input_embedding(config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | None) -> nn.Module:
+    """The module ids (...) -> (..., n_embd) that config.wte names; the controls get the codec's number of parameters."""
+    if config.wte == "stock":
+        return nn.Embedding(config.vocab_size, config.n_embd)
+    V, d, rms = config.vocab_size, config.n_embd, config.wte_init_rms
+    budget = d * config.char_dim * config.pos_dim
+    if config.wte == "lowrank":
+        return controls.LowRankEmbedding(V, d, controls.lowrank_rank(V, d, budget), init_rms=rms)
+    if config.wte == "hash":
+        return controls.HashEmbedding(V, d, controls.hash_buckets(V, d, budget), init_rms=rms)
+    if byte_buffers is None:
+        raise ValueError("wte='kronecker' needs the bytes of the tokens: pass byte_buffers")
+    byte_buffer, length_buffer = byte_buffers
+    if config.wte_permute_seed:
+        byte_buffer, length_buffer = controls.permute_bytes(
+            byte_buffer, length_buffer, config.wte_permute_seed
+        )
+    padding = V - len(length_buffer)  # ids past the tokenizer's have no bytes
+    return KroneckerEmbedding(
+        V,
+        d,
+        char_dim=config.char_dim,
+        pos_dim=config.pos_dim,
+        byte_buffer=F.pad(byte_buffer, (0, 0, 0, padding)),
+        length_buffer=F.pad(length_buffer, (0, padding)),
+        length_normalize=config.length_normalize,
+        z_normalize=config.z_normalize,
+        init_rms=rms,
+        ngrams=config.wte_ngrams,
+        rank=config.wte_rank,
+    )
 
 
 def generator(seed: int, name: str) -> torch.Generator:

@@ -47,14 +47,19 @@ def learning_rate(config, step: int) -> float:
 
 
 def make_optimizer(model, config, device_type: str) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors do not; the Kronecker input side may have its own learning rate."""
+    """AdamW; matrices decay, vectors do not; input side and head may have a learning rate and a decay of their own.
+
+    The input side is `wte`, which a tied head shares.
+    """
     groups = {}
     for name, p in model.named_parameters():
-        mult = (
-            config.wte_lr_mult if name.startswith("transformer.wte.") and config.wte == "kronecker" else 1.0
-        )
-        decay = config.weight_decay if p.dim() >= 2 else 0.0
-        groups.setdefault((mult, decay), []).append(p)
+        mult, decay = 1.0, config.weight_decay
+        if name.startswith("transformer.wte."):
+            mult = config.wte_lr_mult
+            decay = decay if config.wte_weight_decay == -1 else config.wte_weight_decay
+        elif name.startswith("lm_head."):
+            mult = config.head_lr_mult
+        groups.setdefault((mult, decay if p.dim() >= 2 else 0.0), []).append(p)
     return torch.optim.AdamW(
         [{"params": ps, "lr_mult": mult, "weight_decay": decay} for (mult, decay), ps in groups.items()],
         lr=config.learning_rate,
@@ -106,6 +111,13 @@ def main(config) -> None:
             params = GPT(model_config, no_bytes).count_parameters()
     except ValueError as e:  # keys that do not go together
         raise RunError(str(e)) from None
+    config.wte_init_rms = model_config.wte_init_rms  # what 0 stands for
+    if config.tie_weights and config.head_lr_mult != 1:
+        raise RunError(
+            "head_lr_mult means nothing with tie_weights=True: the head is the input's, see wte_lr_mult"
+        )
+    if config.wte != "kronecker" and config.wte_entropy:
+        raise RunError(f"wte_entropy means nothing with wte={config.wte!r}: it belongs to wte='kronecker'")
     flops_token = flops.flops_per_token(model_config)
     say(plan.describe(config, model_config, params, flops_token, rows, world, config.dtype != "float32"))
     if config.dry_run:

@@ -61,7 +61,7 @@ def find_runs(paths) -> list[Path]:
 # What a resume may not change, because the checkpoint would mean something else.
 FIXED = (
     "seed wte tie_weights n_layer n_head n_embd block_size vocab_size bias gelu pos_dim char_dim byte_extraction"
-    " wte_scale wte_ngrams wte_rank length_normalize z_normalize"
+    " wte_init_rms wte_norm wte_permute_seed wte_ngrams wte_rank length_normalize z_normalize"
 ).split()
 
 

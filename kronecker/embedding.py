@@ -38,9 +38,7 @@ class KroneckerEmbedding(nn.Module):
         step. FSDP2's fully_shard takes row-major parameters only.
 
     Additions that the paper does not have, off by default (ngrams and rank add nothing at the start):
-    scale: factor on the output.
-    init_rms: RMS of the embeddings at the start (at scale 1), for z-normalised codes, whose entries have RMS 1. It
-        scales the initial projection and nothing else: no factor stays in the forward pass.
+    init_rms: RMS of the embeddings at the start, for z-normalised codes, whose entries have RMS 1. It scales the initial projection and nothing else: no factor stays in the forward pass.
     ngrams: number of buckets of a bag of hashed byte 2- and 3-grams, ngram.weight (ngrams, d_model), summed and
         divided by the square root of their count.
     rank: rank of a residual of each token's own, residual_u[id] @ residual_v, (vocab_size, rank) and
@@ -68,7 +66,6 @@ class KroneckerEmbedding(nn.Module):
         *,
         byte_extraction: str = "bytes",
         row_major: bool = False,
-        scale: float = 1.0,
         init_rms: float = 1.0,
         ngrams: int = 0,
         rank: int = 0,
@@ -88,7 +85,7 @@ class KroneckerEmbedding(nn.Module):
         self.char_dim, self.pos_dim, self.D = char_dim, pos_dim, codec_output_dim(char_dim, pos_dim)
         self.mode, self.projection_init, self.byte_extraction = mode, projection_init, byte_extraction
         self.length_normalize, self.z_normalize = length_normalize, z_normalize
-        self.scale, self.init_rms, self.ngrams, self.rank = scale, init_rms, ngrams, rank
+        self.init_rms, self.ngrams, self.rank = init_rms, ngrams, rank
 
         if byte_buffer is None or length_buffer is None:
             if tokenizer is None:
@@ -266,16 +263,14 @@ class KroneckerEmbedding(nn.Module):
         return embed(ids, weight, bytes_VxP, lengths_V, self._coef)
 
     def _ngram_term(self, bytes_: Tensor, lengths: Tensor) -> Tensor:
-        """(..., M) for bytes (..., P) and lengths (...): the scaled sum of their n-grams' rows / sqrt(count)."""
+        """(..., M) for bytes (..., P) and lengths (...): the sum of their n-grams' rows / sqrt(count)."""
         buckets_NxG = ngram_buckets(bytes_.reshape(-1, self.pos_dim), lengths.reshape(-1), self.ngrams)
         count_Nx1 = (buckets_NxG != EMPTY).sum(1, keepdim=True).clamp(min=1)
         bag_NxM = self.ngram(buckets_NxG)
-        return (bag_NxM * (self.scale * count_Nx1.to(bag_NxM.dtype).rsqrt())).view(
-            *lengths.shape, self.d_model
-        )
+        return (bag_NxM * count_Nx1.to(bag_NxM.dtype).rsqrt()).view(*lengths.shape, self.d_model)
 
     def _residual_term(self, ids: Tensor) -> Tensor:
-        return self.scale * (nn.functional.embedding(ids, self.residual_u) @ self.residual_v)
+        return nn.functional.embedding(ids, self.residual_u) @ self.residual_v
 
     def _place_constants(self) -> None:
         """Keep bytes and coefficients beside the weight; a meta weight leaves them where they are."""
@@ -285,9 +280,7 @@ class KroneckerEmbedding(nn.Module):
         self._byte_buffer = self._byte_buffer.to(weight.device)
         self._length_buffer = self._length_buffer.to(weight.device)
         coef = bag_coefficients(self.char_dim, self.pos_dim, self.length_normalize, self.z_normalize)
-        # the output's scale costs nothing here
-        coef = torch.tensor(coef, dtype=torch.float64) * self.scale
-        self._coef = coef.to(_sum_dtype(weight)).to(weight.device)
+        self._coef = torch.tensor(coef, dtype=torch.float64).to(_sum_dtype(weight)).to(weight.device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

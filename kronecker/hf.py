@@ -81,7 +81,6 @@ def swap_input_embeddings(
         "length_normalize": new.length_normalize,
         "z_normalize": new.z_normalize,
         "byte_extraction": new.byte_extraction,
-        "scale": new.scale,
         "init_rms": new.init_rms,
         "ngrams": new.ngrams,
         "rank": new.rank,

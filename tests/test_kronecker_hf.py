@@ -88,7 +88,7 @@ def test_half_precision_model():
 
 def test_additions_survive(tmp_path):
     model = gpt2()
-    emb = swap_input_embeddings(model, TOKENS, pos_dim=4, tie="untie", ngrams=16, rank=2, scale=0.1)
+    emb = swap_input_embeddings(model, TOKENS, pos_dim=4, tie="untie", ngrams=16, rank=2, init_rms=0.1)
     with torch.no_grad():
         emb.ngram.weight.normal_()
         emb.residual_v.normal_()

@@ -25,6 +25,8 @@ ARMS = {
     "bpe_untied": ("stock", False),
     "kronecker": ("kronecker", False),
     "kronecker_tied": ("kronecker", True),
+    "bpe_lowrank": ("lowrank", False),
+    "bpe_hash": ("hash", False),
 }
 
 
@@ -240,6 +242,8 @@ def test_parameter_counts_of_the_124m_arms():
         "bpe_untied": (table, table),
         "kronecker": (projection, table),
         "kronecker_tied": (projection, 1),
+        "bpe_lowrank": (61 * (50304 + 768), table),
+        "bpe_hash": (3965 * 768 + 2 * 50304, table),
     }
     buffers = (torch.zeros(50304, 16, dtype=torch.uint8), torch.zeros(50304, dtype=torch.int16))
     for arm, (wte, tied) in ARMS.items():
@@ -279,12 +283,12 @@ def test_every_arm_file_is_an_arm_and_its_additions_are_counted():
 
 def test_additions_are_drawn_from_the_seed_and_start_at_the_papers_embedding():
     idx = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
-    plain = make("kronecker", wte_scale=0.1)
+    plain = make("kronecker", wte_init_rms=0.1)
     for more in ({"wte_ngrams": 64}, {"wte_rank": 4}):
         torch.manual_seed(7)
-        one = make("kronecker", wte_scale=0.1, **more)
+        one = make("kronecker", wte_init_rms=0.1, **more)
         torch.manual_seed(8)
-        two = make("kronecker", wte_scale=0.1, **more)
+        two = make("kronecker", wte_init_rms=0.1, **more)
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
         torch.testing.assert_close(one.transformer.wte(idx), plain.transformer.wte(idx))
         assert one.body_sha256() == plain.body_sha256()
@@ -311,3 +315,83 @@ def test_pick_keeps_to_top_k_and_top_p():
 def test_impossible_shapes_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**SHAPE | changes)
+
+
+@pytest.mark.parametrize("init_rms", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("arm", ["bpe_untied", "kronecker", "bpe_lowrank", "bpe_hash"])
+def test_the_output_starts_at_the_rms_asked_for(arm, init_rms):
+    model = make(arm, wte_init_rms=init_rms, vocab_size=2000, n_embd=64)
+    has_bytes = torch.ones(2000, dtype=torch.bool)
+    if arm == "kronecker":
+        has_bytes[50:] = False
+        has_bytes[:50] = byte_buffers()[1] > 0
+    rms = model.wte_table()[has_bytes].square().mean().sqrt().item()
+    assert rms == pytest.approx(init_rms, rel=0.1)
+    # the knob scales what the seed draws, and nothing else
+    usual = make(arm, vocab_size=2000, n_embd=64)
+    factor = init_rms / usual.config.wte_init_rms
+    torch.testing.assert_close(model.wte_table(), factor * usual.wte_table(), rtol=1e-4, atol=1e-5 * init_rms)
+    assert model.body_sha256() == usual.body_sha256()
+
+
+@pytest.mark.parametrize("init_rms", [0.02, 0.2, 1.0])
+@pytest.mark.parametrize("wte", ["stock", "kronecker", "lowrank", "hash"])
+def test_a_tied_head_starts_near_ln_v_at_any_scale(wte, init_rms):
+    config = GPTConfig(
+        **SHAPE | {"vocab_size": 512, "wte": wte, "tie_weights": True, "wte_init_rms": init_rms}
+    )
+    model = GPT(config, byte_buffers(), seed=1)
+    assert (model.head_scale is None) == (init_rms == 0.02)
+    idx = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
+    _, loss = model(idx, idx.roll(1, 1))
+    assert loss.item() == pytest.approx(math.log(512), abs=0.15)
+
+
+def test_norm_behind_the_token_embedding():
+    model = make("bpe_untied", wte_norm="rms")
+    idx = torch.arange(16)[None]
+    _, x = model.embed(idx)
+    table = model.transformer.wte.weight
+    by_hand = table[:16] / (table[:16].square().mean(1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(x[0], by_hand)
+    assert model.state_dict().keys() == make("bpe_untied").state_dict().keys()  # no parameters
+
+
+def test_permuted_bytes_change_the_input_side_alone():
+    plain, permuted = make("kronecker"), make("kronecker", wte_permute_seed=3)
+    assert torch.equal(plain.transformer.wte.projection.weight, permuted.transformer.wte.projection.weight)
+    assert plain.body_sha256() == permuted.body_sha256()
+    assert not torch.equal(plain.wte_table(), permuted.wte_table())
+    rows = [sorted(map(tuple, model.wte_table().tolist())) for model in (plain, permuted)]
+    assert rows[0] == rows[1]  # the same embeddings, dealt out to other tokens
+
+
+@pytest.mark.parametrize(
+    ("arm", "keys", "says"),
+    [
+        ("bpe_untied", {"wte_rank": 4}, "wte_rank means nothing with wte='stock'"),
+        ("bpe_lowrank", {"wte_ngrams": 8}, "wte_ngrams means nothing with wte='lowrank'"),
+        ("bpe_hash", {"wte_permute_seed": 1}, "wte_permute_seed means nothing with wte='hash'"),
+        (
+            "kronecker",
+            {"z_normalize": False, "wte_init_rms": 0.1},
+            "wte_init_rms means nothing with z_normalize",
+        ),
+        ("kronecker", {"wte_init_rms": -1.0}, "wte_init_rms is -1.0"),
+        ("kronecker", {"wte_norm": "layer"}, "wte_norm is 'layer'"),
+        ("bpe_lowrank", {"vocab_size": 10**6}, "do not pay for a factorised table"),
+    ],
+)
+def test_a_knob_without_meaning_is_refused(arm, keys, says):
+    with pytest.raises(ValueError, match=says):
+        make(arm, **keys)
+
+
+def test_generation_and_slots_on_every_arm():
+    for arm in ARMS:
+        model = make(arm)
+        tokens = torch.cat(list(model.generate(torch.tensor([[1, 2]]), 4, temperature=0)), dim=1)
+        assert tokens.shape == (1, 4)
+        if ARMS[arm][0] != "kronecker":
+            with pytest.raises(ValueError, match="no slot made from bytes"):
+                model(torch.tensor([[1, 2]]), byte_overrides={(0, 0): b"ab"})

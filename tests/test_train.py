@@ -227,6 +227,68 @@ def test_dry_run_reads_no_data_and_leaves_nothing(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("arm", "parameters"),
+    [
+        ("bpe_untied", 38_633_472),
+        ("kronecker", 3_145_728),
+        ("kronecker_permuted", 3_145_728),
+        ("bpe_lowrank", 3_115_392),
+        ("bpe_hash", 3_145_728),
+    ],
+)
+def test_input_parameters_of_the_arms_at_124m(arm, parameters, tmp_path, capsys):
+    flags = ["config/gpt2_124m_fineweb_edu.py", f"config/arms/{arm}.py", "--dry_run=True", "--device=cpu"]
+    train.main(configurator.load([*flags, f"--data_dir={tmp_path}"]))
+    assert f"{parameters:,} parameters" in capsys.readouterr().out
+
+
+def test_learning_rate_and_decay_of_each_part(tiny_flags, tmp_path):
+    from model import GPT, GPTConfig
+
+    flags = tiny_flags(tmp_path, wte_lr_mult=8.0, head_lr_mult=2.0, wte_weight_decay=0.0, weight_decay=0.1)
+    model = GPT(GPTConfig(16, 64, 2, 2, 32, tie_weights=False))
+    optimizer = train.make_optimizer(model, configurator.load(flags), "cpu")
+    found = {id(p): (g["lr_mult"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        if name == "transformer.wte.weight":
+            assert found[id(p)] == (8.0, 0.0)
+        elif name == "lm_head.weight":
+            assert found[id(p)] == (2.0, 0.1)
+        else:
+            assert found[id(p)] == (1.0, 0.1 if p.dim() >= 2 else 0.0)
+
+
+def test_a_multiplier_multiplies_the_first_step(train_tiny, tmp_path):
+    """AdamW's first step moves each number by its learning rate, so twice the rate is twice the way."""
+    keys = {"max_iters": 1, "ckpt_interval": 1, "weight_decay": 0.0, "grad_clip": 0.0, "tie_weights": False}
+    weights = {}
+    for name, more in {"plain": {}, "table": {"wte_lr_mult": 2.0}, "head": {"head_lr_mult": 2.0}}.items():
+        train_tiny(tmp_path / name, **keys, **more)
+        weights[name] = checkpoint.load(tmp_path / name / "ckpt" / "step_000001")[0]
+    from model import GPT, GPTConfig
+
+    start = GPT(GPTConfig(16, 64, 2, 2, 32, bias=False, tie_weights=False), seed=1337).state_dict()
+    for name, part in (("table", "transformer.wte.weight"), ("head", "lm_head.weight")):
+        for key, value in weights[name].items():
+            way, plain = value - start[key], weights["plain"][key] - start[key]
+            torch.testing.assert_close(way, plain * (2.0 if key == part else 1.0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"head_lr_mult": 2.0}, "head_lr_mult means nothing with tie_weights=True"),
+        ({"wte_entropy": 0.1}, "wte_entropy means nothing with wte='stock'"),
+        ({"wte_rank": 4}, "wte_rank means nothing with wte='stock'"),
+    ],
+)
+def test_a_knob_without_meaning_is_refused(keys, says, train_tiny, tmp_path):
+    with pytest.raises(RunError, match=says):
+        train_tiny(tmp_path / "run", **keys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_flops_of_the_124m_run_by_hand():
     """6N + 12LCT with N = 12 * 12 * 768^2 + 50304 * 768: the 860 MFLOP a token that others quote."""
     from engine.flops import flops_per_token

@@ -37,7 +37,7 @@ ARMS = {
     "kronecker": {"wte": "kronecker", "tie_weights": False},
     "kronecker_tied": {"wte": "kronecker", "tie_weights": True},
     "kronecker_rank_ngrams": {
-        "wte": "kronecker", "tie_weights": False, "wte_scale": 0.1, "wte_rank": 4, "wte_ngrams": 64,
+        "wte": "kronecker", "tie_weights": False, "wte_init_rms": 0.1, "wte_rank": 4, "wte_ngrams": 64,
     },
 }  # fmt: skip
 
