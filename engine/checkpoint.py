@@ -10,65 +10,100 @@ A folder is written beside its final name, flushed to the disk and renamed; noth
 older checkpoint. Loading checks every hash and runs no code.
 """
 
-import hashlib
-import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from data import DataError, console
+from data.files import flush, plain_name, publish, sha256, write_json, write_text
+from data.records import Record, read_record
 from engine.errors import RunError
 
 FILES = ("model.safetensors", "optimizer.pt")
 
 
+class State(Record):
+    """state.json: where the training stands, beside weights and moments."""
+
+    step: int
+    sha256: dict[str, str]
+    best_val: float | None = None
+    skipped: int = 0  # steps in all whose loss or gradient was not finite
+    streak: int = 0  # how many of them stand at the end
+    good: int = 0  # steps since float16's loss scale moved
+    loss_scale: float = 1.0
+
+
 def save(out_dir, step: int, weights: dict, optimizer: dict, state: dict) -> Path:
-    """Write ckpt/step_NNNNNN; weights and optimizer are state_dicts, state whatever JSON holds."""
-    folder = Path(out_dir) / "ckpt" / f"step_{step:06d}"
+    """Write ckpt/step_NNNNNN; weights and optimizer are state_dicts, state has the other fields of State.
+
+    Raises RunError where the disk does not take it; whatever was there before is still there then.
+    """
+    out_dir = Path(out_dir)
+    folder = path_of(out_dir, step)
     temporary = folder.with_name(f".writing_{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        folder.parent.mkdir(exist_ok=True)  # but not out_dir: whoever removed it ends the run
+        temporary.mkdir()
         # pages of a view or of a column-major parameter are laid out plainly first
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / FILES[0])
-        torch.save(optimizer, temporary / FILES[1])
+        with open(temporary / FILES[1], "wb") as file:  # torch's own writer hides what went wrong
+            torch.save(optimizer, file)
         state = state | {"step": step, "sha256": {name: sha256(temporary / name) for name in FILES}}
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        (temporary / "DONE").write_text(sha256(temporary / "state.json"))
+        write_json(temporary / "state.json", state)
+        write_text(temporary / "DONE", sha256(temporary / "state.json"))
         for path in [*temporary.iterdir(), temporary]:
             flush(path)
-        if folder.exists():  # only a damaged one can be here: whole ones are resumed from
+        if folder.is_dir():  # only a damaged one can be here: whole ones are resumed from
             shutil.rmtree(folder)
-        os.rename(temporary, folder)
-    except BaseException:
+        elif folder.exists():  # nothing of ours: out of the way with it
+            folder.rename(folder.with_name(f"{folder.name}.displaced"))
+        publish(temporary, folder)
+        point(out_dir, "latest", folder.name)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    flush(folder.parent)
-    point(out_dir, "latest", folder.name)
+        cause = console.explain(error)
+        if cause is None:
+            raise
+        raise RunError(
+            f"{folder} could not be written ({cause}); the last whole checkpoint is untouched"
+        ) from error
     return folder
+
+
+def path_of(out_dir, step: int) -> Path:
+    return Path(out_dir) / "ckpt" / f"step_{step:06d}"
 
 
 def point(out_dir, name: str, target: str) -> None:
     """Make out_dir/<name> say `target`, atomically."""
-    temporary = Path(out_dir) / f".{name}.tmp"
-    temporary.write_text(target + "\n")
-    flush(temporary)
-    os.replace(temporary, Path(out_dir) / name)
-    flush(Path(out_dir))
+    write_text(Path(out_dir) / name, target + "\n")
 
 
 def pointed(out_dir, name: str) -> Path | None:
+    """The checkpoint that out_dir/<name> names, whether it is there or not; None without a name."""
     path = Path(out_dir) / name
-    return Path(out_dir) / "ckpt" / path.read_text().strip() if path.is_file() else None
+    try:
+        return Path(out_dir) / "ckpt" / plain_name(path.read_text().strip())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunError(
+            f"{path} names no checkpoint ({error}): write the name of a folder in ckpt/ there"
+        ) from None
 
 
 def steps(out_dir) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    return sorted(
-        Path(out_dir).glob("ckpt/step_*"), key=lambda p: int(p.name[5:]) if p.name[5:].isdigit() else -1
-    )
+    """Checkpoint folders, oldest first; whatever else lies beside them is left alone."""
+    found = {}
+    for path in Path(out_dir).glob("ckpt/step_*"):
+        digits = path.name[5:]
+        if digits.isascii() and digits.isdigit() and path.is_dir() and path == path_of(out_dir, int(digits)):
+            found[int(digits)] = path
+    return [found[step] for step in sorted(found)]
 
 
 def fault(folder: Path) -> str | None:
@@ -76,25 +111,42 @@ def fault(folder: Path) -> str | None:
     try:
         if (folder / "DONE").read_text() != sha256(folder / "state.json"):
             return "its state.json was altered"
-        state = json.loads((folder / "state.json").read_text())
+        state = read_state(folder)
         for name in FILES:
-            if sha256(folder / name) != state["sha256"][name]:
+            if sha256(folder / name) != state.sha256.get(name):
                 return f"its {name} was altered or cut"
     except FileNotFoundError as e:
         return f"its {Path(e.filename).name} is missing"
-    except (KeyError, TypeError, ValueError):
-        return "its state.json is no checkpoint's"
+    except (DataError, UnicodeError, OSError) as e:
+        return str(e)
     return None
 
 
-def newest(out_dir) -> Path | None:
-    """The newest whole checkpoint; damaged ones are named and passed over."""
+def read_state(folder: Path) -> State:
+    return read_record(folder / "state.json", State, "a checkpoint's state")
+
+
+def newest(out_dir, good: bool = False) -> Path | None:
+    """The newest whole checkpoint; damaged ones are named and passed over.
+
+    good: also pass over those that were saved while steps were being skipped.
+    """
     for folder in reversed(steps(out_dir)):
         wrong = fault(folder)
         if wrong is None:
-            return folder
-        print(f"note: {folder} is passed over: {wrong}")
+            if is_good(folder) or not good:
+                return folder
+        else:
+            print(f"note: {folder} is passed over: {wrong}")
     return None
+
+
+def is_good(folder: Path) -> bool:
+    """Whether a checkpoint was saved with its last step taken, not skipped as non-finite."""
+    try:
+        return read_state(folder).streak == 0
+    except DataError:
+        return False
 
 
 def choose(out_dir, which: str = "latest") -> Path:
@@ -104,8 +156,9 @@ def choose(out_dir, which: str = "latest") -> Path:
     elif which == "best":
         folder = pointed(out_dir, "best")
     else:
-        number = which.removeprefix("step_")
-        folder = Path(out_dir) / "ckpt" / f"step_{int(number):06d}" if number.isdigit() else None
+        digits = which.removeprefix("step_")
+        is_number = digits.isascii() and digits.isdigit() and len(digits) < 16
+        folder = path_of(out_dir, int(digits)) if is_number else None
     if folder is None or not folder.is_dir():
         raise RunError(f"{out_dir} has no {which} checkpoint: train it first, or name another run")
     if which != "latest" and (wrong := fault(folder)):
@@ -118,48 +171,31 @@ def load(folder: Path, with_optimizer: bool = True) -> tuple[dict, dict | None, 
     optimizer = None
     if with_optimizer:
         optimizer = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
-    return load_file(folder / FILES[0]), optimizer, json.loads((folder / "state.json").read_text())
+    return load_file(folder / FILES[0]), optimizer, read_state(folder).model_dump()
 
 
 def recover(out_dir, folder: Path | None) -> None:
     """After a kill: clear away what was half-written, and let `latest` name the checkpoint that is gone on from."""
     for leftover in Path(out_dir).glob("ckpt/.writing_*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for name in ("latest", "best"):
-        (Path(out_dir) / f".{name}.tmp").unlink(missing_ok=True)
+    for leftover in Path(out_dir).glob("*.tmp"):
+        if leftover.stem in OURS:
+            leftover.unlink()
     if folder is not None and pointed(out_dir, "latest") != folder:
         point(out_dir, "latest", folder.name)
 
 
+# Files of a run's folder that are written beside and renamed.
+OURS = ("latest", "best", "config.json", "run.json", "data_meta.json", "metrics.jsonl", "nonfinite.json")
+
+
 def prune(out_dir, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints and the best one, and what a kill left half-written."""
+    """Delete all but the `keep` newest checkpoints, the best and the last good one, and what a kill left half-written."""
     folders = steps(out_dir)
-    best = pointed(out_dir, "best")
-    for folder in folders[: -keep or None]:
-        if folder != best:
+    good = next((folder for folder in reversed(folders) if is_good(folder)), None)
+    kept = {*folders[-keep:], pointed(out_dir, "best"), good}
+    for folder in folders:
+        if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)
     for leftover in Path(out_dir).glob("ckpt/.writing_*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """fsync a file or (where the system allows it) a folder."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if Path(path).is_file():
-            raise e
-    finally:
-        os.close(fd)

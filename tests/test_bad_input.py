@@ -258,13 +258,13 @@ def test_a_full_disk_in_a_checkpoint_keeps_the_last_one(finished, tmp_path, monk
 
     def full(value, path, *args):
         if next(calls) == 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path.name)
         return plain(value, path, *args)
 
     monkeypatch.setattr(torch, "save", full)
     keys = TINY | {"data_dir": finished / "data", "out_dir": tmp_path / "new", "ckpt_interval": 2}
     with pytest.raises(
-        SystemExit, match="the disk is full: free some space; the last whole checkpoint is untouched"
+        SystemExit, match=r"the disk is full: free some space\); the last whole checkpoint is untouched"
     ):
         train.cli([f"--{k}={v}" for k, v in keys.items()])
     assert checkpoint.newest(tmp_path / "new").name == "step_000002"

@@ -1,11 +1,14 @@
 """engine/checkpoint.py: nothing torn is ever loaded, nothing whole is ever lost."""
 
-import errno
 import os
+import resource
+import shutil
+import subprocess
 
 import pytest
 import torch
 
+from data.files import sha256
 from engine import checkpoint
 from engine.errors import RunError
 
@@ -52,17 +55,50 @@ def test_a_column_major_weight_is_saved_plainly(tmp_path):
     assert torch.equal(checkpoint.load(folder)[0]["w"], weights["w"])
 
 
-def test_a_failing_write_leaves_the_older_one_and_no_rubbish(tmp_path, monkeypatch):
+def names(out) -> list[str]:
+    return sorted(p.name for p in (out / "ckpt").iterdir())
+
+
+@pytest.mark.parametrize("size", ["2m", "3m", "4m"])
+def test_a_disk_that_is_full_leaves_the_older_one_and_no_rubbish(size, tmp_path):
+    """A real one: torch and safetensors hide the system's error behind errors of their own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("a file system may not be mounted here")
+    try:
+        weights, moments = {"w": torch.ones(200_000)}, {"state": {0: {"m": torch.ones(200_000)}}}
+        checkpoint.save(disk, 1, weights, moments, {})
+        with pytest.raises(RunError, match=r"step_000002 could not be written .*disk is full.* untouched"):
+            for _ in range(3):
+                checkpoint.save(disk, 2, weights, {"state": {0: {"m": torch.ones(700_000)}}}, {})
+        assert names(disk) == ["step_000001"]
+        assert checkpoint.newest(disk).name == "step_000001"
+        assert (disk / "latest").read_text() == "step_000001\n"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_file_over_the_limit_of_the_shell(tmp_path):
     save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        for weights, moments in (({"w": torch.ones(9_000)}, {}), ({}, {"m": torch.ones(9_000)})):
+            with pytest.raises(RunError, match="see ulimit -f"):
+                checkpoint.save(tmp_path, 2, weights, moments, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ["step_000001"]
 
-    def full(*args, **kw):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "optimizer.pt")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        save(tmp_path, 2)
-    assert [p.name for p in (tmp_path / "ckpt").iterdir()] == ["step_000001"]
-    assert (tmp_path / "latest").read_text() == "step_000001\n"
+def test_a_folder_that_is_removed_is_not_made_again(tmp_path):
+    with pytest.raises(RunError, match="not there"):
+        save(tmp_path / "gone", 1)
+    assert not (tmp_path / "gone").exists()
 
 
 def test_a_damaged_folder_gives_way_to_a_whole_one(tmp_path):
@@ -83,6 +119,57 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
         "step_000005",
     ]
     assert checkpoint.choose(tmp_path, "best").name == "step_000002"
+
+
+def test_prune_keeps_the_last_one_before_steps_were_skipped(tmp_path):
+    for step, streak in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 3)):
+        checkpoint.save(tmp_path, step, {}, {}, {"streak": streak})
+        checkpoint.prune(tmp_path, keep=2)
+    assert names(tmp_path) == ["step_000002", "step_000004", "step_000005"]
+    assert checkpoint.newest(tmp_path).name == "step_000005"
+    assert checkpoint.newest(tmp_path, good=True).name == "step_000002"
+
+
+def test_what_is_no_checkpoint_is_neither_taken_nor_pruned(tmp_path):
+    save(tmp_path, 15)
+    for name in ("step_000015_keep", "step_15", "step_", "step_00001\u00b2"):
+        shutil.copytree(tmp_path / "ckpt" / "step_000015", tmp_path / "ckpt" / name)
+    (tmp_path / "ckpt" / "step_000030").write_text("a note")
+    assert checkpoint.newest(tmp_path).name == "step_000015"
+    save(tmp_path, 20)
+    save(tmp_path, 30, 3.0)
+    checkpoint.prune(tmp_path, keep=1)
+    assert checkpoint.load(checkpoint.newest(tmp_path))[0]["w"][0, 0] == 3
+    assert names(tmp_path) == sorted(
+        ["step_000030", "step_000030.displaced", "step_000015_keep", "step_15", "step_", "step_00001\u00b2"]
+    )
+    assert (tmp_path / "ckpt" / "step_000030.displaced").read_text() == "a note"
+
+
+@pytest.mark.parametrize("which", ["\u00b2", "\u0663", "1" * 5000, "-1", "step_", "", "../../x"])
+def test_a_step_that_is_no_number(which, tmp_path):
+    save(tmp_path, 2)
+    with pytest.raises(RunError, match="checkpoint: train it first"):
+        checkpoint.choose(tmp_path, which)
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc", "a\nb", ""])
+def test_a_pointer_out_of_the_folder_is_refused(name, tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / "best").write_text(name)
+    with pytest.raises(RunError, match="best names no checkpoint"):
+        checkpoint.choose(tmp_path, "best")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"step": "2", "sha256": {}}', '{"step": 2, "sha256": []}', "\xff"]
+)
+def test_a_state_that_is_none_is_said(text, tmp_path, capsys):
+    folder = save(tmp_path, 2)
+    (folder / "state.json").write_text(text, encoding="latin-1")
+    (folder / "DONE").write_text(sha256(folder / "state.json"))
+    assert checkpoint.newest(tmp_path) is None
+    assert "step_000002 is passed over: " in capsys.readouterr().out
 
 
 def test_steps_sort_by_number(tmp_path):

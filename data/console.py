@@ -1,0 +1,111 @@
+"""The edge of every command: a mistake becomes one sentence, and a reader who has left costs the printing alone."""
+
+import errno
+import os
+import re
+import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+from data import DataError
+
+CAUSES = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EFBIG: "the file would be larger than allowed here: see ulimit -f",
+    errno.EMFILE: "too many files are open: see ulimit -n",
+    errno.EIO: "the disk does not work: look at the machine",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "permission denied: choose another folder or change its rights",
+    errno.EPERM: "not permitted: choose another folder or change its rights",
+    errno.ENOTDIR: "a part of this path is a file, not a folder: choose another path",
+    errno.EISDIR: "this is a folder, not a file: choose another path",
+    errno.EEXIST: "something else is in the way: choose another path",
+    errno.ELOOP: "this link leads to itself: choose another path",
+    errno.ENAMETOOLONG: "this name is too long: choose a shorter path",
+    errno.ENOENT: "it is not there (any more): check the path",
+}
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence about a mistake of the user or of the machine; None for what may be a mistake of ours."""
+    if isinstance(error, DataError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "the machine is out of memory: close other programs, or ask for less"
+    number, path = system_error(error)
+    return f"{path or 'a file'}: {CAUSES[number]}" if number in CAUSES else None
+
+
+def system_error(error: BaseException) -> tuple[int | None, str | None]:
+    """(errno, path) of the system's error that an exception is, or that a library has hidden behind its own."""
+    seen = error
+    while type(seen) is RuntimeError and seen.__context__ is not None:  # torch's writers
+        seen = seen.__context__
+    if isinstance(seen, OSError):
+        return seen.errno, seen.filename
+    written_out = re.search(r"\(os error (\d+)\)", str(error))  # as Rust's libraries do
+    return (int(written_out[1]) if written_out else None), None
+
+
+@contextmanager
+def sentences(explain=explain):
+    """End the program with one sentence and status 1 where `explain` knows one; let real bugs show their traceback."""
+    fill_missing_streams()
+    out, err = (Tolerant(stream) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield
+        except KeyboardInterrupt:
+            print("\nstopped by Ctrl-C", file=sys.stderr)
+            raise SystemExit(130) from None
+        except Exception as error:
+            sentence = explain(error)
+            if sentence is None:
+                raise
+            raise SystemExit("error: " + " ".join(sentence.split()).removeprefix("error: ")) from None
+        finally:
+            out.flush()  # here, where a reader who has left is forgiven
+
+
+class Tolerant:
+    """A standard stream on which printing never fails.
+
+    Characters that the terminal lacks are replaced. Once the reader has left (`| head`), the terminal is gone or
+    the disk behind a redirection is full, the rest goes nowhere.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def fill_missing_streams() -> None:
+    """Where the program was started with closed streams, keep its files from taking their place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the program
