@@ -138,6 +138,12 @@ class Config:
         "validation tokens: the first so many of the validation shard, always the same",
         **COUNT,
     )
+    eval_skip_tokens: int = key(
+        0,
+        "validation tokens that are passed over first, so that tuning and final figures read disjoint parts",
+        low=0,
+        high=10**12,
+    )
     eval_only: bool = key(False, "evaluate once and stop")
     log_interval: int = key(1, "steps between lines of the log", **COUNT)
     ckpt_interval: int = key(

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import configurator
 import kronecker
 from data import DataError
-from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, prefetch
+from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, prefetch, token_counts
 from data.meta import read_meta
 from data.tokenizers import load_tokenizer
 from engine import checkpoint, evaluation, flops, metrics, plan, pretrained, runs
@@ -126,7 +126,7 @@ def main(config) -> None:
 
     # ---- data: batches are a pure function of (seed, step)
     train = TrainBatches(data_dir, config.block_size, rows, config.seed)
-    val = ValWindows(data_dir, config.block_size, config.eval_tokens)
+    val = ValWindows(data_dir, config.block_size, config.eval_tokens, config.eval_skip_tokens)
     if meta["vocab_size"] > config.vocab_size:
         raise RunError(
             f"vocab_size {config.vocab_size} is below the tokenizer's {meta['vocab_size']}: leave it at 0"
@@ -264,7 +264,11 @@ def main(config) -> None:
             say("The same command with --init_from=auto goes on from here.")
             sys.exit(128 + (wishes.wish or 15))
         if evaluates:
-            figures = evaluation.evaluate(model, val, byte_lengths, config.batch_size, ranks, autocast)
+            # at the end also by the frequency of the token read and of the token predicted
+            counts = token_counts(data_dir, config.vocab_size) if last or config.eval_only else None
+            figures = evaluation.evaluate(
+                model, val, byte_lengths, config.batch_size, ranks, autocast, counts
+            )
             row = {"iter": step, "tokens": step * tokens_per_step} | figures | model.wte_norms()
             bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
             say(f"step {step:>6,}  val loss {row['val/loss']:.4f} +- {row['val/sem']:.4f}{bpb}")

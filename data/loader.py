@@ -78,19 +78,25 @@ class TrainBatches:
 
 
 class ValWindows:
-    """A fixed list of validation windows: the first eval_tokens // block_size of validation shard 0.
+    """A fixed list of validation windows: eval_tokens // block_size of validation shard 0, after skip_tokens.
 
-    Only shard 0, so that a loss does not depend on how many shards somebody has downloaded.
+    Only shard 0, so that a loss does not depend on how many shards somebody has downloaded. Windows after a skip
+    share no token with those before it, as inputs or as targets.
     Raises DataError where it holds less than one window. `.n_windows` of them.
     """
 
-    def __init__(self, data_dir, block_size: int, eval_tokens: int):
+    def __init__(self, data_dir, block_size: int, eval_tokens: int, skip_tokens: int = 0):
         self.block_size = block_size
         self._shard = _open_split(data_dir, "val")[0]
-        self.n_windows = min(eval_tokens // block_size, (self._shard.n_tokens - 1) // block_size)
+        self._start = skip_tokens + (
+            skip_tokens > 0
+        )  # the last window before the skip has a target behind it
+        available = (self._shard.n_tokens - 1 - self._start) // block_size
+        self.n_windows = min(eval_tokens // block_size, available)
         if self.n_windows < 1:
+            skipped = f", of which {skip_tokens:,} are skipped" if skip_tokens else ""
             raise DataError(
-                f"{self._shard.path} gives no validation window: it has {self._shard.n_tokens:,} tokens, "
+                f"{self._shard.path} gives no validation window: it has {self._shard.n_tokens:,} tokens{skipped}, "
                 f"eval_tokens is {eval_tokens:,}, and one window takes block_size + 1 = {block_size + 1:,}; "
                 "lower block_size or give more"
             )
@@ -100,15 +106,15 @@ class ValWindows:
         """Windows lo..hi-1: inputs and targets, int64 (hi - lo, block_size) each."""
         if not 0 <= lo <= hi <= self.n_windows:
             raise DataError(f"windows {lo} to {hi} are outside the {self.n_windows} validation windows")
-        starts = np.arange(lo, hi, dtype=np.int64) * self.block_size
+        starts = self._start + np.arange(lo, hi, dtype=np.int64) * self.block_size
         return self._files.read(np.zeros(hi - lo, np.int64), starts, self.block_size)
 
     def sha256(self) -> str:
         """Identity of what is evaluated: the tokens of all windows and where they are cut."""
         digest = hashlib.sha256(f"{self.block_size} {self.n_windows} ".encode())
         tokens = self._shard.tokens
-        end = self.n_windows * self.block_size + 1
-        for start in range(0, end, 1 << 20):
+        end = self._start + self.n_windows * self.block_size + 1
+        for start in range(self._start, end, 1 << 20):
             digest.update(tokens[start : min(end, start + (1 << 20))].astype("<u4").tobytes())
         return digest.hexdigest()
 
@@ -260,6 +266,17 @@ def max_token(data_dir, sample: int = 1_000_000) -> int:
                 ):
                     highest = max(highest, int(tokens[start : start + piece].max()))
     return highest
+
+
+def token_counts(data_dir, vocab_size: int, limit: int = 100_000_000) -> np.ndarray:
+    """How often each id stands in the first `limit` training tokens: int64 (vocab_size,)."""
+    counts = np.zeros(vocab_size, np.int64)
+    for shard in _open_split(data_dir, "train"):
+        tokens = shard.tokens[: max(0, limit)]
+        limit -= len(tokens)
+        for lo in range(0, len(tokens), 1 << 22):
+            counts += np.bincount(tokens[lo : lo + (1 << 22)], minlength=vocab_size)[:vocab_size]
+    return counts
 
 
 def prefetch(iterator, device):

@@ -520,7 +520,9 @@ def facts_of(flags: list[str]) -> dict:
         "tokens": step * config.max_iters,
         "tokens_per_step": step,
         "data_fingerprint": fingerprint(config.data_dir),
-        "val_sha256": ValWindows(config.data_dir, config.block_size, config.eval_tokens).sha256(),
+        "val_sha256": ValWindows(
+            config.data_dir, config.block_size, config.eval_tokens, config.eval_skip_tokens
+        ).sha256(),
         "schedule_sha256": runs.schedule_sha256(dataclasses.asdict(config) | {"tokens_per_step": step}),
     }
 
