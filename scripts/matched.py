@@ -12,17 +12,17 @@ train.py as they are.
 import argparse
 import json
 import os
-import signal
+import shlex
 import subprocess
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import configurator
-from engine.metrics import is_finished, read_metrics
+from scripts import pool
 
 ARMS = ROOT / "config" / "arms"
 # What all arms of one seed share, and what all runs share.
@@ -33,6 +33,7 @@ OVERALL = {
     "tokens_per_step": "tokens a step",
     "data_fingerprint": "training data",
 }
+OWN_KEYS = ("seed", "out_dir", "init_from", "eval_only", "dry_run", "check_only")  # this script sets them
 
 
 def arguments(argv: list[str]):
@@ -45,13 +46,21 @@ def arguments(argv: list[str]):
     )
     parser.add_argument("--seeds", default="1337,1338,1339", help="with commas")
     parser.add_argument("--out", default="", help="folder of the runs (default: out/<recipe>)")
+    parser.add_argument("--check", action="store_true", help="prove that the runs will match; train nothing")
     parser.add_argument("--nproc_per_node", type=int, default=1, help="ranks of one run, through torchrun")
     parser.add_argument(
         "--jobs", type=int, default=0, help="runs at a time (0: as many as CPU cores, at most 4; 1 on GPUs)"
     )
-    parser.add_argument("--check", action="store_true", help="prove that the runs will match; train nothing")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes; every run saves")
+    parser.add_argument("--nice", type=int, default=0, help="priority of the runs, 0 to 19 (lowest)")
+    parser.add_argument(
+        "--retries", type=int, default=1, help="starts more of a run that is lost, hangs or fails"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=3600, help="seconds without a new step after which a run hangs"
+    )
     args, passed = parser.parse_known_args(argv)
-    args.arms = [a for a in args.arms.replace(",", " ").split() if a]
+    args.arms = list(dict.fromkeys(args.arms.replace(",", " ").split()))
     known = sorted(p.stem for p in ARMS.glob("*.py"))
     for arm in args.arms:
         if arm not in known:
@@ -59,23 +68,75 @@ def arguments(argv: list[str]):
                 f"error: there is no arm {arm!r}: choose from {', '.join(known)}, or add config/arms/{arm}.py"
             )
     try:
-        args.seeds = [int(s) for s in args.seeds.replace(",", " ").split()]
+        args.seeds = list(dict.fromkeys(int(s) for s in args.seeds.replace(",", " ").split()))
     except ValueError:
         sys.exit(f"error: --seeds={args.seeds} are no whole numbers: write --seeds=1337,1338")
     if not args.arms or not args.seeds:
         sys.exit("error: there is nothing to run: name at least one arm and one seed")
     if args.nproc_per_node < 1:
         sys.exit(f"error: --nproc_per_node is {args.nproc_per_node}, but a run needs at least 1 rank")
+    for name, low, high in (
+        ("jobs", 0, 10_000),
+        ("nice", 0, 19),
+        ("retries", 0, 10_000),
+        ("patience", 1, 1e9),
+    ):
+        if not low <= getattr(args, name) <= high:
+            sys.exit(f"error: --{name} is {getattr(args, name)}, but it must lie between {low} and {high:g}")
+    if args.minutes is not None and not 0 < args.minutes < 1e9:
+        sys.exit(f"error: --minutes is {args.minutes}, but it must be above 0")
     args.out = Path(args.out or f"out/{Path(args.recipe).stem}")
+    refuse_false_labels(args, passed)
     return args, passed
 
 
+def defines_an_arm(name: str) -> bool:
+    return name in ("arm", "wte", "tie_weights") or name.startswith("wte_")
+
+
+def refuse_false_labels(args, passed: list[str]) -> None:
+    """Keys that this script or an arm's file sets may not come from elsewhere: the run's name would lie."""
+    advice = "put it into a file of its own, config/arms/NAME.py, and give --arms=NAME"
+    files = {arm: configurator.read_file(str(ARMS / f"{arm}.py")) for arm in args.arms}
+    set_by_arms = {name for file in files.values() for name in file}
+    for word in passed:
+        for name in [word[2:].partition("=")[0]] if word.startswith("--") else configurator.read_file(word):
+            if name in OWN_KEYS:
+                instead = {"seed": "give --seeds", "out_dir": "give --out"}.get(name, "use train.py for that")
+                sys.exit(
+                    f"error: {name} is set by this command for each run, so it cannot come from {word}: {instead}"
+                )
+            if name in set_by_arms or defines_an_arm(name):
+                sys.exit(f"error: {name} defines an arm, so it cannot come from {word}: {advice}")
+    for name in configurator.read_file(args.recipe):
+        changed = [arm for arm, file in files.items() if defines_an_arm(name) and name not in file]
+        if changed:
+            sys.exit(f"error: {name} in {args.recipe} would change what {changed[0]} is: {advice}")
+
+
+# ---- the jobs
+
+
+def make_jobs(args, passed: list[str]) -> list[pool.Job]:
+    jobs = []
+    for seed in args.seeds:
+        for arm in args.arms:
+            config = configurator.load([args.recipe, str(ARMS / f"{arm}.py"), *passed], quiet=True)
+            jobs.append(
+                pool.Job(
+                    f"{arm}, seed {seed}",
+                    command(args, passed, arm, seed),
+                    folder(args, arm, seed),
+                    config.max_iters,
+                )
+            )
+    return jobs
+
+
 def command(args, passed: list[str], arm: str, seed: int, *more: str) -> list[str]:
+    start = [sys.executable]
     if args.nproc_per_node > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        start += [f"--nproc_per_node={args.nproc_per_node}"]
-    else:
-        start = [sys.executable]
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc_per_node}"]
     # paths as a person would write them: run.json keeps the command, and is shown to others
     files = [os.path.relpath(ROOT / "train.py"), args.recipe, os.path.relpath(ARMS / f"{arm}.py")]
     own = [f"--seed={seed}", f"--out_dir={folder(args, arm, seed)}", "--init_from=auto"]
@@ -97,8 +158,12 @@ def jobs_and_threads(args) -> tuple[int, int]:
     return n_jobs, max(1, cores // (n_jobs * args.nproc_per_node))
 
 
-def check(args, passed, todo, environment) -> None:
+# ---- the proof that they match
+
+
+def check(args, passed) -> None:
     """Compare the identities that train.py reports for each run; exits with the fields that differ."""
+    todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
     found = {}
     for i, (arm, seed) in enumerate(todo):
         print(f"\rchecking {i + 1} of {len(todo)}: {arm}, seed {seed}   ", end="", flush=True)
@@ -106,10 +171,10 @@ def check(args, passed, todo, environment) -> None:
             command(args, passed, arm, seed, "--check_only=True"),
             capture_output=True,
             text=True,
-            env=environment,
         )
         if ask.returncode:
-            sys.exit(f"\nerror: {arm}, seed {seed} does not start: {ask.stderr.strip().splitlines()[-1]}")
+            cause = (ask.stderr.strip().splitlines() or [f"exit status {ask.returncode}"])[-1]
+            sys.exit(f"\nerror: {arm}, seed {seed} does not start: {cause.removeprefix('error: ')}")
         found[arm, seed] = json.loads(ask.stdout.strip().splitlines()[-1])
     print()
     (a0, s0), first = next(iter(found.items()))
@@ -139,110 +204,25 @@ def check(args, passed, todo, environment) -> None:
     )
 
 
-def show(args, todo, running, started: float, finished: int, begun: dict, last: bool = False) -> None:
-    """One line for each running job, or a status line on a terminal."""
-    parts = []
-    for (arm, seed), job in running.items():
-        rows = read_metrics(folder(args, arm, seed))
-        train = [r for r in rows if "train/loss" in r]
-        if train:
-            row = train[-1]
-            loss = row["train/loss"]
-            parts.append(
-                f"run {job['number']} of {len(todo)} {arm} s{seed}: step {row['iter']}/{job['max_iters']}"
-                f" loss {'nan' if loss is None else format(loss, '.3f')} {row['tok_per_sec']:,.0f} tok/s"
-            )
-            begun[arm, seed] = row["iter"] / job["max_iters"]
-    share = (finished + sum(begun.get(k, 0) for k in running)) / len(todo)
-    spent = time.time() - started
-    share_at_start = begun.setdefault("start", share)
-    if share > share_at_start:
-        left = spent * (1 - share) / (share - share_at_start)
-        parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
-    line = " | ".join(parts)
-    if not line:
-        return
-    if sys.stdout.isatty():
-        columns = os.get_terminal_size().columns if sys.stdout.isatty() else 110
-        print("\r\033[K" + line[: columns - 1], end="", flush=True)
-    else:
-        print(line, flush=True)
-
-
 def main(argv: list[str]) -> int:
     args, passed = arguments(argv)
-    todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
-    n_jobs, threads = jobs_and_threads(args)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    config = configurator.load([args.recipe, *passed], quiet=True)
+    jobs = make_jobs(args, passed)
     if args.check:
-        check(args, passed, todo, environment)
+        check(args, passed)
         return 0
-
-    waiting = [k for k in todo if not is_finished(folder(args, *k), config.max_iters)]
-    print(f"{len(todo)} runs of {config.max_iters:,} steps in {args.out}: {len(todo) - len(waiting)} finished, "
-          f"{len(waiting)} to do, {n_jobs} at a time")  # fmt: skip
-    running: dict = {}
-    begun: dict = {}
-    started, told = time.time(), 0.0
-    wish = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: wish.append(number))
-    failed = []
-    try:
-        while (waiting and not failed and not wish) or running:
-            while waiting and len(running) < n_jobs and not failed and not wish:
-                arm, seed = waiting.pop(0)
-                out_dir = folder(args, arm, seed)
-                out_dir.mkdir(parents=True, exist_ok=True)
-                log = open(out_dir / "train.log", "a")  # noqa: SIM115 - the child writes it
-                # a group of its own: Ctrl-C reaches this script alone, which then asks all runs to save
-                process = subprocess.Popen(
-                    command(args, passed, arm, seed), stdout=log, stderr=subprocess.STDOUT, env=environment,
-                    stdin=subprocess.DEVNULL, start_new_session=True,
-                )  # fmt: skip
-                number = todo.index((arm, seed)) + 1
-                running[arm, seed] = {"process": process, "number": number, "max_iters": config.max_iters}
-            if wish and not begun.get("told"):
-                begun["told"] = True
-                print("\nstopping: each run finishes its step and saves; the same command goes on from there")
-                for job in running.values():
-                    os.killpg(job["process"].pid, signal.SIGTERM)
-            time.sleep(0.3)
-            if time.time() - told > (1 if sys.stdout.isatty() else 10):
-                told = time.time()
-                show(args, todo, running, started, len(todo) - len(waiting) - len(running), begun)
-            for k, job in list(running.items()):
-                if job["process"].poll() is None:
-                    continue
-                del running[k]
-                arm, seed = k
-                if job["process"].returncode == 0:
-                    rows = [r for r in read_metrics(folder(args, arm, seed)) if "val/loss" in r]
-                    clear = "\r\033[K" if sys.stdout.isatty() else ""
-                    print(
-                        f"{clear}run {job['number']} of {len(todo)} {arm}, seed {seed}: val loss {rows[-1]['val/loss']:.4f}",
-                        flush=True,
-                    )
-                elif not wish:
-                    failed.append(k)
-    finally:
-        for job in running.values():
-            os.killpg(job["process"].pid, signal.SIGKILL)
-    if failed:
-        for arm, seed in failed:
-            path = folder(args, arm, seed) / "train.log"
-            lines = path.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-            said = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
-            print(
-                f"\nerror: {arm}, seed {seed} failed: {said.removeprefix('error: ')} (all of it: {path})",
-                file=sys.stderr,
-            )
-        return 1
-    if wish:
-        return 128 + wish[0]
-    print(f"all {len(todo)} runs are finished: python scripts/compare.py {args.out}")
-    return 0
+    n_jobs, threads = jobs_and_threads(args)
+    states = Counter(pool.state(job)[0] for job in jobs)
+    done = ", ".join(f"{states[s]} {s}" for s in ("finished", "diverged") if states[s] or s == "finished")
+    screen = pool.Screen()
+    screen.say(f"{len(jobs)} runs of {jobs[0].max_iters:,} steps in {args.out}: {done}, "
+               f"{states['unfinished']} to do, {n_jobs} at a time")  # fmt: skip
+    engine = pool.Local([()] * n_jobs, threads, args.nice)
+    status = pool.run(jobs, engine, args.minutes, args.retries, args.patience)
+    if status == 0:
+        screen.say(
+            f"all {len(jobs)} runs are finished: python scripts/compare.py {shlex.quote(str(args.out))}"
+        )
+    return status
 
 
 if __name__ == "__main__":

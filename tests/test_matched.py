@@ -61,7 +61,8 @@ def test_check_proves_the_match_and_names_what_differs(recipe, tmp_path, capsys,
 
 
 def test_a_failing_run_is_named_with_its_cause_and_log(recipe, tmp_path, capsys):
-    assert matched.main([recipe(n_head=3), f"--out={tmp_path / 'out'}", "--arms=bpe_tied", "--seeds=1"]) == 1
+    args = [f"--out={tmp_path / 'out'}", "--arms=bpe_tied", "--seeds=1", "--retries=0"]
+    assert matched.main([recipe(n_head=3), *args]) == 1
     said = capsys.readouterr().err
     assert "bpe_tied, seed 1 failed: n_embd 32 is not a multiple of n_head 3" in said
     assert "train.log" in said
@@ -95,3 +96,46 @@ def test_interrupted_it_saves_and_goes_on(recipe, tmp_path):
     last = [read_metrics(tmp_path / d / "bpe_tied_s1")[-1] for d in ("cut", "whole")]
     assert last[0]["val/loss"] == last[1]["val/loss"]
     assert "resuming" in (tmp_path / "cut" / "bpe_tied_s1" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("--wte=kronecker", "wte defines an arm"),
+        ("--wte_rank=16", "wte_rank defines an arm"),
+        ("--tie_weights=False", "tie_weights defines an arm"),
+        ("--arm=mine", "arm defines an arm"),
+        ("--seed=5", "give --seeds"),
+        ("--out_dir=there", "give --out"),
+        ("--init_from=gpt2", "init_from is set by this command"),
+        ("--eval_only=True", "eval_only is set by this command"),
+        ("--check_only=True", "check_only is set by this command"),
+        ("--jobs=-1", "--jobs is -1, but"),
+        ("--nice=-5", "--nice is -5, but"),
+        ("--minutes=0", "--minutes is 0.0, but"),
+        ("--retries=-1", "--retries is -1, but"),
+    ],
+)
+def test_a_key_that_would_make_the_label_lie_is_refused(recipe, tmp_path, word, sentence):
+    with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
+        matched.main([recipe(), f"--out={tmp_path / 'out'}", "--arms=bpe_tied", word])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_would_make_the_label_lie_is_refused_too(recipe, tmp_path):
+    (tmp_path / "more.py").write_text("wte_ngrams = 64\n")
+    for args in ([recipe(), str(tmp_path / "more.py")], [recipe(wte_ngrams=64)]):
+        with pytest.raises(SystemExit, match=r"error: wte_ngrams .*config.arms.NAME"):
+            matched.main([*args, f"--out={tmp_path / 'out'}"])
+
+
+def test_check_without_data_is_one_error(recipe, tmp_path):
+    args = [
+        recipe(data_dir=str(tmp_path / "none")),
+        f"--out={tmp_path / 'out'}",
+        "--arms=bpe_tied",
+        "--check",
+    ]
+    with pytest.raises(SystemExit) as e:
+        matched.main(args)
+    assert str(e.value).count("error:") == 1 and "prepare a data set" in str(e.value)

@@ -1,0 +1,379 @@
+"""Run training jobs side by side, each on devices of its own, until all have ended.
+
+A job is a command that trains into a folder and goes on from what it finds there. This module starts jobs,
+watches them, starts again what was lost, and says how each ended; it knows neither arms nor recipes.
+"""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TIME_IS_UP, DIVERGED = 124, 3  # exit statuses beside 0, 1 and 128 + signal; timeout(1) has the first, too
+GRACE = 300  # seconds that a job has to save once it is asked to stop
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str  # as a person would say it, e.g. "kronecker, seed 1338"
+    command: list[str]
+    out_dir: Path
+    max_iters: int
+
+
+def state(job: Job) -> tuple[str, int]:
+    """("finished" | "diverged" | "unfinished", step of the last row), by what the job's folder says.
+
+    Diverged: the last evaluation gave no number, or the run gave up after a row of bad steps.
+    """
+    rows = last_rows(job.out_dir)
+    step = rows[-1].get("iter", 0) if rows else 0
+    end = next((r for r in reversed(rows) if "val/loss" in r and r.get("iter") == job.max_iters), None)
+    if end is not None:
+        return ("diverged" if end["val/loss"] is None else "finished"), step
+    try:
+        bad = json.loads((job.out_dir / "nonfinite.json").read_text())["steps"]
+    except (OSError, ValueError, KeyError):
+        bad = []
+    return ("diverged" if bad and bad[-1] >= step else "unfinished"), step
+
+
+def last_rows(out_dir, n_bytes: int = 1 << 16) -> list[dict]:
+    """Rows in the last n_bytes of metrics.jsonl; torn lines are passed over."""
+    try:
+        with open(Path(out_dir) / "metrics.jsonl", "rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - n_bytes))
+            lines = f.read().splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+# ---- one job on this machine
+
+
+@dataclass
+class Child:
+    process: subprocess.Popen
+    slot: tuple[str, ...]
+
+
+class Local:
+    """Children of this process; each of the slots, a tuple of CUDA device names (empty: the CPU), takes one at a time."""
+
+    def __init__(self, slots: list[tuple[str, ...]], threads: int = 1, nice: int = 0):
+        self.slots, self.threads, self.nice = list(slots), threads, nice
+
+    def has_room(self) -> bool:
+        return bool(self.slots)
+
+    def start(self, job: Job) -> Child:
+        slot = self.slots[0]
+        process = start_child(job, devices=slot, threads=self.threads, nice=self.nice)
+        return Child(process, self.slots.pop(0))
+
+    def poll(self, child: Child) -> int | None:
+        """The exit status of a child that has ended (negative: the signal that ended it), else None."""
+        code = child.process.poll()
+        if code is not None:
+            self.slots.append(child.slot)
+        return code
+
+    def stop(self, child: Child, number: int = signal.SIGTERM) -> None:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.killpg(child.process.pid, number)
+
+
+def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0) -> subprocess.Popen:
+    """Start a job's command; what it prints goes to train.log in its folder.
+
+    It leads a session of its own, so that Ctrl-C reaches this process alone, which then asks its children to
+    save. On Linux the kernel sends the child SIGTERM when this process dies, whatever kills it: the child
+    saves, and nothing trains on unseen.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    parent = os.getpid()
+
+    def before_exec() -> None:
+        if nice:
+            os.nice(nice)
+        if libc is not None:
+            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:  # it died before that
+                os._exit(128 + signal.SIGTERM)
+
+    job.out_dir.mkdir(parents=True, exist_ok=True)
+    with open(job.out_dir / "train.log", "a") as log:
+        return subprocess.Popen(
+            job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True, preexec_fn=before_exec,
+        )  # fmt: skip
+
+
+def last_words(job: Job, offset: int = 0) -> str:
+    """The cause that a job's log gives from a position on: its last error sentence, else its last line."""
+    try:
+        with open(job.out_dir / "train.log", "rb") as f:
+            f.seek(offset)
+            lines = f.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    lines = lines or ["it printed nothing"]
+    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1]).removeprefix(
+        "error: "
+    )
+
+
+# ---- all jobs
+
+
+@dataclass
+class Attempt:
+    """A job that is running: its handle with the engine, and when it last made a row."""
+
+    job: Job
+    handle: object
+    log_start: int
+    seen: tuple = ()
+    since: float = field(default_factory=time.monotonic)
+    hung: bool = False
+    asked: float | None = None  # when it was asked to stop
+
+    def stop(self, engine) -> None:
+        """Ask once; after GRACE seconds end what has not listened."""
+        if self.asked is None:
+            self.asked = time.monotonic()
+            engine.stop(self.handle)
+        elif time.monotonic() - self.asked > GRACE:
+            engine.stop(self.handle, signal.SIGKILL)
+
+    def idle(self) -> float:
+        """Seconds without a new row in metrics.jsonl."""
+        now = file_mark(self.job.out_dir / "metrics.jsonl")
+        if now != self.seen:
+            self.seen, self.since = now, time.monotonic()
+        return time.monotonic() - self.since
+
+
+def file_mark(path: Path) -> tuple:
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def run(
+    jobs: list[Job],
+    engine,
+    minutes: float | None = None,
+    retries: int = 1,
+    patience: float = 3600,
+) -> int:
+    """Run the jobs that are not finished; the exit status.
+
+    engine: Local, or anything with its four methods. minutes: then stop, every job saved. retries: how often
+    a job that was lost (ended by a signal, or with its node), hung (no new row for `patience` seconds) or
+    failed is started again. 0: all are finished; 1: one failed, and the rest has run; DIVERGED: none failed, but
+    one ended without a finite loss; TIME_IS_UP, 128 + signal: stopped, and the same call goes on from there.
+    """
+    screen = Screen()
+    ends = {job.name: state(job)[0] for job in jobs}
+    waiting = [job for job in jobs if ends[job.name] == "unfinished"]
+    causes: dict[str, str] = {}
+    tries = dict.fromkeys(ends, 0)
+    label = {job.name: f"run {i + 1} of {len(jobs)} {job.name}" for i, job in enumerate(jobs)}
+    running: list[Attempt] = []
+    progress = Progress(jobs)
+    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+    stop = None
+    with Signals() as signals:
+        try:
+            while running or (waiting and stop is None):
+                while waiting and stop is None and engine.has_room():
+                    job = waiting.pop(0)
+                    try:
+                        log = file_mark(job.out_dir / "train.log") or (0,)
+                        running.append(Attempt(job, engine.start(job), log[0]))
+                    except OSError as e:
+                        ends[job.name], causes[job.name] = "failed", f"{e.strerror}: {e.filename}"
+                time.sleep(0.3)
+                if stop is None and (signals.got or time.monotonic() > deadline):
+                    stop = 128 + signals.got[0] if signals.got else TIME_IS_UP
+                    signals.got.clear()
+                    screen.say(
+                        "stopping: each run finishes its step and saves; the same command goes on from there"
+                    )
+                for a in running:
+                    a.hung = a.hung or (stop is None and a.idle() > patience)
+                    if a.hung or stop is not None:
+                        a.stop(engine)
+                    if signal.SIGINT in signals.got and stop is not None:  # Ctrl-C again: at once
+                        engine.stop(a.handle, signal.SIGKILL)
+                progress.show(screen, [(label[a.job.name], a.job) for a in running])
+                for a in list(running):
+                    code = engine.poll(a.handle)
+                    if code is None:
+                        continue
+                    running.remove(a)
+                    name = a.job.name
+                    ends[name], causes[name] = how_it_ended(a, code, stop is not None)
+                    if ends[name] == "finished":
+                        loss = next(
+                            r["val/loss"] for r in reversed(last_rows(a.job.out_dir)) if "val/loss" in r
+                        )
+                        screen.say(f"{label[name]}: val loss {loss:.4f}")
+                    elif ends[name] == "diverged":
+                        screen.say(f"{label[name]}: diverged {causes[name]}")
+                    elif ends[name] != "interrupted" and stop is None:
+                        tries[name] += 1
+                        again = tries[name] <= retries
+                        screen.say(f"{label[name]}: {ends[name]} ({causes[name]}){'; started again' * again}")
+                        if again:
+                            waiting.append(a.job)
+        finally:  # children are left here by an error of this program alone
+            for a in running:
+                engine.stop(a.handle)
+    if stop is not None and any(end in ("unfinished", "interrupted") for end in ends.values()):
+        return stop
+    return report(jobs, ends, causes)
+
+
+def how_it_ended(a: Attempt, code: int, asked: bool) -> tuple[str, str]:
+    """(finished | diverged | interrupted | hung | lost | failed, the cause in words)."""
+    now, step = state(a.job)
+    if now == "finished" or (now == "diverged" and code >= 0):
+        return now, f"at step {step}"
+    if asked:
+        return "interrupted", f"at step {step}"
+    if a.hung:
+        return "hung", f"no new step after {step}"
+    if code < 0 or code in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP):
+        number = -code if code < 0 else code - 128
+        return "lost", f"ended by {signal.Signals(number).name} at step {step}"
+    words = last_words(a.job, a.log_start)
+    return "failed", words if code else f"it ended at step {step} of {a.job.max_iters}: {words}"
+
+
+def report(jobs: list[Job], ends: dict[str, str], causes: dict[str, str]) -> int:
+    """Name on stderr every job that has not finished, those with the same cause together; the exit status."""
+    status = 0
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        if ends[job.name] != "finished":
+            cause = causes.get(job.name) or f"at step {state(job)[1]}"
+            groups.setdefault((ends[job.name], cause), []).append(job)
+    for (end, cause), members in groups.items():
+        names = "; ".join(job.name for job in members)
+        where = f"{members[0].out_dir / 'train.log'}"
+        if end == "diverged":
+            status = status or DIVERGED
+            text = (
+                f"{names} diverged {cause}: the loss was not finite; such a run is left as it is "
+                f"(see {where}; delete its folder to train it anew)"
+            )
+        else:
+            status = 1
+            text = f"{names} {'failed' if end == 'failed' else 'was ' + end}: {cause} (all of it: {where})"
+        write(sys.stderr, f"error: {text}\n")
+    return status
+
+
+class Progress:
+    """One line on all that runs: every second on a terminal, every ten elsewhere."""
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs = jobs
+        self.started, self.shown = time.monotonic(), time.monotonic()
+        self.at_start = self.steps_done()
+
+    def steps_done(self) -> int:
+        return sum(
+            step if s == "unfinished" else job.max_iters for job in self.jobs for s, step in [state(job)]
+        )
+
+    def show(self, screen: "Screen", running: list[tuple[str, Job]]) -> None:
+        now = time.monotonic()
+        if now - self.shown < (1 if screen.is_terminal else 10):
+            return
+        self.shown = now
+        parts = []
+        for name, job in running:
+            row = next((r for r in reversed(last_rows(job.out_dir)) if "train/loss" in r), None)
+            if row is not None:
+                loss = "nan" if row["train/loss"] is None else f"{row['train/loss']:.3f}"
+                speed = row.get("tok_per_sec") or 0
+                parts.append(f"{name}: step {row['iter']}/{job.max_iters} loss {loss} {speed:,.0f} tok/s")
+        if not parts:
+            return
+        total, done = sum(job.max_iters for job in self.jobs), self.steps_done()
+        if done > self.at_start:
+            left = int((now - self.started) * (total - done) / (done - self.at_start))
+            parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+        screen.status(" | ".join(parts))
+
+
+class Screen:
+    """What is printed, on a terminal or elsewhere."""
+
+    def __init__(self):
+        self.is_terminal = sys.stdout is not None and sys.stdout.isatty()
+
+    def say(self, line: str) -> None:
+        write(sys.stdout, ("\r\033[K" if self.is_terminal else "") + line + "\n")
+
+    def status(self, line: str) -> None:
+        """A line that the next one replaces on a terminal."""
+        if self.is_terminal:
+            write(sys.stdout, "\r\033[K" + line[: os.get_terminal_size().columns - 1])
+        else:
+            write(sys.stdout, line + "\n")
+
+
+def write(stream, text: str) -> None:
+    """Print; a reader that has gone away costs the printing, never the work."""
+    try:
+        if stream is not None:
+            stream.write(text)
+            stream.flush()
+    except OSError:
+        # for the rest, and for Python's own flush at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Signals:
+    """Collects SIGINT, SIGTERM and SIGHUP instead of dying of them; as a context it gives back the old handlers."""
+
+    def __init__(self):
+        self.got: list[int] = []
+
+    def __enter__(self):
+        names = [s for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+        numbers = [getattr(signal, name) for name in names]
+        # nohup ignores SIGHUP, and means it
+        self.old = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+        for n in self.old:
+            signal.signal(n, lambda number, frame: self.got.append(number))
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
