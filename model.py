@@ -445,7 +445,7 @@ def liger_loss() -> nn.Module:
 
 def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
     """Token ids (B, 1) drawn from logits (B, V); top_p keeps the smallest set of tokens with that much probability."""
-    if temperature == 0:
+    if temperature < 1e-6:  # finer than float32 tells logits apart, and soon their quotient overflows
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
     if top_k:

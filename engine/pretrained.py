@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,11 @@ from pydantic import AliasChoices, Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import data
+from data.files import plain_name
+from data.meta import read_meta
 from data.records import Record, read_record
+from data.tokenizers import load_tokenizer
 from engine.errors import RunError
 
 # OpenAI's four models by name, so that their shape can be planned with without their weights.
@@ -116,6 +121,36 @@ def load(model, weights: dict, source) -> None:
         if not weights[name].isfinite().all():
             raise RunError(f"{name} in {source} is not finite (NaN or infinite): take an earlier checkpoint")
     model.load_state_dict(weights)
+
+
+def tokenizer(source: str, name: str, vocab_size: int):
+    """The tokenizer called `name`: a folder with it or with prepared data, or what load_tokenizer takes.
+
+    "" is the one that lies beside the weights or with the data that a ckpt.pt was trained on, else GPT-2's.
+    Raises RunError for one with more than vocab_size tokens.
+    """
+    place = Path(name or tokenizer_beside(Path(source).expanduser()) or "gpt2").expanduser()
+    meta = read_meta(place) if place.is_dir() else None
+    found = load_tokenizer(meta["tokenizer"], base_dir=place) if meta else load_tokenizer(place)
+    if found.n_vocab > vocab_size:
+        raise RunError(
+            f"{source} has {vocab_size} tokens, the tokenizer {found.name} {found.n_vocab}: say with --tokenizer=... "
+            "which one it was trained with, or in which folder its prepared data are"
+        )
+    return found
+
+
+def tokenizer_beside(path: Path) -> Path | None:
+    """The folder of a checkpoint, or that of the data which a nanoGPT one names, if a tokenizer lies there."""
+    places = [path] if path.is_dir() else [path.parent] if path.is_file() else []
+    if path.is_file():
+        config = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)).get(
+            "config"
+        )
+        if isinstance(config, dict) and isinstance(config.get("dataset"), str):
+            places.append(Path(data.__file__).parent / plain_name(config["dataset"]))
+    known = ("meta.json", "meta.pkl", "tokenizer.json")
+    return next((place for place in places if any((place / file).is_file() for file in known)), None)
 
 
 def read_nanogpt(path: Path) -> tuple[dict, dict]:

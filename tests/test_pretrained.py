@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import losses
+from test_configurator import NANOGPT
 
 import configurator
 import sample
@@ -74,25 +75,24 @@ def test_a_nanogpt_checkpoint_is_continued_and_evaluated(tmp_path, tiny_flags):
     assert run["body_sha256"] == theirs.body_sha256()
 
 
-def test_a_nanogpt_checkpoint_is_sampled(tmp_path, tiny_data, capsys, monkeypatch):
+def test_a_nanogpt_checkpoint_is_sampled(tmp_path, tiny_data, capsys):
     nanogpt_checkpoint(tmp_path / "ckpt.pt")
     flags = [
         f"--init_from={tmp_path / 'ckpt.pt'}",
+        f"--tokenizer={tiny_data}",
         "--start=ab",
         "--num_samples=1",
-        "--max_new_tokens=5",
-        "--device=cpu",
     ]
-    monkeypatch.setattr(sample, "load_tokenizer", lambda name: sample_tokenizer(tiny_data))
-    sample.main(configurator.load(flags, also=SampleConfig))
+    sample.main(configurator.load([*flags, "--max_new_tokens=5", "--device=cpu"], also=SampleConfig))
     assert capsys.readouterr().out.startswith("ab")
 
 
-def sample_tokenizer(folder):
-    from data.meta import read_meta
-    from data.tokenizers import load_tokenizer
+def test_a_folder_brings_its_own_tokenizer(tmp_path):
+    from tokenizers import Tokenizer, models
 
-    return load_tokenizer(read_meta(folder)["tokenizer"], folder)
+    gpt2_folder(tmp_path)
+    Tokenizer(models.BPE({c: i for i, c in enumerate("abc")}, [])).save(str(tmp_path / "tokenizer.json"))
+    assert pretrained.tokenizer(str(tmp_path), "", 99).n_vocab == 3
 
 
 def gpt2_folder(folder, **options):
@@ -204,9 +204,8 @@ def test_train_crops_and_refuses(tmp_path, tiny_flags):
     assert not (tmp_path / "other").exists()
 
 
-# nanoGPT's recipes that begin from a GPT-2, and the parameters of it without the padding of the vocabulary
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("name", "parameters"),
     [
         ("gpt2", 124_439_808),
         ("gpt2-medium", 354_823_168),
@@ -214,12 +213,14 @@ def test_train_crops_and_refuses(tmp_path, tiny_flags):
         ("gpt2-xl", 1_557_611_200),
     ],
 )
-def test_the_four_are_planned_without_a_network(name, size, tmp_path, capsys, monkeypatch):
+def test_nanogpts_recipes_from_a_gpt2_are_planned_without_a_network(
+    name, parameters, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(pretrained, "download", lambda name: pytest.fail("downloads"))
-    recipe = f"batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\ninit_from = '{name}'\n"
-    (tmp_path / "recipe.py").write_text(recipe)
+    recipe = NANOGPT["finetune_shakespeare" if name == "gpt2-xl" else "eval_gpt2"]
+    (tmp_path / "recipe.py").write_text(recipe.replace("'gpt2'", f"'{name}'"))
     train.cli([str(tmp_path / "recipe.py"), "--dry_run=True", "--device=cpu", f"--data_dir={tmp_path}"])
-    assert f"{size:,}" in capsys.readouterr().out
+    assert f"{parameters:,}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

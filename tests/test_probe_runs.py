@@ -11,8 +11,9 @@ import torch
 import model as gpt
 from data.tokenizers import load_tokenizer
 from engine import checkpoint
+from engine.prompts import parse_prompt
 from kronecker import build_byte_buffer
-from sample import load_run, parse_prompt
+from sample import load_run
 from scripts.probes import common as probe_common
 from scripts.probes import generation as probe_generation
 from scripts.probes import layers as probe_layers

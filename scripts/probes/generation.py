@@ -27,7 +27,7 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 import numpy as np
 import torch
 
-from sample import SLOT, parse_prompt
+from engine.prompts import SLOT, parse_prompt
 from scripts.analysis import report
 from scripts.probes import common
 
