@@ -58,7 +58,10 @@ class Config:
     dataset: str = key("fineweb_edu", "name of a folder in data/")
     data_dir: str = key("", "folder with the shards (empty: data/<dataset>)", path=True)
     batch_size: int = key(
-        12, "sequences in one forward and backward on one rank (the micro-batch)", low=1, high=2**20
+        12,
+        "largest micro-batch: sequences that one rank may take forward and backward at a time",
+        low=1,
+        high=2**20,
     )
     gradient_accumulation_steps: int = key(
         40, "micro-batches in one optimiser step, over all ranks together, as in nanoGPT", low=1, high=2**20

@@ -86,7 +86,8 @@ def main(config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")  # float32 matmuls on CUDA may use TF32
-    rows, micro_steps = plan.batch_split(config, world)
+    rows, micro_batch = plan.batch_split(config, world)
+    micro_steps = rows // (micro_batch * world)
     tokens_per_step = rows * config.block_size
 
     # ---- what the data is; a dry run needs no more than its description
@@ -119,7 +120,7 @@ def main(config) -> None:
     if config.wte != "kronecker" and config.wte_entropy:
         raise RunError(f"wte_entropy means nothing with wte={config.wte!r}: it belongs to wte='kronecker'")
     flops_token = flops.flops_per_token(model_config)
-    say(plan.describe(config, model_config, params, flops_token, rows, world, config.dtype != "float32"))
+    say(plan.describe(config, model_config, params, flops_token, world, config.dtype != "float32"))
     if config.dry_run:
         say("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
         return
@@ -166,6 +167,7 @@ def main(config) -> None:
         "flops_per_token": flops_token,
         "tokens_per_step": tokens_per_step,
         "world": world,
+        "micro_batch": micro_batch,
     }
     run = runs.signed(run, config, device)
     if config.check_only:
@@ -219,8 +221,8 @@ def main(config) -> None:
     def batches():
         for step in range(first, config.max_iters):
             for micro in range(micro_steps):
-                lo = (micro * world + ranks.rank) * config.batch_size
-                yield train.rows(step, lo, lo + config.batch_size)
+                lo = (micro * world + ranks.rank) * micro_batch
+                yield train.rows(step, lo, lo + micro_batch)
 
     def save(step: int) -> None:
         state.update(skipped=int(skipped), streak=int(streak), good=int(good), loss_scale=float(loss_scale))
@@ -266,9 +268,7 @@ def main(config) -> None:
         if evaluates:
             # at the end also by the frequency of the token read and of the token predicted
             counts = token_counts(data_dir, config.vocab_size) if last or config.eval_only else None
-            figures = evaluation.evaluate(
-                model, val, byte_lengths, config.batch_size, ranks, autocast, counts
-            )
+            figures = evaluation.evaluate(model, val, byte_lengths, micro_batch, ranks, autocast, counts)
             row = {"iter": step, "tokens": step * tokens_per_step} | figures | model.wte_norms()
             bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
             say(f"step {step:>6,}  val loss {row['val/loss']:.4f} +- {row['val/sem']:.4f}{bpb}")
@@ -380,8 +380,7 @@ def describe_data(out_dir: Path, meta: dict, tokenizer) -> None:
 def cli(argv: list[str]) -> None:
     config = configurator.load(argv)
     world = int(os.environ.get("WORLD_SIZE") or 1)
-    rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
-    with sentences(lambda: plan.memory_advice(config, rows, world)):
+    with sentences(lambda: plan.memory_advice(config, world)):
         main(config)
 
 

@@ -4,35 +4,40 @@ from engine.errors import RunError
 from engine.flops import CONVENTION, memory_estimate
 
 
+def global_batch(config) -> int:
+    """Sequences in one optimiser step, over all ranks."""
+    return config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
+
+
 def batch_split(config, world: int) -> tuple[int, int]:
-    """(sequences a step over all ranks, micro-steps of one rank); a split that does not come out even is refused."""
-    for name in ("max_iters", "eval_interval", "log_interval", "keep", "max_skipped"):
-        if getattr(config, name) < 1:
-            raise RunError(f"{name} is {getattr(config, name)}, but it must be at least 1")
-    rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
-    if config.batch_size < 1 or rows < 1:
-        raise RunError(f"batch_size {config.batch_size} and a global batch of {rows} must both be at least 1")
-    if rows % (config.batch_size * world):
-        together = config.batch_size * world
-        near = sorted({max(1, rows // together) * together, (rows // together + 1) * together})
-        advice = f"take a global batch of {' or '.join(map(str, near))}"
-        if rows % world == 0:
-            sizes = [b for b in range(1, rows // world + 1) if rows // world % b == 0]
-            advice = f"take a batch_size of {', '.join(map(str, sizes))}, or {advice[5:]}"
+    """(sequences a step over all ranks, sequences that a rank takes at a time).
+
+    The latter is the largest divisor of a rank's share that batch_size allows, so that every number of ranks that
+    divides the global batch will do; another one is refused with those nearest to it.
+    """
+    rows = global_batch(config)
+    if rows % world:
+        numbers = [w for w in range(1, min(rows, 4 * world) + 1) if rows % w == 0]
+        near = [max(w for w in numbers if w < world), *[w for w in numbers if w > world][:1]]
+        batches = [r for r in (rows // world * world, rows // world * world + world) if r]
         raise RunError(
-            f"a global batch of {rows} sequences does not divide into micro-batches of {config.batch_size} "
-            f"on {world} rank{'s' * (world > 1)}: {advice}"
+            f"a global batch of {rows} sequences does not divide among {world} ranks: take "
+            f"{' or '.join(map(str, near))} rank{'s' * (near != [1])}, or --global_batch_size="
+            f"{' or '.join(map(str, batches))}"
         )
-    return rows, rows // (config.batch_size * world)
+    return rows, largest_divisor(rows // world, config.batch_size)
 
 
-def describe(
-    config, model_config, params: dict, flops_token: int, rows: int, world: int, low_precision: bool
-) -> str:
+def largest_divisor(n: int, limit: int) -> int:
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
+
+
+def describe(config, model_config, params: dict, flops_token: int, world: int, low_precision: bool) -> str:
     """The plan as text: parameters by part, FLOPs, tokens, memory."""
+    rows, micro_batch = batch_split(config, world)
     tokens_step = rows * config.block_size
     saved = 1 - params["input"] / params["stock_table"]
-    memory = memory_estimate(model_config, params, config.batch_size, low_precision)
+    memory = memory_estimate(model_config, params, micro_batch, low_precision)
     total = sum(memory.values())
     flops = flops_token * tokens_step * config.max_iters
     compared = f"{saved:.1%} fewer than a learned table" if saved > 0 else "a learned table"
@@ -43,7 +48,8 @@ def describe(
         f"head        {params['head']:>13,}" + (" (tied)" if config.tie_weights else ""),
         f"all         {params['total']:>13,}",
         f"a step      {rows:,} sequences of {config.block_size:,} = {tokens_step:,} tokens on {world} rank{'s' * (world > 1)}, "
-        f"{config.batch_size} sequences at a time",
+        f"{micro_batch} at a time"
+        + (f" (batch_size allows {config.batch_size})" * (micro_batch < config.batch_size)),
         f"the run     {config.max_iters:,} steps, {tokens_step * config.max_iters:,} tokens, {flops:.3g} FLOPs",
         f"FLOPs       {flops_token:,} a token ({CONVENTION})",
         f"memory      about {total:.2f} GB a rank: {memory['state']:.2f} weights, gradients and moments, "
@@ -52,13 +58,13 @@ def describe(
     return "\n".join(lines)
 
 
-def memory_advice(config, rows: int, world: int) -> str:
+def memory_advice(config, world: int) -> str:
     """Which knob to turn, and by how much, so that less memory is needed and the run stays the same."""
-    smaller = [b for b in range(1, config.batch_size) if rows % (b * world) == 0]
-    if smaller:
-        half = max([b for b in smaller if b <= max(1, config.batch_size // 2)] or [smaller[0]])
+    rows, micro_batch = batch_split(config, world)
+    if micro_batch > 1:
+        smaller = largest_divisor(rows // world, micro_batch - 1)
         return (
-            f"--batch_size={half} instead of {config.batch_size} takes about {half / config.batch_size:.0%} of the "
+            f"--batch_size={smaller} instead of {micro_batch} takes about {smaller / micro_batch:.0%} of the "
             f"activations' memory and gives the same global batch of {rows} (--global_batch_size={rows})"
         )
     return f"batch_size is as small as it gets: lower block_size {config.block_size}, use more ranks, or a smaller model"

@@ -108,7 +108,6 @@ CASES = [
     ("no log interval", train, [*NEW, "--log_interval=0"], None, "must be at least 1"),
     ("nothing kept", train, [*NEW, "--keep=0"], None, "must be at least 1"),
     ("batch of nothing", train, [*NEW, "--batch_size=0"], None, "batch_size on the command line is 0, but it must be at least 1"),
-    ("global batch that does not divide", train, [*NEW, "--batch_size=3"], None, "take a batch_size of 1, 2, 4, 8"),
     ("step that is not a number", train, [*NEW, "--learning_rate=nan"], None, "must be a number"),
     ("beta2 of 1", train, [*NEW, "--beta2=1.0"], None, "beta2 on the command line is 1.0, but it must be below 1"),
     ("learning backwards", train, [*NEW, "--learning_rate=-1"], None, "must be at least 0"),

@@ -514,7 +514,7 @@ def recipe_flags(args, arm: str, seed: int, out_dir: Path, sweep: bool) -> list[
 def facts_of(flags: list[str]) -> dict:
     """The pinned facts of a run, from its arguments and data, before anything is trained."""
     config = configurator.load(flags, quiet=True)
-    rows, _ = engine_plan.batch_split(config, 1)
+    rows = engine_plan.global_batch(config)
     step = rows * config.block_size
     return {
         "tokens": step * config.max_iters,
