@@ -23,7 +23,7 @@ import configurator
 import kronecker
 from data import DataError
 from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, prefetch, token_counts
-from data.meta import read_meta
+from data.meta import describe
 from data.tokenizers import load_tokenizer
 from engine import checkpoint, evaluation, flops, metrics, plan, pretrained, runs
 from engine import ranks as engine_ranks
@@ -92,7 +92,7 @@ def main(config) -> None:
 
     # ---- what the data is; a dry run needs no more than its description
     data_dir = Path(config.data_dir or Path(__file__).parent / "data" / config.dataset)
-    meta = read_meta(data_dir) or {"tokenizer": "gpt2", "vocab_size": 50257}  # published shards are GPT-2's
+    meta = describe(data_dir, config.vocab_size)
     config.vocab_size = config.vocab_size or -(-meta["vocab_size"] // 64) * 64
 
     # ---- the model's shape, and what the run will cost
@@ -136,7 +136,7 @@ def main(config) -> None:
     try:
         tokenizer = load_tokenizer(meta["tokenizer"], base_dir=data_dir)
     except DataError as e:
-        if config.wte == "kronecker" or meta["tokenizer"] != "gpt2":
+        if config.wte == "kronecker" or meta["tokenizer"] not in ("gpt2", None):
             raise
         tokenizer = None  # a learned table trains without it
         say(f"note: {e}; bits per byte are left out")

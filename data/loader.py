@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from data import DataError
-from data.meta import read_meta
+from data.identity import check_ids, fingerprint  # noqa: F401 - a loader's user finds them here
+from data.meta import read_complete
 from data.shards import Shard, find_shards, open_shard
 
 ROUNDS = 6  # of the Feistel network; four already make it look random, see tests
-MAX_OPEN = 256  # files kept open, below the usual limit of 1,024 a process
+MAX_OPEN = 256  # files kept open at most, or half of what the system allows a process
 
 
 class TrainBatches:
@@ -161,7 +162,7 @@ class _Files:
 
     def _open_file(self, shard: int):
         with self._lock:
-            if len(self._open) >= MAX_OPEN:
+            while len(self._open) >= min(MAX_OPEN, _open_files_limit() // 2):
                 self._open.pop(next(iter(self._open)))  # the oldest; it closes when nobody reads it any more
             file = self._open[shard] = open(self._shards[shard].path, "rb", buffering=0)  # noqa: SIM115
         return file
@@ -171,6 +172,16 @@ class _Files:
 
     def __setstate__(self, state):
         self.__init__(state["_shards"])
+
+
+def _open_files_limit() -> int:
+    """How many files this process may have open at once (`ulimit -n`; 256 on macOS)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 2 * MAX_OPEN
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 2 * MAX_OPEN if soft == resource.RLIM_INFINITY else max(4, soft)
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -204,6 +215,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _open_split(data_dir, split: str) -> list[Shard]:
+    read_complete(data_dir)
     paths = find_shards(data_dir, split)
     if not paths:
         raise DataError(
@@ -214,58 +226,6 @@ def _open_split(data_dir, split: str) -> list[Shard]:
     if len({shard.dtype for shard in shards}) > 1:
         raise DataError(f"{data_dir} mixes shards of uint16 and uint32 tokens: they come from two tokenizers")
     return shards
-
-
-def fingerprint(data_dir) -> str:
-    """Hex identity of a folder's training tokens and their order on the disk.
-
-    From the SHA-256 of each shard where meta.json has them all; else from names, sizes and a sample of the
-    contents (64 pieces of 4 KiB a shard), which is quick for hundreds of gigabytes.
-    """
-    paths = find_shards(data_dir, "train")
-    recorded = {s["file"]: s for s in (read_meta(data_dir) or {}).get("shards", [])}
-    digest = hashlib.sha256()
-    for path in paths:
-        shard = open_shard(path)
-        known = recorded.get(path.name)
-        if known and known["tokens"] == shard.n_tokens:
-            digest.update(f"{shard.n_tokens} {known['sha256']}\n".encode())
-            continue
-        digest.update(f"{shard.n_tokens} {path.stat().st_size} {shard.dtype.str}\n".encode())
-        with open(path, "rb") as file:
-            for position in np.linspace(0, max(0, path.stat().st_size - 4096), 64).astype(np.int64).tolist():
-                file.seek(position)
-                digest.update(file.read(4096))
-    return digest.hexdigest()
-
-
-def check_ids(data_dir, vocab_size: int) -> None:
-    """Raise DataError where the data has token ids that a vocabulary of `vocab_size` lacks.
-
-    Takes meta.json's word where there is one, else looks at a sample of every shard's tokens.
-    """
-    meta = read_meta(data_dir)
-    highest = meta["vocab_size"] - 1 if meta else max_token(data_dir)
-    if highest >= vocab_size:
-        raise DataError(
-            f"{data_dir} was tokenized with ids up to {highest:,} but the model's vocab_size is {vocab_size:,}: "
-            f"set vocab_size to {highest + 1:,} or more, or take the data of the right tokenizer"
-        )
-
-
-def max_token(data_dir, sample: int = 1_000_000) -> int:
-    """The highest id among `sample` evenly spread tokens of each shard (all, where it has fewer)."""
-    highest = 0
-    for split in ("train", "val"):
-        for path in find_shards(data_dir, split):
-            tokens = open_shard(path).tokens
-            if len(tokens):
-                piece = min(len(tokens), max(1, sample // 64))
-                for start in np.linspace(0, len(tokens) - piece, 64 if piece < len(tokens) else 1).astype(
-                    np.int64
-                ):
-                    highest = max(highest, int(tokens[start : start + piece].max()))
-    return highest
 
 
 def token_counts(data_dir, vocab_size: int, limit: int = 100_000_000) -> np.ndarray:

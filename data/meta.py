@@ -9,38 +9,119 @@
      "byte_lengths": [1, 1, ...]}  bytes of text behind each token id, 0 for special tokens
 
 `documents` of a shard are those that *start* in it. A set still being prepared says `"complete": false`
-and carries a "resume" entry beside these. Nothing in it depends on when, or on how many cores, it was made.
+and carries a "next" entry in each shard's record. Nothing in it depends on when, or on how many cores, it was made.
 """
 
 import json
 import pickle
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from data import DataError
-from data.shards import find_shards, write_atomic
+from data.files import write_atomic
+from data.records import PlainName, Record, read_record
 
 META_NAME = "meta.json"
+FORMAT = 1
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class NextSchema(Record):
+    """Where the shard behind this one starts: a block of the source, and its tokens that belong to earlier shards."""
+
+    position: list | dict | None
+    tokens: Count
+    skipped: dict[str, Count]
+
+
+class ShardSchema(Record):
+    """One shard in meta.json's list. next: None behind the last; absent where nobody goes on from here."""
+
+    file: PlainName
+    split: Literal["train", "val"]
+    tokens: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    documents: Count | None = None
+    next: NextSchema | None = None
+
+
+class TokenizerSchema(Record):
+    """What data.tokenizers.load_tokenizer takes."""
+
+    kind: Literal["tiktoken", "hf", "bytebpe", "chars"]
+    name: str = ""
+    file: PlainName = ""
+    itos: list[str] = []
+    eot: Count | None = None
+
+
+class MetaSchema(Record):
+    """meta.json; the head of this file explains the keys."""
+
+    format: int
+    dataset: str = ""
+    complete: bool = True
+    tokenizer: TokenizerSchema | None
+    vocab_size: Annotated[int, Field(ge=1)]
+    eot: Count | None = None
+    dtype: Literal["uint16", "uint32"] = "uint16"
+    documents: Count = 0
+    tokens: dict[str, Count] = {}
+    skipped: dict[str, Count] = {}
+    made: dict = {}
+    versions: dict = {}
+    shards: list[ShardSchema] = []
+    byte_lengths: list[Count] = []
 
 
 def read_meta(data_dir) -> dict | None:
     """The description of a prepared folder, or None where there is none (published shards).
 
     nanoGPT's `meta.pkl` (characters) is read too, by an unpickler that knows only plain containers, and is
-    returned in the same form. Raises DataError where the file is there but damaged.
+    returned in the same form. Raises DataError where the file is there but damaged or of a later format.
     """
     folder = Path(data_dir)
     path = folder / META_NAME
     if path.is_file():
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise DataError(f"{path} is damaged ({error}); delete it and prepare the data again") from error
-        if not isinstance(meta, dict) or "tokenizer" not in meta or "vocab_size" not in meta:
-            raise DataError(f"{path} does not describe prepared data (no tokenizer or vocab_size in it)")
+        meta = read_record(path, MetaSchema, "the description of prepared data").model_dump(
+            exclude_unset=True
+        )
+        if meta["format"] != FORMAT:
+            raise DataError(
+                f"{path} is of format {meta['format']}, but only format {FORMAT} is known here: update this "
+                "project, or prepare the data again"
+            )
         return meta
     if (folder / "meta.pkl").is_file():
         return _read_nanogpt_meta(folder / "meta.pkl")
     return None
+
+
+def read_complete(data_dir) -> dict | None:
+    """`read_meta`, with a DataError where the preparation is unfinished: its shards may be of two makings."""
+    meta = read_meta(data_dir)
+    if meta is not None and not meta.get("complete", True):
+        raise DataError(
+            f"{data_dir} is not finished: run its prepare.py again with the same options, to the end"
+        )
+    return meta
+
+
+def describe(data_dir, vocab_size: int = 0) -> dict:
+    """`read_meta`, or for folders without a description what they are taken for.
+
+    Published shards are GPT-2's, unless a smaller `vocab_size` says that they cannot be: then the tokenizer is
+    None, as it is where meta.pkl gives only a number of ids.
+    """
+    meta = read_meta(data_dir)
+    if meta is not None:
+        return meta
+    if 0 < vocab_size < 50257:
+        return {"tokenizer": None, "vocab_size": vocab_size}
+    return {"tokenizer": "gpt2", "vocab_size": 50257}
 
 
 def write_meta(data_dir, meta: dict) -> None:
@@ -51,6 +132,12 @@ def write_meta(data_dir, meta: dict) -> None:
         lengths = ",".join(str(int(n)) for n in meta["byte_lengths"])
         text = f'{text[:-2]},\n "byte_lengths": [{lengths}]\n}}'
     write_atomic(Path(data_dir) / META_NAME, (text + "\n").encode())
+
+
+def mark_incomplete(data_dir, meta: dict) -> None:
+    """Say in meta.json that the folder is being made, before the first file of an older making is replaced."""
+    about = ("format", "dataset", "tokenizer", "vocab_size")
+    write_meta(data_dir, {key: meta[key] for key in about} | {"complete": False})
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -64,8 +151,17 @@ def _read_nanogpt_meta(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             raw = _PlainUnpickler(file).load()
-        characters = [raw["itos"][i] for i in range(int(raw["vocab_size"]))]
-        if not all(isinstance(c, str) for c in characters):
+        n = int(raw["vocab_size"])
+        if "itos" not in raw and n > 0:  # all that nanoGPT's train.py asks for
+            return {
+                "format": FORMAT,
+                "dataset": path.parent.name,
+                "complete": True,
+                "tokenizer": None,
+                "vocab_size": n,
+            }
+        characters = [raw["itos"][i] for i in range(n)]
+        if not characters or not all(isinstance(c, str) for c in characters):
             raise KeyError("itos")
     except Exception as error:  # a hostile or damaged pickle may raise anything
         raise DataError(
@@ -78,7 +174,7 @@ def _read_nanogpt_meta(path: Path) -> dict:
 def characters_meta(dataset: str, characters: list[str]) -> dict:
     """The description of a character-level set: id i stands for characters[i]."""
     return {
-        "format": 1,
+        "format": FORMAT,
         "dataset": dataset,
         "complete": True,
         "tokenizer": {"kind": "chars", "itos": characters},
@@ -87,12 +183,3 @@ def characters_meta(dataset: str, characters: list[str]) -> dict:
         "dtype": "uint16",
         "byte_lengths": [len(c.encode("utf-8", "surrogatepass")) for c in characters],
     }
-
-
-def is_prepared(data_dir) -> bool:
-    """Whether a folder holds a finished set: both splits, and no preparation still under way."""
-    folder = Path(data_dir)
-    if not folder.is_dir() or not find_shards(folder, "train") or not find_shards(folder, "val"):
-        return False
-    meta = read_meta(folder)
-    return meta is None or meta.get("complete", True)

@@ -28,8 +28,10 @@ import numpy as np
 
 from data import DataError
 from data.fast_bpe import FastEncoder
+from data.files import publish
+from data.files import sha256 as sha256_of
 from data.meta import read_meta, write_meta
-from data.shards import MAX_TOKENS, dtype_for, header_bytes, open_shard, publish
+from data.shards import MAX_TOKENS, dtype_for, header_bytes, open_shard
 from data.sources import Block, read_payload
 from data.tokenizers import load_tokenizer
 
@@ -131,15 +133,6 @@ class _OpenShard:
         with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails again
             self._file.close()
         self.temporary.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(1 << 22):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ the set

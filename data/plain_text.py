@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError
+from data.files import write_atomic
 from data.meta import characters_meta, write_meta
-from data.shards import dtype_for, write_atomic
+from data.shards import dtype_for
 from data.tokenizers import load_tokenizer
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -11,16 +11,16 @@ Everything is little-endian. A shard appears under its name only when it is whol
 flushed to the disk, and renamed.
 """
 
-import os
 import re
 import struct
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data import DataError
+from data.files import write_atomic
+from data.meta import read_meta
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -49,30 +49,45 @@ class Shard:
 def find_shards(data_dir, split: str) -> list[Path]:
     """The files of a split ("train" or "val") in order; an empty list where there are none.
 
-    Looks for `*_{split}_*.bin`, else nanoGPT's `{split}.bin`, else build-nanogpt's `*_{split}_*.npy`.
+    Those that meta.json lists, whether they are there or not. Without such a list `*_{split}_<digits>.bin`, else
+    nanoGPT's `{split}.bin`, else build-nanogpt's `*_{split}_<digits>.npy`; hidden files never.
     Raises DataError where the folder does not exist or holds shards of two data sets.
     """
     folder = Path(data_dir)
     if not folder.is_dir():
         raise DataError(f"no folder {folder}: prepare a data set first, e.g. python data/pydocs/prepare.py")
-    for pattern in (f"*_{split}_*.bin", f"{split}.bin", f"*_{split}_*.npy"):
-        found = [path for path in folder.glob(pattern) if path.is_file()]
+    if listed := (read_meta(folder) or {}).get("shards"):
+        return [folder / shard["file"] for shard in listed if shard["split"] == split]
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    for pattern in (
+        rf"([^.].*)_{split}_([0-9]+)\.bin",
+        rf"()({split})\.bin",
+        rf"([^.].*)_{split}_([0-9]+)\.npy",
+    ):
+        found = [match for name in names if (match := re.fullmatch(pattern, name))]
         if not found:
             continue
-        prefixes = sorted({path.name.rpartition(f"_{split}_")[0] for path in found})
+        prefixes = sorted({match[1] for match in found})
         if len(prefixes) > 1:
             raise DataError(
                 f"{folder} holds shards of {len(prefixes)} data sets ({', '.join(prefixes)}): "
                 "give each a folder of its own, or they would be mixed"
             )
-        return sorted(found, key=_shard_order)
+        # by number, so that a set written without leading zeros is in order too
+        return [
+            folder / match[0]
+            for match in sorted(found, key=lambda m: (len(m[2].lstrip("0")), m[2].lstrip("0"), m[0]))
+        ]
     return []
 
 
-def _shard_order(path: Path):
-    """Numbered names by number, so that a set written without leading zeros is still in order."""
-    digits = re.search(r"(\d+)$", path.stem)
-    return (int(digits.group(1)) if digits else -1, path.name)
+def is_prepared(data_dir) -> bool:
+    """Whether a folder holds a finished set: both splits, and no preparation still under way."""
+    folder = Path(data_dir)
+    if not folder.is_dir() or not (read_meta(folder) or {}).get("complete", True):
+        return False
+    splits = [find_shards(folder, split) for split in ("train", "val")]
+    return all(splits) and all(path.is_file() for paths in splits for path in paths)
 
 
 def open_shard(path) -> Shard:
@@ -157,30 +172,3 @@ def write_shard(path, tokens: np.ndarray) -> None:
         raise DataError(f"tokens of a shard are one row, not an array of shape {tokens.shape}")
     little = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
     write_atomic(path, header_bytes(len(little), little.dtype), memoryview(little).cast("B"))
-
-
-def write_atomic(path, *chunks) -> None:
-    """Write byte chunks to `path` through a temporary file beside it, an fsync and a rename."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Rename a finished, flushed file to its real name and make the rename itself durable."""
-    os.replace(temporary, path)
-    if sys.platform != "win32":  # a folder cannot be opened for flushing there
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -48,6 +48,8 @@ def load_tokenizer(spec, base_dir=None):
     base_dir: the folder that holds the files which a dict spec mentions (a prepared set's, or a run's).
     Raises DataError where it cannot be had.
     """
+    if spec is None:
+        raise DataError("the data does not say which tokenizer made it, so its ids cannot be read as text")
     if isinstance(spec, str | Path):
         return _load_by_name(str(spec))
     kind = spec.get("kind")

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError
+from data.files import sha256 as sha256_of
 from data.meta import read_meta
-from data.pipeline import sha256_of
 from data.shards import find_shards, open_shard
 from data.tokenizers import load_tokenizer
 

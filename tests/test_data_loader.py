@@ -1,5 +1,6 @@
 """The loader: every window once an epoch, the same rows however they are asked for, and no growing memory."""
 
+import hashlib
 import threading
 import time
 
@@ -137,24 +138,29 @@ def test_fingerprint_follows_contents_with_and_without_meta(folder):
     write_shard(folder / "x_train_000002.bin", tokens)
     assert fingerprint(folder) != first
     records = [
-        {"file": f"x_train_00000{k}.bin", "tokens": n, "sha256": s}
-        for k, n, s in ((1, 101, "a"), (2, 55, "b"))
+        {"file": p.name, "split": "train", "tokens": n, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+        for p, n in ((folder / "x_train_000001.bin", 101), (folder / "x_train_000002.bin", 55))
     ]
-    write_meta(folder, characters_meta("x", ["a"]) | {"shards": records})
     known = fingerprint(folder)
-    records[1]["sha256"] = "c"
     write_meta(folder, characters_meta("x", ["a"]) | {"shards": records})
-    assert fingerprint(folder) != known
+    assert fingerprint(folder) == known  # the record changes nothing while it is true
+    records[1]["sha256"] = "c" * 64
+    write_meta(folder, characters_meta("x", ["a"]) | {"shards": records})
+    with pytest.raises(DataError, match=r"x_train_000002\.bin is not what was prepared"):
+        fingerprint(folder)
 
 
 def test_ids_beyond_the_vocabulary_are_reported(folder):
     check_ids(folder, 20_055)
     with pytest.raises(DataError, match="20,054"):
         check_ids(folder, 20_054)
-    write_meta(folder, characters_meta("x", ["a"] * 300))
-    check_ids(folder, 300)
-    with pytest.raises(DataError, match="vocab_size"):
-        check_ids(folder, 299)
+    write_meta(folder, characters_meta("x", ["a"] * 20_055))
+    check_ids(folder, 20_055)
+    with pytest.raises(DataError, match="vocab_size is 20,054"):
+        check_ids(folder, 20_054)
+    write_meta(folder, characters_meta("x", ["a"] * 300))  # the model may have more ids than the tokenizer
+    with pytest.raises(DataError, match="its vocabulary ends at 299"):
+        check_ids(folder, 30_000)
 
 
 def test_prefetch_keeps_order_hands_on_errors_and_stops():
@@ -193,6 +199,28 @@ def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     x, _ = batches.rows(0, 0, 110)
     assert sorted(x[:, 0].tolist()) == sorted(k for k in range(1, 12) for _ in range(10))
     assert len(batches._files._open) == 3
+
+
+def test_more_shards_than_the_system_lets_a_process_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    for k in range(1, 302):
+        write_shard(tmp_path / f"x_train_{k:06d}.bin", np.full(11, k, np.uint16))
+    batches = TrainBatches(tmp_path, 10, 301, seed=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        x, _ = batches.rows(0, 0, 301)
+        assert fingerprint(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sorted(x[:, 0].tolist()) == list(range(1, 302))
+
+
+def test_an_unfinished_set_is_not_read(folder):
+    write_meta(folder, characters_meta("x", ["a"]) | {"complete": False})
+    for reader in (lambda: TrainBatches(folder, 10, 1, 0), lambda: ValWindows(folder, 10, 100)):
+        with pytest.raises(DataError, match=r"is not finished: run its prepare\.py again"):
+            reader()
 
 
 def test_reading_does_not_grow_memory(tmp_path):

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from data import DataError, pipeline, sources, verify
 from data.fast_bpe import UNSURE, FastEncoder, character_classes, safe_cut
 from data.fineweb_edu import prepare as fineweb
-from data.meta import is_prepared, read_meta
+from data.meta import read_meta
 from data.pipeline import folder_lock, prepare_shards
-from data.shards import find_shards, open_shard, write_shard
+from data.shards import find_shards, is_prepared, open_shard, write_shard
 from data.tokenizers import END_OF_TEXT, clean_text, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from data import DataError, plain_text
-from data.meta import characters_meta, is_prepared, read_meta, write_meta
-from data.shards import find_shards, header_bytes, open_shard, write_shard
+from data.meta import characters_meta, describe, read_complete, read_meta, write_meta
+from data.shards import find_shards, header_bytes, is_prepared, open_shard, write_shard
 from data.tokenizers import END_OF_TEXT, byte_of_character, clean_text, load_tokenizer
 
 
@@ -82,6 +82,25 @@ def test_shards_are_found_in_order_and_two_sets_are_not_mixed(tmp_path):
         find_shards(tmp_path, "train")
 
 
+def test_copies_hidden_files_and_what_meta_does_not_list_are_no_shards(tmp_path):
+    for name in ("m_train_000001.bin", "m_train_000002.bin"):
+        write_shard(tmp_path / name, np.array([1, 2], np.uint16))
+    for name in (
+        "m_train_000001 (1).bin",
+        "._m_train_000001.bin",
+        "m_train_x.bin",
+        "m_train_1².bin",
+        "_train_1.bin",
+    ):
+        (tmp_path / name).write_bytes(b"junk")
+    (tmp_path / "m_train_000009.bin").mkdir()
+    assert [p.name for p in find_shards(tmp_path, "train")] == ["m_train_000001.bin", "m_train_000002.bin"]
+    record = {"file": "m_train_000002.bin", "split": "train", "tokens": 2, "sha256": "0" * 64}
+    write_meta(tmp_path, characters_meta("m", ["a", "b", "c"]) | {"shards": [record]})
+    assert [p.name for p in find_shards(tmp_path, "train")] == ["m_train_000002.bin"]
+    assert find_shards(tmp_path, "val") == [] and not is_prepared(tmp_path)
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "x_train_000001.bin"
     write_shard(path, np.array([1], np.uint16))
@@ -107,6 +126,55 @@ def test_meta_round_trip_and_damage(tmp_path):
     (tmp_path / "meta.json").write_text('{"tokenizer": ')
     with pytest.raises(DataError, match="damaged"):
         read_meta(tmp_path)
+
+
+SHARD = {"file": "x_train_000001.bin", "split": "train", "tokens": 1, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ([], "JSON object"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": "65"}, "vocab_size"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"tokenizer": "gpt2"}, "tokenizer"),
+        ({"tokenizer": {"kind": "exec"}}, "tokenizer.kind"),
+        ({"tokenizer": {"kind": "hf", "file": "/etc/passwd"}}, "tokenizer.file"),
+        ({"complete": "yes"}, "complete"),
+        ({"format": 2}, "format 2.*update"),
+        ({"byte_lengths": [1, -1]}, "byte_lengths"),
+        ({"shards": {"a": 1}}, "shards"),
+        ({"shards": [SHARD | {"file": "../precious.dat"}]}, "shards.0.file"),
+        ({"shards": [SHARD | {"file": "/precious.dat"}]}, "shards.0.file"),
+        ({"shards": [SHARD | {"file": "..\\precious.dat"}]}, "shards.0.file"),
+        ({"shards": [SHARD | {"tokens": 1.5}]}, "shards.0.tokens"),
+        ({"shards": [SHARD | {"split": "test"}]}, "shards.0.split"),
+        ({"shards": [SHARD | {"next": {"position": 7}}]}, "shards.0.next"),
+        ({"shards": [{k: v for k, v in SHARD.items() if k != "sha256"}]}, "shards.0.sha256"),
+    ],
+)
+def test_a_meta_json_of_another_shape_is_one_sentence(tmp_path, change, hint):
+    meta = [] if change == [] else characters_meta("toy", ["a"]) | change
+    meta = {k: v for k, v in meta.items() if v is not None or k == "eot"} if meta else meta
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=hint) as caught:
+        read_meta(tmp_path)
+    assert "meta.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_folders_without_a_description_are_taken_for(tmp_path):
+    assert describe(tmp_path)["vocab_size"] == describe(tmp_path, 50304)["vocab_size"] == 50257
+    assert describe(tmp_path, 65) == {"tokenizer": None, "vocab_size": 65}
+    # all that nanoGPT's train.py asks of meta.pkl
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))
+    assert describe(tmp_path)["vocab_size"] == 65 and read_complete(tmp_path)["tokenizer"] is None
+    with pytest.raises(DataError, match="does not say which tokenizer"):
+        load_tokenizer(None)
+    for wrong in ({"vocab_size": 0}, {"vocab_size": 2, "itos": {0: "a"}}, {"itos": {0: "a"}}, [65]):
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(wrong))
+        with pytest.raises(DataError, match="not the plain meta"):
+            read_meta(tmp_path)
 
 
 def test_nanogpt_meta_pkl_is_read_but_runs_no_code(tmp_path):

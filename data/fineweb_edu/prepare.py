@@ -33,8 +33,9 @@ if __package__ in (None, ""):  # run as a file: let `import data` find the proje
 import numpy as np
 
 from data import DataError
+from data.files import sha256 as sha256_of
 from data.meta import read_meta, write_meta
-from data.pipeline import folder_lock, prepare_shards, sha256_of
+from data.pipeline import folder_lock, prepare_shards
 from data.shards import find_shards, open_shard
 from data.sources import check_files, hub_blocks, hub_stream, local_blocks
 from data.tokenizers import load_tokenizer

@@ -30,8 +30,9 @@ if __package__ in (None, ""):  # run as a file: let `import data` find the proje
 import numpy as np
 
 from data import DataError
-from data.meta import is_prepared, write_meta
-from data.shards import write_atomic, write_shard
+from data.files import write_atomic
+from data.meta import write_meta
+from data.shards import is_prepared, write_shard
 from data.tokenizers import FILE_NAME, load_tokenizer
 
 VOCAB_SIZE = 4096  # end-of-text, the last id, included

@@ -48,8 +48,9 @@ import torch
 import configurator
 from data import DataError
 from data.loader import ValWindows, fingerprint
-from data.meta import is_prepared, read_meta, write_meta
+from data.meta import read_meta, write_meta
 from data.pipeline import prepare_shards
+from data.shards import is_prepared
 from data.sources import check_files, local_blocks
 from data.tokenizers import load_tokenizer
 from engine import plan as engine_plan

@@ -1,0 +1,147 @@
+"""Which data this is, from its contents: the SHA-256 and the highest id of each shard, found in one reading.
+
+A reading of hundreds of gigabytes takes minutes, so its result is kept beside the shards, in `.contents.json`, and
+believed as long as a file's size and time of change are the same. (Where the folder cannot be written, each
+process reads again.)
+"""
+
+import contextlib
+import hashlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from data import DataError
+from data.files import write_json
+from data.meta import read_meta
+from data.records import Record, read_record
+from data.shards import find_shards, open_shard
+
+CONTENTS_NAME = ".contents.json"
+SETTLED_SECONDS = 2  # a file changed so lately may change again without another time of change
+
+
+class ContentSchema(Record):
+    """What one reading of a shard found. at: position among its tokens where its highest id first stands."""
+
+    size: int
+    mtime_ns: int
+    tokens: int
+    sha256: str
+    highest: int
+    at: int
+
+
+class ContentsSchema(Record):
+    """`.contents.json`: by file name."""
+
+    shards: dict[str, ContentSchema]
+
+
+def read_through(path: Path, eot: int | None = None) -> tuple[ContentSchema, int]:
+    """What a shard holds, from its first byte to its last; and how many of its tokens are `eot`."""
+    shard, stat = open_shard(path), path.stat()
+    digest, highest, at, documents, done = hashlib.sha256(), -1, 0, 0, 0
+    with open(path, "rb") as file:
+        digest.update(file.read(shard.offset))
+        while data := file.read(1 << 22):
+            digest.update(data)
+            tokens = np.frombuffer(data, shard.dtype)
+            if (top := int(tokens.max())) > highest:
+                highest, at = top, done + int(tokens.argmax())
+            if eot is not None:
+                documents += int(np.count_nonzero(tokens == eot))
+            done += len(tokens)
+    content = ContentSchema(
+        size=stat.st_size,
+        mtime_ns=stat.st_mtime_ns,
+        tokens=shard.n_tokens,
+        sha256=digest.hexdigest(),
+        highest=highest,
+        at=at,
+    )
+    return content, documents
+
+
+@lru_cache(maxsize=4096)
+def _read_once(path: Path, size: int, mtime_ns: int) -> ContentSchema:
+    return read_through(path)[0]
+
+
+def _settled(mtime_ns: int) -> bool:
+    return time.time() - mtime_ns / 1e9 > SETTLED_SECONDS
+
+
+def contents(data_dir, split: str, fresh: bool = False) -> dict[Path, ContentSchema]:
+    """What each shard of a split holds, in their order.
+
+    fresh: read every file again, whatever is remembered. Raises DataError for a shard that is not what meta.json
+    beside it says.
+    """
+    folder, paths = Path(data_dir), find_shards(data_dir, split)
+    recorded = {record["file"]: record for record in (read_meta(folder) or {}).get("shards", [])}
+    try:
+        known = read_record(folder / CONTENTS_NAME, ContentsSchema, "a memory of shards").shards
+    except DataError:  # none yet, or damaged: everything is read again
+        known = {}
+
+    def content(path: Path) -> ContentSchema:
+        open_shard(path)  # says what is wrong with a missing or damaged file
+        stat, old = path.stat(), known.get(path.name)
+        if fresh or not _settled(stat.st_mtime_ns):
+            return read_through(path)[0]
+        if old is not None and (old.size, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return old
+        return _read_once(path, stat.st_size, stat.st_mtime_ns)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing leaves Python's lock
+        found = dict(zip(paths, threads.map(content, paths), strict=True))
+    for path, content in found.items():
+        record = recorded.get(path.name)
+        if record is not None and (record["tokens"], record["sha256"]) != (content.tokens, content.sha256):
+            raise DataError(
+                f"{path} is not what was prepared: its SHA-256 differs from meta.json's; delete it and run its "
+                "prepare.py again, or download it again"
+            )
+    settled = {path.name: content for path, content in found.items() if _settled(content.mtime_ns)}
+    if any(known.get(name) != content for name, content in settled.items()):
+        merged = {name: content.model_dump() for name, content in (known | settled).items()}
+        # a folder that one may only read, or another rank that writes the same
+        with contextlib.suppress(OSError):
+            write_json(folder / CONTENTS_NAME, {"shards": merged})
+    return found
+
+
+def fingerprint(data_dir, fresh: bool = False) -> str:
+    """Hex identity of a folder's training tokens and their order on the disk; arguments and errors of `contents`."""
+    digest = hashlib.sha256()
+    for content in contents(data_dir, "train", fresh).values():
+        digest.update(f"{content.tokens} {content.sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def check_ids(data_dir, vocab_size: int) -> None:
+    """Raise DataError where a shard has a token id that the model, or the data's own tokenizer, lacks."""
+    meta = read_meta(data_dir)
+    if meta and meta["vocab_size"] > vocab_size:
+        raise DataError(
+            f"{data_dir} was tokenized with {meta['vocab_size']:,} ids but the model's vocab_size is {vocab_size:,}: "
+            f"set vocab_size to {meta['vocab_size']:,} or more, or leave it at 0"
+        )
+    n_ids = meta["vocab_size"] if meta else vocab_size
+    for split in ("train", "val"):
+        for path, content in contents(data_dir, split).items():
+            if content.highest >= n_ids:
+                raise DataError(
+                    f"{path} has the token id {content.highest:,} at position {content.at:,}, but "
+                    + (
+                        f"its vocabulary ends at {n_ids - 1:,}: it is damaged, so prepare or download it again"
+                        if meta
+                        else f"vocab_size is {n_ids:,}: set vocab_size to {content.highest + 1:,} or more, or take "
+                        "the data of the right tokenizer"
+                    )
+                )
