@@ -1,25 +1,30 @@
 """Write a trained run as a plain GPT-2 checkpoint of transformers, which needs nothing of this project.
 
-    python -m scripts.export_hf out/demo/kronecker_s1337 exported/kronecker
+    python scripts/export_hf.py out/demo/kronecker_s1337 exported/kronecker
     python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('exported/kronecker')"
+    lm_eval --model hf --model_args pretrained=exported/kronecker --tasks lambada_openai
 
-The Kronecker table is computed once and stored as an ordinary wte.weight with an untied head; a head tied to it is
-stored with its scalar multiplied in. With transformers installed the exported folder is loaded back and its logits
-are compared with ours; they must agree to 1e-4.
+Whatever makes the input embeddings, they are computed once and stored as an ordinary wte.weight; a head tied to
+anything but that very table is stored as its own, with its scalar multiplied in. The tokenizer goes beside it. With
+transformers installed the exported folder is loaded back and its logits are compared with ours; they must agree
+to 1e-4.
 """
 
 import argparse
-import json
 import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+if not __package__:  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from safetensors.torch import save_file
 
-from engine.errors import RunError
-from kronecker.tokens import byte_level_alphabet, token_id_to_bytes
+from data.files import write_json, write_text
+from engine.errors import RunError, sentences
+from kronecker.tokens import byte_level_alphabet
 from sample import load_run
 
 # transformers keeps these (in, out), as GPT-2's first code did
@@ -29,25 +34,23 @@ TOLERANCE = 1e-4
 
 @torch.no_grad()
 def gpt2_weights(model) -> tuple[dict[str, torch.Tensor], bool]:
-    """(state_dict of GPT2LMHeadModel in float32, whether its head is tied)."""
-    config, state = model.config, {k: v.detach().float().cpu() for k, v in model.state_dict().items()}
-    table = model.transformer.wte.table() if config.wte == "kronecker" else model.transformer.wte.weight
-    table = table.detach().float().cpu().contiguous()
-    weights = {"transformer.wte.weight": table}
+    """(state_dict of GPT2LMHeadModel in float32 on the CPU, whether its head is tied) of a model on the CPU."""
+    config, state = model.config, model.state_dict()
+    table, embedded = model.embed(torch.arange(config.vocab_size)[None])
+    weights = {"transformer.wte.weight": embedded[0]}
     for name, tensor in state.items():
         if name.startswith(("transformer.wpe.", "transformer.h.", "transformer.ln_f.")):
-            weights[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-    if not config.bias:  # transformers' GPT-2 has biases everywhere; zeros change nothing
-        for name in [n for n in weights if n.endswith(".weight") and ".wte." not in n and ".wpe." not in n]:
-            width = weights[name].size(-1)
-            weights[name.removesuffix("weight") + "bias"] = torch.zeros(width)
-    if config.tie_weights and config.wte == "stock":
-        return weights, True
-    if config.tie_weights:
-        weights["lm_head.weight"] = table * float(model.head_scale)
-    else:
+            weights[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+            if (
+                not config.bias and ".wpe." not in name
+            ):  # transformers' GPT-2 has biases; zeros change nothing
+                weights[name.removesuffix("weight") + "bias"] = torch.zeros(tensor.size(0))
+    tied = model.lm_head is None and model.head_scale is None and config.wte_norm == "none"
+    if model.lm_head is not None:
         weights["lm_head.weight"] = state["lm_head.weight"]
-    return {name: tensor.contiguous() for name, tensor in weights.items()}, False
+    elif not tied:
+        weights["lm_head.weight"] = table * (1 if model.head_scale is None else model.head_scale)
+    return {name: tensor.float().contiguous() for name, tensor in weights.items()}, tied
 
 
 def gpt2_config(config, tied: bool, eot: int | None) -> dict:
@@ -61,9 +64,7 @@ def gpt2_config(config, tied: bool, eot: int | None) -> dict:
         "n_head": config.n_head,
         "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
         "layer_norm_epsilon": 1e-5,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "tie_word_embeddings": tied,
         "bos_token_id": eot,
         "eos_token_id": eot,
@@ -72,13 +73,18 @@ def gpt2_config(config, tied: bool, eot: int | None) -> dict:
 
 
 def tokenizer_json(backend) -> str | None:
-    """A tokenizer.json for transformers; None for characters, or where the conversion would not be exact."""
-    if hasattr(backend, "to_str"):
-        return backend.to_str()
-    if not hasattr(backend, "decode_single_token_bytes"):
-        return None
+    """A tokenizer.json for a tokenizer's backend; None where the conversion would not be exact."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+    if hasattr(backend, "to_str"):
+        return backend.to_str()
+    if isinstance(backend, list):  # characters
+        made = Tokenizer(
+            models.WordLevel({piece.decode(): i for i, piece in enumerate(backend)}, unk_token="")
+        )
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        made.decoder = decoders.Fuse()
+        return made.to_str()
     ranks, alphabet = backend._mergeable_ranks, byte_level_alphabet()
     spelled = {piece: "".join(alphabet[byte] for byte in piece) for piece in ranks}
     merges = []
@@ -113,23 +119,20 @@ def last_merge(piece: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes,
 
 @torch.no_grad()
 def largest_difference(model, folder: Path) -> float:
-    """Of the logits, ours against transformers' from the folder, over prefixes of random windows."""
+    """Of the logits, ours against transformers' from the folder, over prefixes of random windows; NaN if any is."""
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     length = min(model.config.block_size, 64)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    expected = theirs(ids).logits
-    worst = 0.0
-    for end in {1, 2, length // 2, length}:
-        ours, _ = model(ids[:, :end])
-        worst = max(worst, float((ours[:, -1].float() - expected[:, end - 1]).abs().max()))
-    return worst
+    ends = sorted({1, 2, length // 2, length} & set(range(1, length + 1)))
+    ours = torch.stack([model(ids[:, :end])[0][:, -1] for end in ends], dim=1)
+    return float((ours.float() - theirs(ids).logits[:, [end - 1 for end in ends]]).abs().max())
 
 
 def export(run_dir, out_dir, which: str = "latest") -> str:
     """Export a run's folder; returns a sentence on what was written. Raises RunError, leaving nothing behind."""
-    out_dir = Path(out_dir)
+    out_dir = Path(out_dir).expanduser().resolve()
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise RunError(f"{out_dir} already holds something: choose another folder or remove it")
     model, tokenizer, _ = load_run(run_dir, "cpu", which)
@@ -141,9 +144,8 @@ def export(run_dir, out_dir, which: str = "latest") -> str:
         config = gpt2_config(model.config, tied, tokenizer.eot)
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         write_json(unfinished / "config.json", config)
-        write_json(
-            unfinished / "generation_config.json", {k: config[k] for k in ("bos_token_id", "eos_token_id")}
-        )
+        special = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+        write_json(unfinished / "generation_config.json", special)
         said = [
             f"{sum(t.numel() for t in weights.values()):,} parameters",
             "tied head" if tied else "own head",
@@ -152,20 +154,24 @@ def export(run_dir, out_dir, which: str = "latest") -> str:
         if description is None:
             said.append(f"without its tokenizer ({tokenizer.name} has no exact tokenizer.json)")
         else:
-            (unfinished / "tokenizer.json").write_text(description, encoding="utf-8")
-            end = (
-                None
-                if tokenizer.eot is None
-                else token_id_to_bytes(tokenizer.backend, tokenizer.eot).decode()
-            )
+            end = None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
+            write_text(unfinished / "tokenizer.json", description)
             write_json(
                 unfinished / "tokenizer_config.json",
-                {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end},
+                {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "model_max_length": model.config.block_size,
+                    "clean_up_tokenization_spaces": False,
+                    "eos_token": end,
+                    "bos_token": end,
+                },
             )
         try:
+            if sys.flags.optimize > 1:
+                raise ImportError("transformers does not load under python -OO")
             difference = largest_difference(model, unfinished)
-        except ImportError:
-            said.append("logits not compared (transformers is not installed)")
+        except ImportError as error:
+            said.append(f"logits not compared ({error})")
         else:
             if not difference <= TOLERANCE:
                 raise RunError(
@@ -180,20 +186,16 @@ def export(run_dir, out_dir, which: str = "latest") -> str:
     return f"wrote {out_dir}: " + ", ".join(said)
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.export_hf", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="export_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--which", default="latest", help="checkpoint: latest, best, or a step's number")
     args = parser.parse_args(argv)
-    try:
+    with sentences():
         print(export(args.run, args.out, args.which))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
