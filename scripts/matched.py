@@ -38,7 +38,9 @@ OWN_KEYS = ("seed", "out_dir", "init_from", "eval_only", "dry_run", "check_only"
 
 def arguments(argv: list[str]):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog="Further --key=value go to train.py.", allow_abbrev=False
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Further --key=value go to train.py.",
+        allow_abbrev=False,
     )
     parser.add_argument("recipe", help="config file that all runs share, e.g. config/demo.py")
     parser.add_argument(

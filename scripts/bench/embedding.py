@@ -372,7 +372,7 @@ def without_folders(argument: str) -> str:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--text", help=".txt, .jsonl or .jsonl.xz to take real tokens from (GPT-2's, by tiktoken)"
     )

@@ -44,7 +44,7 @@ def load_nanogpt(folder: Path):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--nanogpt-dir", required=True, type=Path)
     parser.add_argument("--shape", default="gpt2", choices=SHAPES)
     parser.add_argument("--tokens", type=int, default=512, help="new tokens a sample")

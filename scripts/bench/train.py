@@ -278,7 +278,7 @@ def breakdown(shape: dict, args) -> dict:
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--nanogpt-dir", default="", help="checkout of nanoGPT to measure against")
     parser.add_argument(
         "--setting", default="gpt2-vocabulary,demo", help=f"with commas: {', '.join(SETTINGS)}"

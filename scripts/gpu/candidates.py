@@ -200,7 +200,7 @@ if __name__ == "__main__":
 
         install(Table)
         sys.exit(train.cli(sys.argv[3:]))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()

@@ -47,7 +47,7 @@ SCENES = ("fresh", "resumed")
 
 
 def arguments(argv: list[str]):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--stride", type=int, default=1, help="kill at every so many-th line")
     parser.add_argument(
         "--only", default="", help="kill only at lines of this file, e.g. engine/checkpoint.py"

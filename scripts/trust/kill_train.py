@@ -57,7 +57,9 @@ PATIENCE = 180  # seconds a start may take before it counts as hung
 
 def arguments(argv: list[str]):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog="Further --key=value go to train.py.", allow_abbrev=False
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Further --key=value go to train.py.",
+        allow_abbrev=False,
     )
     parser.add_argument("--kills", type=int, default=100, help="kills that must land on a living process")
     parser.add_argument("--seed", type=int, default=1, help="of the instants")

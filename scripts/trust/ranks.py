@@ -402,7 +402,7 @@ def table(rows: list[dict], provenance: dict) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="with commas")
     parser.add_argument("--arms", default="bpe_tied,kronecker", help="with commas")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data" / "pydocs", help="prepared if empty")
