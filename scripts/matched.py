@@ -3,6 +3,7 @@
     python scripts/matched.py config/demo.py --out=out/demo
     python scripts/matched.py config/gpt2_124m_fineweb_edu.py --out=out/gpt2_124m --nproc_per_node=8 --check
     python scripts/matched.py RECIPE --arms=bpe_untied,kronecker --seeds=1337 --max_iters=100
+    python scripts/matched.py config/experiments/ladder.py --jobs=2 --minutes=60
 
 Runs that are finished are left alone and interrupted ones go on, so the same command can be given again at
 any time. --check proves that the runs will match, and trains nothing. Keys that are not named here go to
@@ -11,10 +12,12 @@ train.py as they are.
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,8 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import configurator
-from scripts import pool
+from engine import flops
+from scripts import experiment, pool
 
+DEFAULT_ARMS, DEFAULT_SEEDS = "bpe_tied,bpe_untied,kronecker", "1337,1338,1339"
 ARMS = ROOT / "config" / "arms"
 # What all arms of one seed share, and what all runs share.
 PER_SEED = {"body_sha256": "body at step 0", "data_sha256": "data or its order"}
@@ -44,10 +49,16 @@ def arguments(argv: list[str]):
     )
     parser.add_argument("recipe", help="config file that all runs share, e.g. config/demo.py")
     parser.add_argument(
-        "--arms", default="bpe_tied,bpe_untied,kronecker", help="names in config/arms/, with commas"
+        "--arms",
+        default="",
+        help=f"names in config/arms/, with commas (default: {DEFAULT_ARMS}; an experiment's own)",
     )
-    parser.add_argument("--seeds", default="1337,1338,1339", help="with commas")
+    parser.add_argument(
+        "--seeds", default="", help=f"with commas (default: {DEFAULT_SEEDS}; an experiment's own)"
+    )
+    parser.add_argument("--rungs", default="", help="of an experiment: these alone, with commas")
     parser.add_argument("--out", default="", help="folder of the runs (default: out/<recipe>)")
+    parser.add_argument("--dry_run", action="store_true", help="print what would run and what it costs")
     parser.add_argument("--check", action="store_true", help="prove that the runs will match; train nothing")
     parser.add_argument("--nproc_per_node", type=int, default=1, help="ranks of one run, through torchrun")
     parser.add_argument(
@@ -62,6 +73,10 @@ def arguments(argv: list[str]):
         "--patience", type=float, default=3600, help="seconds without a new step after which a run hangs"
     )
     args, passed = parser.parse_known_args(argv)
+    args.experiment = experiment.read(args.recipe) if experiment.is_experiment(args.recipe) else None
+    if args.experiment is None:
+        args.arms, args.seeds = args.arms or DEFAULT_ARMS, args.seeds or DEFAULT_SEEDS
+    args.rungs = args.rungs.replace(",", " ").split()
     args.arms = list(dict.fromkeys(args.arms.replace(",", " ").split()))
     known = sorted(p.stem for p in ARMS.glob("*.py"))
     for arm in args.arms:
@@ -73,7 +88,7 @@ def arguments(argv: list[str]):
         args.seeds = list(dict.fromkeys(int(s) for s in args.seeds.replace(",", " ").split()))
     except ValueError:
         sys.exit(f"error: --seeds={args.seeds} are no whole numbers: write --seeds=1337,1338")
-    if not args.arms or not args.seeds:
+    if args.experiment is None and not (args.arms and args.seeds):
         sys.exit("error: there is nothing to run: name at least one arm and one seed")
     if args.nproc_per_node < 1:
         sys.exit(f"error: --nproc_per_node is {args.nproc_per_node}, but a run needs at least 1 rank")
@@ -88,7 +103,20 @@ def arguments(argv: list[str]):
     if args.minutes is not None and not 0 < args.minutes < 1e9:
         sys.exit(f"error: --minutes is {args.minutes}, but it must be above 0")
     args.out = Path(args.out or f"out/{Path(args.recipe).stem}")
-    refuse_false_labels(args, passed)
+    if args.experiment is None:
+        refuse_false_labels(args, passed)
+    elif passed:
+        sys.exit(
+            f"error: an experiment's file says all keys of its runs, so {passed[0]} cannot be given: change the file"
+        )
+    for what, given, known in (
+        ("rung", args.rungs, args.experiment.rungs if args.experiment else []),
+        ("arm", args.arms, args.experiment.arms if args.experiment else args.arms),
+    ):
+        for name in given:
+            if name not in known:
+                has = f"it has {', '.join(known)}" if known else "only experiments have rungs"
+                sys.exit(f"error: {args.recipe} has no {what} {name!r}: {has}")
     return args, passed
 
 
@@ -206,8 +234,108 @@ def check(args, passed) -> None:
     )
 
 
+# ---- experiments
+
+
+def selected(args, run: experiment.Run) -> bool:
+    return all(
+        not wanted or value in wanted
+        for value, wanted in ((run.rung, args.rungs), (run.arm, args.arms), (run.seed, args.seeds))
+    )
+
+
+def experiment_job(args, run: experiment.Run) -> pool.Job:
+    recipe, arm, *keys = experiment.command_keys(args.experiment, run)
+    out_dir = args.out / run.name
+    files = [os.path.relpath(ROOT / name) for name in ("train.py", recipe, arm)]
+    own = [f"--out_dir={out_dir}", "--init_from=auto"]
+    max_iters = args.experiment.lengths[run.length]["max_iters"]
+    return pool.Job(run.name, [sys.executable, *files, *keys, *own], out_dir, max_iters)
+
+
+def run_experiment(args) -> int:
+    """Run what the experiment's file asks for and no record has yet, stage after stage; the exit status."""
+    exp = args.experiment
+    end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+    n_jobs, threads = jobs_and_threads(args)
+    screen = pool.Screen()
+    status = 0
+    while True:
+        losses = experiment.losses_of(experiment.read_records(exp))
+        plan = experiment.Plan(exp, losses)
+        runs = {run.name: run for run in plan.runs if selected(args, run)}
+        jobs = [experiment_job(args, run) for name, run in runs.items() if name not in losses]
+        for job in list(jobs):  # ended before its record could be written
+            if pool.state(job)[0] != "unfinished":
+                keep_record(exp, runs[job.name], job)
+                jobs.remove(job)
+        if len(jobs) + len(losses.keys() & runs.keys()) < len(runs):
+            continue  # with what these records say
+        known = "" if plan.complete else " known so far"
+        screen.say(f"{exp.name}: {len(runs)} runs{known}, {len(jobs)} to do, {n_jobs} at a time")
+        if not jobs:
+            break
+        # choices first: what the tuning leads to is known only when it has ended
+        jobs = [job for job in jobs if runs[job.name].stage != "final"] or jobs
+        left = (end - time.monotonic()) / 60 if args.minutes else None
+        engine = pool.Local([()] * n_jobs, threads, args.nice)
+        one = pool.run(
+            jobs, engine, left, args.retries, args.patience,
+            on_end=lambda job, runs=runs: keep_record(exp, runs[job.name], job),
+        )  # fmt: skip
+        if one not in (0, pool.DIVERGED):
+            return one
+        status = one
+    if status == 0 and not selected_less(args):
+        screen.say(f"the experiment is finished: python scripts/compare.py {shlex.quote(args.recipe)}")
+    return status
+
+
+def selected_less(args) -> bool:
+    return bool(args.rungs or args.arms or args.seeds)
+
+
+def keep_record(exp, run: experiment.Run, job: pool.Job) -> None:
+    experiment.write_record(exp, run, job.out_dir, pool.state(job)[0])
+
+
+def describe_experiment(args) -> str:
+    """Runs, tokens, FLOPs and hours of an experiment, by rung, length and stage, with what is done already."""
+    exp = args.experiment
+    losses = experiment.losses_of(experiment.read_records(exp))
+    plan = experiment.Plan(exp, losses, pretend=True)
+    groups: dict[tuple, list] = {}
+    for run in plan.runs:
+        if selected(args, run):
+            groups.setdefault((run.stage, run.rung, run.length), []).append(run)
+    rows, total = [], 0.0
+    for (stage, rung, length), runs in groups.items():
+        config = configurator.load(experiment.command_keys(exp, runs[0]), quiet=True)
+        tokens = experiment.tokens_of(exp, runs[0])
+        todo = [run for run in runs if run.name not in losses]
+        cost = flops.flops_per_token(config) * tokens
+        total += cost * len(todo)
+        hours = cost * len(todo) / (exp.gflops * 1e9) / 3600
+        rows.append(
+            f"{stage:<8} {rung:<4} {length:<5} {len(runs):>5} runs, {len(todo):>4} to do"
+            f"{tokens * len(todo) / 1e6:>9,.0f}M tokens {cost * len(todo):>10.2e} FLOPs {hours:>7.1f} h"
+        )
+    n_jobs, _ = jobs_and_threads(args)
+    hours = total / (exp.gflops * 1e9) / 3600
+    rows.append(
+        f"in all {total:.2e} FLOPs: {hours:.1f} hours of one thread at {exp.gflops:g} GFLOP/s, {hours / n_jobs:.1f} at "
+        f"{n_jobs} runs at a time (evaluations not counted; where a grid must be extended, there are more)"
+    )
+    return "\n".join(rows)
+
+
 def main(argv: list[str]) -> int:
     args, passed = arguments(argv)
+    if args.experiment is not None:
+        if args.dry_run:
+            print(describe_experiment(args))
+            return 0
+        return run_experiment(args)
     jobs = make_jobs(args, passed)
     if args.check:
         check(args, passed)

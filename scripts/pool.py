@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,12 +188,13 @@ def run(
     minutes: float | None = None,
     retries: int = 1,
     patience: float = 3600,
+    on_end: Callable[[Job], None] = lambda job: None,
 ) -> int:
     """Run the jobs that are not finished; the exit status.
 
     engine: Local, or anything with its four methods. minutes: then stop, every job saved. retries: how often
     a job that was lost (ended by a signal, or with its node), hung (no new row for `patience` seconds) or
-    failed is started again. 0: all are finished; 1: one failed, and the rest has run; DIVERGED: none failed, but
+    failed is started again. on_end: called with each job that ends finished or diverged. 0: all are finished; 1: one failed, and the rest has run; DIVERGED: none failed, but
     one ended without a finite loss; TIME_IS_UP, 128 + signal: stopped, and the same call goes on from there.
     """
     screen = Screen()
@@ -236,6 +238,8 @@ def run(
                     running.remove(a)
                     name = a.job.name
                     ends[name], causes[name] = how_it_ended(a, code, stop is not None)
+                    if ends[name] in ("finished", "diverged"):
+                        on_end(a.job)
                     if ends[name] == "finished":
                         loss = next(
                             r["val/loss"] for r in reversed(last_rows(a.job.out_dir)) if "val/loss" in r

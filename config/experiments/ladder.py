@@ -1,0 +1,67 @@
+# What the byte codec buys, as a function of size and tokens, at GPT-2's own vocabulary, with every arm tuned alike.
+#   python scripts/matched.py config/experiments/ladder.py --dry_run          runs, tokens, FLOPs, hours
+#   python scripts/matched.py config/experiments/ladder.py --jobs=2           runs what is not done yet; goes on after any stop
+#   python scripts/compare.py config/experiments/ladder.py                    the report, from the records alone
+# Written before the first final run. What is below is what the report quotes, and runs that differ from it are refused.
+records = "results/ladder/runs"  # one small JSON a finished run; the runs' own folders are in out/
+
+rungs = {"xs": "config/ladder/xs.py", "s": "config/ladder/s.py", "m": "config/ladder/m.py"}
+
+# Each length has a full schedule of its own: linear warm-up over a tenth (at most 200 steps), cosine to a tenth.
+lengths = {
+    "1M": {"max_iters": 256, "warmup_iters": 26, "eval_interval": 64},
+    "4M": {"max_iters": 1024, "warmup_iters": 102, "eval_interval": 256},
+    "16M": {"max_iters": 4096, "warmup_iters": 200, "eval_interval": 1024},
+}
+min_lr_ratio = 0.1
+
+arms = [
+    "bpe_tied", "bpe_untied", "kronecker", "kronecker_permuted", "bpe_lowrank", "bpe_hash", "kronecker_tied",
+    "kronecker_ngrams3k", "kronecker_rank4",
+]  # fmt: skip
+
+# Tuning: the learning rate at the arm's own defaults, then the input side's multiplier and scale at the best one.
+# 4 + 2 x 5 - 1 = 13 runs for every arm. An optimum at the edge of a grid extends it for all arms, at most twice.
+tuning = {
+    "rung": "xs",
+    "length": "1M",
+    "seeds": [1],
+    "learning_rate": [1.5e-3, 3e-3, 6e-3, 1.2e-2],
+    "wte_lr_mult": {"bpe_*": [1, 4, 16, 64, 256], "kronecker*": [1 / 16, 1 / 4, 1, 4, 16]},
+    "wte_init_rms": {"bpe_*": [0.02, 1.0], "kronecker*": [0.1, 1.0]},
+    "extend": 2,
+    "keys": {"eval_tokens": 65_536, "eval_interval": 128, "ckpt_interval": -1},
+}
+# On larger rungs the learning rate is chosen once more, around the best one of the tuning, the rest is kept.
+recheck = [
+    {
+        "rung": "s",
+        "length": "1M",
+        "seeds": [1],
+        "factors": [0.5, 1, 2],
+        "keys": {"eval_tokens": 65_536, "eval_interval": 128, "ckpt_interval": -1},
+    }
+]
+
+# What all arms share in the table of one setting, as the paper compares; everything else at the arm's own defaults.
+shared = {"learning_rate": 3e-3}
+
+# Final runs, in this order; if time runs out, the last ones are missing. Other seeds and windows than the tuning's.
+final_keys = {"eval_skip_tokens": 65_536, "eval_tokens": 98_304}
+final = [
+    {"rung": "xs", "length": "1M", "seeds": [11, 12, 13, 14, 15], "settings": ["shared", "best"]},
+    {"rung": "xs", "length": "4M", "seeds": [11, 12, 13], "settings": ["best"]},
+    {"rung": "s", "length": "1M", "seeds": [11, 12, 13], "settings": ["best"]},
+    {"rung": "xs", "length": "16M", "seeds": [11, 12, 13], "settings": ["best"]},
+    {"rung": "s", "length": "4M", "seeds": [11, 12, 13], "settings": ["best"]},
+    {"rung": "m", "length": "1M", "seeds": [11, 12, 13], "settings": ["best"]},
+    {"rung": "xs", "length": "4M", "seeds": [11, 12, 13], "settings": ["shared"]},
+]
+
+# A difference between two arms is called one when the paired 95% t interval over seeds does not hold zero and its mean
+# is at least this many nats (no smaller one would matter to anyone at these sizes).
+smallest_difference = 0.005
+# The gap over tokens and size is fitted without this rung and length, and held against it.
+held_out = {"rung": "xs", "length": "16M"}
+gap = {"arm": "kronecker", "over": "bpe_untied"}
+gflops = 90  # one thread with bfloat16 dot products, for the estimate of hours

@@ -1,0 +1,416 @@
+"""Experiments as files: which runs config/experiments/NAME.py asks for, what they gave, and what each arm's best setting is.
+
+An experiment compares arms on several rungs (recipes) and lengths, each arm tuned alike. Its runs come in three stages:
+
+    tune     the learning rate at each arm's own defaults, then wte_lr_mult x wte_init_rms at the best learning rate
+    recheck  on a larger rung: the learning rate once more, around the best
+    final    other seeds, other validation windows: all arms at one shared setting, and each at its own best
+
+`plan` names the runs that follow from the losses known so far, so the same call goes on after every stop. A finished
+run leaves one small JSON in the experiment's `records`, and with it counts as done on any machine.
+"""
+
+import fnmatch
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import configurator
+from data.files import write_text
+from data.records import Record, read_record, validated
+from engine.errors import RunError
+from engine.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+Keys = dict[str, int | float | bool | str]
+# of config.json, what says where a run was made and not what it is
+PLACE = {"out_dir", "data_dir", "device", "init_from", "wandb_project", "wandb_group", "wandb_run_name"}
+
+
+class Tuning(Record):
+    rung: str
+    length: str
+    seeds: list[int]
+    learning_rate: list[float]
+    wte_lr_mult: dict[str, list[float]]  # by pattern of the arm's name
+    wte_init_rms: dict[str, list[float]]
+    extend: int = 2
+    keys: Keys = {}
+
+
+class Recheck(Record):
+    rung: str
+    length: str
+    seeds: list[int]
+    factors: list[float]
+    keys: Keys = {}
+
+
+class Final(Record):
+    rung: str
+    length: str
+    seeds: list[int]
+    settings: list[str]  # of "shared", "best"
+    arms: list[str] = []  # of the experiment's; empty: all
+
+
+class Place(Record):
+    rung: str
+    length: str
+
+
+class Pair(Record):
+    arm: str
+    over: str
+
+
+class Experiment(Record):
+    """What an experiment file says; see config/experiments/ladder.py for the meaning of each name."""
+
+    name: str
+    records: str
+    rungs: dict[str, str]
+    lengths: dict[str, Keys]
+    min_lr_ratio: float
+    arms: list[str]
+    tuning: Tuning
+    recheck: list[Recheck] = []
+    shared: Keys
+    final_keys: Keys
+    final: list[Final]
+    smallest_difference: float
+    held_out: Place | None = None
+    gap: Pair
+    gflops: float = 50.0
+
+
+class RunRecord(Record):
+    """What is kept of a run: its place in the experiment, keys, hashes and provenance, and its curves."""
+
+    experiment: str
+    name: str
+    state: str  # "finished" or "diverged"
+    config: dict
+    run: dict
+    rows: list[dict]
+
+
+@dataclass(frozen=True)
+class Run:
+    stage: str
+    rung: str
+    length: str
+    arm: str
+    setting: tuple[tuple[str, float], ...]  # keys laid over the arm's file, in order of their names
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}/{self.rung}_{self.length}/{self.arm}_{setting_name(self.setting)}_s{self.seed}"
+
+
+SHORT = {"learning_rate": "lr", "wte_lr_mult": "mult", "wte_init_rms": "rms"}
+
+
+def setting_name(setting) -> str:
+    return "_".join(f"{SHORT.get(k, k)}{v:g}" for k, v in setting)
+
+
+def is_experiment(path: str) -> bool:
+    return Path(path).is_file() and "rungs" in configurator.read_file(path)
+
+
+def read(path: str) -> Experiment:
+    """The experiment of a file, with every name in it known; RunError or DataError in one sentence otherwise."""
+    given = configurator.read_file(path)
+    unknown = given.keys() - Experiment.model_fields.keys()
+    if unknown:
+        raise RunError(
+            f"unknown name {min(unknown)} in {path}: an experiment has {', '.join(Experiment.model_fields)}"
+        )
+    exp = validated({"name": Path(path).stem} | given, Experiment, path, "an experiment")
+    places = [exp.tuning, *exp.recheck, *exp.final, *([exp.held_out] if exp.held_out else [])]
+    for place in places:
+        for what, value, known in (("rung", place.rung, exp.rungs), ("length", place.length, exp.lengths)):
+            if value not in known:
+                raise RunError(f"{path} names the {what} {value!r}, but it has only {', '.join(known)}")
+    for arm in [*exp.arms, exp.gap.arm, exp.gap.over, *(a for f in exp.final for a in f.arms)]:
+        if not arm_file(arm).is_file():
+            raise RunError(f"{path} names the arm {arm!r}, but there is no config/arms/{arm}.py")
+    for arm in exp.arms:
+        grids(exp, arm)
+    for final in exp.final:
+        if not set(final.settings) <= {"shared", "best"}:
+            raise RunError(f"{path} names settings {final.settings}, but there are only 'shared' and 'best'")
+        if set(final.seeds) & set(exp.tuning.seeds):
+            raise RunError(
+                f"{path} uses seed {min(set(final.seeds) & set(exp.tuning.seeds))} to tune and in final runs"
+            )
+    end = exp.tuning.keys.get("eval_tokens", math.inf) + exp.tuning.keys.get("eval_skip_tokens", 0)
+    if exp.final_keys.get("eval_skip_tokens", 0) < end:
+        raise RunError(
+            f"{path} tunes on validation windows that final runs read: raise eval_skip_tokens in final_keys"
+        )
+    return exp
+
+
+def arm_file(arm: str) -> Path:
+    return ROOT / "config" / "arms" / f"{arm}.py"
+
+
+def grids(exp: Experiment, arm: str) -> tuple[list[float], list[float]]:
+    """(values of wte_lr_mult, of wte_init_rms) that an arm is tuned over."""
+    found = []
+    for grid in (exp.tuning.wte_lr_mult, exp.tuning.wte_init_rms):
+        match = [values for pattern, values in grid.items() if fnmatch.fnmatch(arm, pattern)]
+        if len(match) != 1:
+            raise RunError(
+                f"{len(match)} patterns of {', '.join(grid)} fit the arm {arm}, but exactly one must"
+            )
+        found.append(match[0])
+    return found[0], found[1]
+
+
+# ---- which runs there are
+
+
+class Unknown(Exception):
+    """A loss that a choice hangs on is not known yet."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a search: an arm with some keys fixed, and the values of one key that are tried."""
+
+    arm: str
+    fixed: tuple[tuple[str, float], ...]
+    values: tuple[float, ...]
+
+
+class Plan:
+    """The runs that follow from the losses known so far, and the choices made from the tuning's losses alone.
+
+    losses: {run name: last validation loss}, infinite for a run that diverged. `runs`: all that are known, in the order
+    in which to run them. `best`: {(rung, arm): setting}. `edges`: sentences about optima that stand at the edge of a
+    grid that was not extended any more. `complete`: whether every choice could be made. pretend: take an unknown optimum
+    for the middle of its line, to count the runs of a plan before they are run.
+    """
+
+    def __init__(self, exp: Experiment, losses: Mapping[str, float], pretend: bool = False):
+        self.exp, self.losses, self.pretend = exp, losses, pretend
+        self.runs: list[Run] = []
+        self.best: dict[tuple[str, str], tuple] = {}
+        self.edges: list[str] = []
+        self.complete = True
+        try:
+            self.tune()
+            for place in exp.recheck:
+                self.recheck(place)
+        except Unknown:
+            self.complete = False
+        self.add_final()
+        self.runs = list(dict.fromkeys(self.runs))
+
+    def search(
+        self, stage: str, place, lines: list[Line], key: str, factor: float, extend: int
+    ) -> dict[str, tuple]:
+        """{arm: its best setting} over all its lines.
+
+        While one arm's best value stands at an edge of its line, every arm's best line grows there by one value, so
+        that all arms get the same number of runs; at most `extend` times.
+        """
+        for extension in range(extend + 1):
+            curves = {line: {v: self.loss(stage, place, line, key, v) for v in line.values} for line in lines}
+            if any(math.isnan(loss) for curve in curves.values() for loss in curve.values()):
+                raise Unknown
+            best: dict[str, tuple[float, Line, float]] = {}  # arm: (loss, line, value)
+            for line, curve in curves.items():
+                value = min(curve, key=curve.get)
+                if line.arm not in best or curve[value] < best[line.arm][0]:
+                    best[line.arm] = (curve[value], line, value)
+            low = [arm for arm, (_, line, v) in best.items() if v == min(line.values)]
+            high = [arm for arm, (_, line, v) in best.items() if v == max(line.values)]
+            if not low and not high:
+                break
+            if extension == extend:
+                at = {arm: f"{best[arm][2]:g}" for arm in [*low, *high]}
+                self.edges += [
+                    f"{arm}'s best {key} on rung {place.rung}, {v}, stands at the edge of its grid."
+                    for arm, v in at.items()
+                ]
+                break
+            for _, line, _ in best.values():
+                grown = (
+                    (min(line.values) / factor,) * bool(low)
+                    + line.values
+                    + (max(line.values) * factor,) * bool(high)
+                )
+                lines[lines.index(line)] = Line(line.arm, line.fixed, grown)
+        return {
+            arm: setting_of(line.arm, dict(line.fixed) | {key: value})
+            for arm, (_, line, value) in best.items()
+        }
+
+    def loss(self, stage: str, place, line: Line, key: str, value: float) -> float:
+        """Mean loss over the stage's seeds, whose runs come into the plan; NaN until all of them are known."""
+        setting = setting_of(line.arm, dict(line.fixed) | {key: value})
+        runs = [Run(stage, place.rung, place.length, line.arm, setting, seed) for seed in place.seeds]
+        self.runs += runs
+        if self.pretend and any(run.name not in self.losses for run in runs):
+            return abs(math.log(value / sorted(line.values)[(len(line.values) - 1) // 2]))
+        return sum(self.losses.get(run.name, math.nan) for run in runs) / len(runs)
+
+    def tune(self) -> None:
+        t = self.exp.tuning
+        lines = [Line(arm, (), tuple(t.learning_rate)) for arm in self.exp.arms]
+        rates = self.search("tune", t, lines, "learning_rate", 2, t.extend)
+        lines = []
+        for arm in self.exp.arms:
+            mults, scales = grids(self.exp, arm)
+            lines += [Line(arm, (*rates[arm], ("wte_init_rms", rms)), tuple(mults)) for rms in scales]
+        found = self.search("tune", t, lines, "wte_lr_mult", 4, t.extend)
+        self.best |= {(t.rung, arm): setting for arm, setting in found.items()}
+
+    def recheck(self, place: Recheck) -> None:
+        """The learning rate once more on another rung, around the tuning's best; its other keys are kept."""
+        lines = []
+        for arm in self.exp.arms:
+            keys = dict(self.best[self.exp.tuning.rung, arm])
+            lr = keys.pop("learning_rate")
+            lines.append(Line(arm, tuple(keys.items()), tuple(lr * f for f in place.factors)))
+        found = self.search("recheck", place, lines, "learning_rate", 2, 1)
+        self.best |= {(place.rung, arm): setting for arm, setting in found.items()}
+
+    def setting(self, final: Final, arm: str, which: str) -> tuple | None:
+        """The setting of an arm in a final run; None while it hangs on runs to come.
+
+        The best one is that of the rung, or of the last rung before it for which one was chosen.
+        """
+        if which == "shared":
+            return setting_of(arm, self.exp.shared)
+        rungs = list(self.exp.rungs)
+        chosen_on = {self.exp.tuning.rung, *(place.rung for place in self.exp.recheck)}
+        for rung in reversed(rungs[: rungs.index(final.rung) + 1]):
+            if rung in chosen_on:
+                return self.best.get((rung, arm))
+        return self.best.get((self.exp.tuning.rung, arm))
+
+    def add_final(self) -> None:
+        for final in self.exp.final:
+            for seed in final.seeds:
+                for which in final.settings:
+                    for arm in final.arms or self.exp.arms:
+                        setting = self.setting(final, arm, which)
+                        if setting is not None:
+                            self.runs.append(Run("final", final.rung, final.length, arm, setting, seed))
+
+
+def setting_of(arm: str, keys: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """Keys laid over the arm's file, without those that say what the arm has anyway: equal settings, equal names."""
+    file = configurator.read_file(str(arm_file(arm)))
+    has = {"wte_lr_mult": 1.0, "wte_init_rms": 1.0 if file["wte"] == "kronecker" else 0.02} | file
+    return tuple(sorted((k, float(v)) for k, v in keys.items() if k not in has or has[k] != v))
+
+
+# ---- what a run is, as a command and as a record
+
+
+def keys_of(exp: Experiment, run: Run) -> dict:
+    """The keys that a run lays over its recipe and its arm's file."""
+    stage = {"tune": exp.tuning.keys, "final": exp.final_keys}.get(run.stage)
+    if stage is None:
+        stage = next(place.keys for place in exp.recheck if place.rung == run.rung)
+    keys = exp.lengths[run.length] | stage | dict(run.setting)
+    return keys | {"min_lr": keys["learning_rate"] * exp.min_lr_ratio, "seed": run.seed, "arm": run.arm}
+
+
+def command_keys(exp: Experiment, run: Run) -> list[str]:
+    """Arguments for train.py: recipe, arm, and --key=value."""
+    return [
+        exp.rungs[run.rung],
+        f"config/arms/{run.arm}.py",
+        *(f"--{k}={v!r}" if not isinstance(v, str) else f"--{k}={v}" for k, v in keys_of(exp, run).items()),
+    ]
+
+
+def tokens_of(exp: Experiment, run: Run) -> int:
+    """Training tokens of a run."""
+    config = configurator.load(command_keys(exp, run), quiet=True)
+    rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
+    return rows * config.block_size * config.max_iters
+
+
+def record_path(exp: Experiment, run: Run, root: Path = ROOT) -> Path:
+    return root / exp.records / f"{run.name}.json"
+
+
+def write_record(exp: Experiment, run: Run, out_dir: Path, state: str, root: Path = ROOT) -> None:
+    """Keep what a finished (or diverged) run's folder says, on one line, without where on this machine it lay."""
+    config = json.loads((out_dir / "config.json").read_text())
+    about = json.loads((out_dir / "run.json").read_text())
+    rows = []
+    for row in read_metrics(out_dir):
+        if "val/loss" in row or row.get("iter", 0) % 64 == 0:
+            rows.append(
+                {
+                    k: float(f"{v:.6g}") if isinstance(v, float) and "loss" not in k else v
+                    for k, v in row.items()
+                }
+            )
+    record = {
+        "experiment": exp.name,
+        "name": run.name,
+        "state": state,
+        "config": {k: v for k, v in config.items() if k not in PLACE},
+        "run": {k: v for k, v in about.items() if k not in ("command", "wandb_id", "starts")},
+        "rows": rows,
+    }
+    path = record_path(exp, run, root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, allow_nan=False) + "\n")
+
+
+def read_records(exp: Experiment, root: Path = ROOT) -> dict[str, RunRecord]:
+    """{run name: record} of all that lie in the experiment's folder; RunError where one is another run than it says."""
+    found = {}
+    folder = root / exp.records
+    for path in sorted(folder.rglob("*.json")):
+        record = read_record(path, RunRecord, "a run's record")
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if record.name != name or record.experiment != exp.name:
+            raise RunError(
+                f"{path} is the record of {record.name} of {record.experiment}: it was moved; restore it"
+            )
+        found[name] = record
+    return found
+
+
+def losses_of(records: Mapping[str, RunRecord]) -> dict[str, float]:
+    """{run name: last validation loss}, infinite where the run diverged."""
+    losses = {}
+    for name, record in records.items():
+        last = next((r["val/loss"] for r in reversed(record.rows) if r.get("val/loss") is not None), None)
+        losses[name] = math.inf if record.state != "finished" or last is None else last
+    return losses
+
+
+# What train.py fills in where the key is left at its default.
+RESOLVED = {"vocab_size", "wte_init_rms", "global_batch_size", "dtype", "compile", "lr_decay_iters"}
+
+
+def check_record(exp: Experiment, run: Run, record: RunRecord) -> None:
+    """RunError where a run was made with other keys than the experiment's file says."""
+    wanted = configurator.load(command_keys(exp, run), quiet=True)
+    for key in configurator.KEYS:
+        free = key in PLACE or key.startswith(("wandb_", "log_", "ckpt_", "keep")) or key == "batch_size"
+        if free or (key in RESOLVED and key not in wanted.given):
+            continue
+        asked = getattr(wanted, key)
+        there = record.config.get(key, asked)  # a key that is younger than the record
+        if there != asked:
+            raise RunError(
+                f"{run.name} was made with {key}={there!r}, but {exp.name} asks for {asked!r}: remove its record and "
+                "run it again, or restore the experiment's file"
+            )
