@@ -159,11 +159,16 @@ class Config:
     max_skipped: int = key(
         10, "steps in a row with a non-finite loss or gradient before the run stops", **COUNT
     )
-    wandb_log: bool = key(False, "log to Weights & Biases too")
-    wandb_project: str = key("kronecker-nanogpt", "wandb project")
-    wandb_run_name: str = key("", "wandb run name (empty: <arm>-s<seed>)")
+    tracker: str = key(
+        "none",
+        "where the run is shown beside metrics.jsonl: Weights & Biases, or trackio, a dashboard on this machine",
+        ("none", "wandb", "trackio"),
+    )
+    wandb_log: bool = key(False, "nanoGPT's key for tracker=wandb")
+    wandb_project: str = key("kronecker-nanogpt", "the tracker's project")
+    wandb_run_name: str = key("", "the run's name there (empty: <arm>-s<seed>)")
     wandb_group: str = key(
-        "", "wandb group; the runs of one comparison share it (empty: the out_dir's parent)"
+        "", "its group there; the runs of one comparison share it (empty: the out_dir's parent)"
     )
     # machine
     device: str = key("auto", "auto | cpu | cuda | cuda:N | mps; torchrun's ranks choose their own GPU")
@@ -220,6 +225,10 @@ def load(argv: list[str], prog: str = "train.py", also: type | None = None, quie
                 said.add(name)
             else:
                 values[name] = convert(known, name, value, where)
+                if name == "tracker":  # one choice under two names: the later one counts
+                    values["wandb_log"] = values["tracker"] == "wandb"
+                elif name == "wandb_log" and (values[name] or values.get("tracker") == "wandb"):
+                    values["tracker"] = "wandb" if values[name] else "none"
     config = (also or Config)(**values)
     config.given = values  # what was set, beside what is a default
     return config

@@ -207,8 +207,7 @@ def main(config) -> None:
         describe_data(out_dir, meta, tokenizer)
     log = None
     if ranks.master:
-        wandb_run = metrics.start_wandb(dataclasses.asdict(config), run) if config.wandb_log else None
-        log = metrics.Metrics(out_dir, first, wandb_run)
+        log = metrics.Metrics(out_dir, first, config.tracker)
 
     # ---- the raw model is evaluated and saved; the compiled, wrapped one only trains
     wrapped = torch.compile(model, mode=config.compile_mode) if config.compile else model

@@ -43,7 +43,7 @@ MATCH_IF_RECORDED = {"data_fingerprint": "they were trained on different data"}
 # Config keys in which the seeds of one arm may differ without becoming another arm.
 FREE_KEYS = set(
     "seed out_dir data_dir device compile dry_run init_from eval_only keep max_skipped deterministic batch_size "
-    "gradient_accumulation_steps global_batch_size".split()
+    "gradient_accumulation_steps global_batch_size tracker".split()
 )
 FREE_PREFIXES = ("wandb_", "log_", "ckpt_")
 

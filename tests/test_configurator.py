@@ -35,6 +35,25 @@ def test_types():
     assert config.compile is None
     assert config.arm == "12"
     assert config.wandb_log is True
+    assert config.tracker == "wandb"
+
+
+@pytest.mark.parametrize(
+    ("argv", "tracker"),
+    [
+        ([], "none"),
+        (["--wandb_log=False"], "none"),
+        (["--wandb_log=True", "--tracker=trackio"], "trackio"),
+        (["--wandb_log=True", "--tracker=none"], "none"),
+        (["--tracker=trackio", "--wandb_log=True"], "wandb"),
+        (["--tracker=trackio", "--wandb_log=False"], "trackio"),
+        (["--tracker=wandb", "--wandb_log=False"], "none"),
+    ],
+)
+def test_wandb_log_is_another_name_for_a_tracker_and_the_later_counts(argv, tracker):
+    config = load(argv)
+    assert config.tracker == tracker
+    assert config.wandb_log == (tracker == "wandb")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,245 @@
+"""A run shown elsewhere while it trains: its metrics.jsonl, row by row, in Weights & Biases or in a local trackio.
+
+    python -m engine.tracker out/demo/kronecker_s1337 --to=trackio      show a run that was trained without one
+
+A process of its own follows the record. So nothing that happens to a tracker (a missing package, a crash, a network
+that never answers) stops a run or makes it wait, and a killed run is still sent to its last row. Every start sends
+the record from its first row, so what a kill cut off is made good, and a resumed run is whole with no row twice.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import weakref
+from functools import partial
+from pathlib import Path
+
+from data import DataError
+from data.files import Lock
+from data.records import read_record
+
+ROOT = Path(__file__).resolve().parent.parent
+FINISH = 30  # seconds that the end of a run waits for its last rows to be sent
+GIVE_UP = 300  # seconds after the run's end when a process that still sends ends itself
+
+
+# ---- in the training process
+
+
+class Tracker:
+    """Starts the process that shows `out_dir` in `to` ("wandb" or "trackio"), and passes on what it says."""
+
+    def __init__(self, out_dir, to: str):
+        out_dir = Path(out_dir).resolve()
+        command = [sys.executable, "-m", "engine.tracker", str(out_dir), f"--to={to}", "--follow"]
+        try:
+            with open(out_dir / "tracker.log", "a") as log:
+                # a session of its own: Ctrl-C is for the run, which ends this process by closing its input
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=ROOT,
+                    text=True, errors="replace", start_new_session=True,
+                )  # fmt: skip
+        except OSError as e:
+            note(f"{to} did not start ({e}); the run goes on with metrics.jsonl alone")
+            self.close = lambda: None
+            return
+        voice = threading.Thread(target=pass_on, args=(self.process.stdout,), daemon=True)
+        voice.start()
+        # also when the run ends by a signal or an error, and nobody calls close()
+        self.close = weakref.finalize(self, finish, self.process, voice, to)
+
+
+def note(sentence: str, file=None) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        print(f"note: {sentence}", file=file, flush=True)
+
+
+def pass_on(sentences) -> None:
+    for line in sentences:
+        note(line.removeprefix("note: ").rstrip("\n"))
+
+
+def finish(process: subprocess.Popen, voice: threading.Thread, to: str) -> None:
+    """The run is over: let the process send the last rows, but do not wait for ever."""
+    process.stdin.close()
+    try:
+        code = process.wait(FINISH)
+        voice.join(1)
+        if code not in (0, 1):  # with 1 it has said why
+            note(f"the process that sends rows to {to} died ({code}); they are in metrics.jsonl")
+    except subprocess.TimeoutExpired:
+        note(
+            f"{to} has not taken all rows within {FINISH} seconds; they are in metrics.jsonl, and "
+            f"`python -m engine.tracker OUT_DIR --to={to}` sends them again"
+        )
+
+
+# ---- in the process of its own
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.tracker",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out_dir", type=Path, help="folder of the run")
+    parser.add_argument("--to", choices=("wandb", "trackio"), required=True, help="where to show it")
+    parser.add_argument(
+        "--follow", action="store_true", help="go on with new rows until standard input is closed"
+    )
+    args = parser.parse_args(argv)
+    voice, sys.stdout = sys.stdout, sys.stderr  # what the packages print goes to the log
+    say = partial(note, file=voice)
+    over = threading.Event()
+    if args.follow:
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_IGN)  # the run's end is the end, however it comes
+        threading.Thread(target=wait_for_the_end, args=(over,), daemon=True).start()
+    else:
+        over.set()
+    try:
+        config, run = (
+            read_record(args.out_dir / f"{name}.json", dict, f"a run's {name}") for name in ("config", "run")
+        )
+        with lock(args.out_dir):
+            send = {"wandb": send_to_wandb, "trackio": send_to_trackio}[args.to]
+            send(args.out_dir, config, run, follow(args.out_dir / "metrics.jsonl", over), say)
+        return 0
+    except Unreachable as e:
+        say(f"wandb cannot be reached ({e}); the run is written offline, and `wandb sync` uploads it")
+        # from anew and with another wandb-core: this one keeps hold of a run that it could not begin
+        os.environ["WANDB_MODE"] = "offline"
+        os.environ.pop("WANDB_SERVICE", None)
+        os.execv(sys.executable, [sys.executable, "-m", "engine.tracker", *argv])
+    except Exception as e:
+        missing = isinstance(e, ModuleNotFoundError) and e.name == args.to
+        why = f"is not installed: pip install {args.to}" if missing else f"failed ({first_line(e)})"
+        if not args.follow:
+            sys.exit(f"error: {e}" if isinstance(e, DataError) else f"error: {args.to} {why}")
+        traceback.print_exc()
+        say(f"{args.to} {why}; the record is {args.out_dir / 'metrics.jsonl'} alone")
+        return 1
+
+
+class Unreachable(Exception):
+    """wandb's server did not take the run."""
+
+
+def wait_for_the_end(over: threading.Event) -> None:
+    while os.read(0, 1024):  # ends when the run closes it, or dies
+        pass
+    over.set()
+    time.sleep(GIVE_UP)
+    os._exit(1)
+
+
+def lock(out_dir: Path) -> Lock:
+    """Wait until the process of the run's last start, killed a moment ago, has sent its rows."""
+    end = time.monotonic() + GIVE_UP
+    while True:
+        try:
+            return Lock(out_dir / ".tracker.lock", f"another process still sends the rows of {out_dir}")
+        except DataError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def follow(path: Path, over: threading.Event, pause: float = 1.0):
+    """Rows of a metrics.jsonl as they are written, until the run is over. A line that was cut short is left out."""
+    with open(path, encoding="utf-8") as file:
+        rest = ""
+        while True:
+            last = over.is_set()  # asked first: what was written before the end is read below
+            *lines, rest = (rest + file.read()).split("\n")
+            for line in filter(str.strip, lines):
+                yield {k: float("nan") if v is None else v for k, v in json.loads(line).items()}
+            if last:
+                return
+            over.wait(pause)
+
+
+def names(out_dir: Path, config: dict, run: dict) -> dict:
+    """Project, group and name: in one project, the runs of one comparison share a group and lie over each other."""
+    return {
+        "project": config["wandb_project"],
+        "group": config["wandb_group"] or out_dir.resolve().parent.name,
+        "name": config["wandb_run_name"] or f"{run['arm']}-s{run['seed']}",
+        "config": config | {"run": run},
+    }
+
+
+def send_to_wandb(out_dir: Path, config: dict, run: dict, rows, say) -> None:
+    import wandb
+
+    known = names(out_dir, config, run) | {
+        "id": run["wandb_id"],
+        "job_type": "train",
+        "tags": [run["arm"], f"seed {run['seed']}"],
+        "dir": str(out_dir),
+        "settings": {
+            "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 30)),
+            "finish_timeout": GIVE_UP,
+            "silent": True,
+            "console": "off",
+        },
+    }
+    mode = wandb.setup().settings.mode
+    if mode in ("offline", "dryrun"):
+        # each such file holds the whole run, and takes the place of an earlier one when it is uploaded
+        shown = wandb.init(**known, mode="offline")
+    else:
+        try:
+            if mode != "disabled" and not wandb.login(prompt=False, verify=False):
+                raise ValueError("nobody is logged in: wandb login")
+            shown = wandb.init(**known, mode=mode, resume="allow")
+        except Exception as e:
+            raise Unreachable(first_line(e)) from e
+        if shown.url:
+            say(f"wandb shows this run at {shown.url}")
+    shown.define_metric("iter")
+    shown.define_metric("tokens")
+    shown.define_metric("*", step_metric="iter")
+    for row in rows:
+        if row["iter"] >= shown.starting_step:  # the server has the rows before
+            shown.log(row, step=row["iter"])
+    shown.finish()
+
+
+def send_to_trackio(out_dir: Path, config: dict, run: dict, rows, say) -> None:
+    # only this machine's dashboard: nothing is asked of a network
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        os.environ.pop(name, None)
+    import trackio
+
+    known = names(out_dir, config, run)
+    try:
+        there = list(trackio.Api().runs(known["project"]))
+    except ValueError:  # a new project
+        there = []
+    for old in there:
+        if ((old.config or {}).get("run") or {}).get("wandb_id") == run["wandb_id"]:
+            old.delete()  # this run, sent by an earlier start
+    shown = trackio.init(**known, embed=False)
+    say(f"to see this run: trackio show --project {shlex.quote(known['project'])}")
+    for row in rows:
+        shown.log(row, step=row["iter"])
+    shown.finish()
+
+
+def first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
