@@ -18,9 +18,10 @@ $(VENV)/.installed: requirements.txt
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-eval.txt
 	@echo "installing what the tests need"
 	@$(PIP) -r requirements-dev.txt
+	@$(PIP) --no-deps -r requirements-eval.txt
 	@touch $@
 
 demo: setup

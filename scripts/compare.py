@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from engine.errors import RunError
 from kronecker.audit import audit_line
 from scripts.analysis import report, stats
 
@@ -57,7 +58,7 @@ PAPER = {
 }
 
 
-class CompareError(ValueError):
+class CompareError(RunError):
     """What is wrong with the runs, in one sentence for the person who asked."""
 
 

@@ -100,3 +100,43 @@ def train_tiny(tiny_flags):
 def losses(rows: list[dict]) -> dict:
     """{(iter, key): loss} of train and validation rows: what two equal runs share."""
     return {(r["iter"], k): r[k] for r in rows for k in ("train/loss", "val/loss", "val/bpb") if k in r}
+
+
+@pytest.fixture(scope="session")
+def gpt2_runs(tmp_path_factory, gpt2_encoding) -> Path:
+    """Runs of three steps, two arms with two seeds, over GPT-2's vocabulary; the text is this project's README."""
+    import configurator
+    import train
+    from data.meta import write_meta
+    from data.shards import write_shard
+    from data.tokenizers import load_tokenizer
+
+    root = tmp_path_factory.mktemp("gpt2")
+    folder = root / "readme"
+    folder.mkdir()
+    tokenizer = load_tokenizer("gpt2")
+    tokens = tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))
+    write_shard(folder / "readme_val_000000.bin", np.array(tokens[:1500], np.uint16))
+    write_shard(folder / "readme_train_000001.bin", np.array(tokens[1500:] * 4, np.uint16))
+    meta = {
+        "format": 1,
+        "dataset": "readme",
+        "complete": True,
+        "tokenizer": tokenizer.spec,
+        "vocab_size": 50257,
+    }
+    lengths = tokenizer.byte_lengths().tolist()
+    write_meta(folder, meta | {"eot": tokenizer.eot, "dtype": "uint16", "byte_lengths": lengths})
+    small = {"n_embd": 16, "block_size": 128, "eval_tokens": 512, "batch_size": 2, "global_batch_size": 2}
+    for arm in ("bpe_tied", "kronecker"):
+        for seed in (1, 2):
+            keys = (
+                TINY | small | {"data_dir": folder, "out_dir": root / "runs" / f"{arm}_s{seed}", "seed": seed}
+            )
+            keys |= {"max_iters": 3, "eval_interval": 3, "pos_dim": 16}
+            train.main(
+                configurator.load(
+                    [str(ROOT / "config" / "arms" / f"{arm}.py"), *(f"--{k}={v}" for k, v in keys.items())]
+                )
+            )
+    return root / "runs"

