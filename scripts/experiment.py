@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import configurator
@@ -309,9 +310,15 @@ class Plan:
 
 def setting_of(arm: str, keys: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
     """Keys laid over the arm's file, without those that say what the arm has anyway: equal settings, equal names."""
-    file = configurator.read_file(str(arm_file(arm)))
-    has = {"wte_lr_mult": 1.0, "wte_init_rms": 1.0 if file["wte"] == "kronecker" else 0.02} | file
+    has = own_keys(arm)
     return tuple(sorted((k, float(v)) for k, v in keys.items() if k not in has or has[k] != v))
+
+
+@lru_cache
+def own_keys(arm: str) -> dict:
+    """What an arm's file says, and the multiplier and scale that it has without saying so."""
+    file = configurator.read_file(str(arm_file(arm)))
+    return {"wte_lr_mult": 1.0, "wte_init_rms": 1.0 if file["wte"] == "kronecker" else 0.02} | file
 
 
 # ---- what a run is, as a command and as a record

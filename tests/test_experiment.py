@@ -1,0 +1,338 @@
+"""scripts/experiment.py: which runs an experiment asks for, on made-up losses, and a small one run to its end."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import configurator
+import train
+from data import DataError
+from engine.errors import RunError
+from scripts import experiment, matched, pool
+
+ARMS = configurator.read_file(str(ROOT / "config/experiments/ladder.py"))["arms"]
+FILE = """
+records = "{records}"
+rungs = {{"a": "{folder}/a.py", "b": "{folder}/b.py"}}
+lengths = {{"short": {{"max_iters": 3, "warmup_iters": 1, "eval_interval": 3}},
+           "long": {{"max_iters": 6, "warmup_iters": 1, "eval_interval": 3}}}}
+min_lr_ratio = 0.1
+arms = {arms}
+tuning = {{
+    "rung": "a", "length": "short", "seeds": [1], "learning_rate": [1e-3, 2e-3],
+    "wte_lr_mult": {{"bpe_*": [1, 4], "kronecker*": [0.25, 1]}},
+    "wte_init_rms": {{"bpe_*": [0.02], "kronecker*": [1.0]}},
+    "extend": {extend}, "keys": {{"eval_tokens": 256, "ckpt_interval": -1}},
+}}
+recheck = [{{"rung": "b", "length": "short", "seeds": [1], "factors": [1, 2], "keys": {{"eval_tokens": 256}}}}]
+shared = {{"learning_rate": 2e-3}}
+final_keys = {{"eval_skip_tokens": 256, "eval_tokens": 512}}
+final = [
+    {{"rung": "a", "length": "short", "seeds": [5, 6], "settings": ["shared", "best"]}},
+    {{"rung": "a", "length": "long", "seeds": [5, 6], "settings": ["best"]}},
+    {{"rung": "b", "length": "short", "seeds": [5, 6], "settings": ["best"]}},
+]
+smallest_difference = 0.001
+held_out = {{"rung": "b", "length": "short"}}
+gap = {{"arm": "kronecker", "over": "bpe_untied"}}
+"""
+
+
+def write_experiment(folder: Path, arms=("bpe_untied", "kronecker"), extend=0, **replace) -> Path:
+    text = FILE.format(records=folder / "records", folder=folder, arms=list(arms), extend=extend)
+    for old, new in replace.items():
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "small.py"
+    path.write_text(text)
+    return path
+
+
+def follow(exp, loss_of) -> tuple[experiment.Plan, list[list[str]]]:
+    """Give every run that the plan names the loss that loss_of says, until the plan names no new one."""
+    losses: dict = {}
+    rounds = []
+    while True:
+        plan = experiment.Plan(exp, losses)
+        new = [run for run in plan.runs if run.name not in losses]
+        if not new:
+            return plan, rounds
+        rounds.append([run.name for run in new])
+        losses |= {run.name: loss_of(run) for run in new}
+
+
+def bowl(lr: float, mult: float, rms: float):
+    """A loss with its optimum there, in the logarithms."""
+
+    def loss(run):
+        usual = {"wte_lr_mult": 1, "wte_init_rms": 1.0 if run.arm.startswith("kronecker") else 0.02}
+        keys = usual | dict(run.setting)
+        way = {"learning_rate": (lr, 1), "wte_lr_mult": (mult, 0.1), "wte_init_rms": (rms, 0.01)}
+        return sum(weight * abs(math.log2(keys[k] / best)) for k, (best, weight) in way.items())
+
+    return loss
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    return experiment.read(str(ROOT / "config/experiments/ladder.py"))
+
+
+@pytest.mark.parametrize(
+    ("lr", "mult", "rms"), [(3e-3, 1, 1.0), (6e-3, 4, 0.02), (2.4e-2, 1 / 16, 0.1), (1e-4, 1024, 0.02)]
+)
+def test_the_best_setting_is_the_best_of_all_that_were_tried(ladder, lr, mult, rms):
+    loss = bowl(lr, mult, rms)
+    plan, _ = follow(ladder, loss)
+    assert plan.complete
+    for arm in ladder.arms:
+        tuned = [run for run in plan.runs if run.stage == "tune" and run.arm == arm]
+        best = min(tuned, key=loss)
+        assert loss(experiment.Run("tune", "xs", "1M", arm, plan.best["xs", arm], 1)) == loss(best)
+        rates = {dict(run.setting)["learning_rate"] for run in tuned}
+        assert rates >= set(ladder.tuning.learning_rate)
+
+
+@pytest.mark.parametrize(("lr", "mult"), [(3e-3, 4), (9e-3, 20), (1e-4, 1024), (1, 1 / 1000)])
+def test_every_arm_gets_the_same_number_of_runs_in_each_stage(ladder, lr, mult):
+    plan, _ = follow(ladder, bowl(lr, mult, 0.1))
+    for stage in ("tune", "recheck", "final"):
+        counts = {
+            arm: len({r.name for r in plan.runs if (r.stage, r.arm) == (stage, arm)}) for arm in ladder.arms
+        }
+        if stage == "final":  # a best setting that is the shared one is one run, not two
+            assert max(counts.values()) - min(counts.values()) <= 13
+        else:
+            assert len(set(counts.values())) == 1, (stage, counts)
+    if (lr, mult) == (3e-3, 4):
+        assert len({r.name for r in plan.runs if (r.stage, r.arm) == ("tune", "bpe_tied")}) == 13
+
+
+def test_one_arm_at_the_edge_extends_the_grid_of_all(ladder):
+    wide, usual = bowl(1.2e-2, 1, 1.0), bowl(3e-3, 1, 1.0)
+    plan, _ = follow(ladder, lambda run: (wide if run.arm == "bpe_hash" else usual)(run))
+    for arm in ladder.arms:
+        rates = {dict(r.setting)["learning_rate"] for r in plan.runs if (r.stage, r.arm) == ("tune", arm)}
+        assert 2.4e-2 in rates and min(rates) == 1.5e-3
+    assert not plan.edges
+    plan, _ = follow(ladder, bowl(1, 1, 1.0))  # beyond any extension
+    assert len([e for e in plan.edges if "learning_rate on rung xs" in e]) == len(ladder.arms)
+    assert "bpe_tied's best learning_rate on rung xs, 0.048, stands at the edge of its grid." in plan.edges
+
+
+def test_choices_never_look_at_final_runs(ladder):
+    loss = bowl(6e-3, 4, 0.1)
+    plan, _ = follow(ladder, loss)
+    spoiled, _ = follow(ladder, lambda run: loss(run) if run.stage != "final" else -1e9 * run.seed)
+    assert plan.best == spoiled.best
+    tuning_seeds = {r.seed for r in plan.runs if r.stage != "final"}
+    assert tuning_seeds.isdisjoint({r.seed for r in plan.runs if r.stage == "final"})
+
+
+def test_runs_of_a_plan_follow_from_what_is_known(ladder):
+    first = experiment.Plan(ladder, {})
+    assert not first.complete and not first.best
+    assert len([r for r in first.runs if r.stage == "tune"]) == 4 * len(ladder.arms)
+    assert {r.setting for r in first.runs if r.stage == "final"} == {
+        (("learning_rate", 0.003),)
+    }  # the shared
+    _, rounds = follow(ladder, bowl(6e-3, 4, 0.1))
+    assert len(rounds) == 4  # rates, input side, recheck, final
+    assert len(set(itertools.chain(*rounds))) == sum(map(len, rounds))  # no run twice
+    pretended = experiment.Plan(ladder, {}, pretend=True)
+    assert pretended.complete and len([r for r in pretended.runs if r.stage == "tune"]) == 13 * len(
+        ladder.arms
+    )
+
+
+def test_a_diverged_run_is_never_best(ladder):
+    loss = bowl(6e-3, 1, 1.0)
+    plan, _ = follow(ladder, lambda r: math.inf if dict(r.setting)["learning_rate"] >= 6e-3 else loss(r))
+    assert {dict(s)["learning_rate"] for (rung, _), s in plan.best.items() if rung == "xs"} == {3e-3}
+
+
+def test_settings_that_say_what_the_arm_is_anyway_have_one_name():
+    plain = experiment.setting_of("bpe_untied", {"learning_rate": 1e-3})
+    assert (
+        experiment.setting_of("bpe_untied", {"learning_rate": 1e-3, "wte_lr_mult": 1, "wte_init_rms": 0.02})
+        == plain
+    )
+    assert experiment.setting_of("kronecker", {"wte_init_rms": 1.0, "wte_lr_mult": 4}) == (
+        ("wte_lr_mult", 4.0),
+    )
+    assert experiment.setting_of("kronecker_s01_lr3", {"wte_lr_mult": 1}) == (("wte_lr_mult", 1.0),)
+    assert experiment.setting_name(plain) == "lr0.001"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('"rung": "a", "length": "short"', '"rung": "z", "length": "short"', "names the rung 'z'"),
+        ('"length": "long"', '"length": "longer"', "names the length 'longer'"),
+        ('"arm": "kronecker"', '"arm": "codec"', "no config/arms/codec.py"),
+        ('"bpe_*": [1, 4], ', "", "0 patterns of kronecker\\* fit the arm bpe_untied"),
+        ('["shared", "best"]', '["best", "worst"]', "only 'shared' and 'best'"),
+        ('"seeds": [5, 6]', '"seeds": [1, 6]', "uses seed 1 to tune and in final runs"),
+        (
+            '"eval_skip_tokens": 256',
+            '"eval_skip_tokens": 255',
+            "tunes on validation windows that final runs read",
+        ),
+        ("min_lr_ratio = 0.1", 'min_lr_ratio = "0.1"', "min_lr_ratio is"),
+        ("min_lr_ratio = 0.1", "min_lr_ratio = 0.1; grid = 3", "unknown name grid"),
+        ("min_lr_ratio = 0.1", "", "it has no min_lr_ratio"),
+        ("smallest_difference", "import os; raise ValueError; smallest_difference", "does not run"),
+    ],
+)
+def test_a_mistake_in_an_experiment_is_one_sentence(old, new, says, tmp_path):
+    path = write_experiment(tmp_path)
+    assert experiment.read(str(path)).name == "small"
+    with pytest.raises((RunError, DataError, SystemExit), match=says):
+        experiment.read(str(write_experiment(tmp_path, **{old: new})))
+
+
+class Here:
+    """A stand-in for pool.Local that trains in this process: the same commands, without a process for each."""
+
+    def __init__(self, *_):
+        self.codes = []
+
+    def has_room(self):
+        return True
+
+    def start(self, job):
+        try:
+            train.main(configurator.load(job.command[2:], quiet=True))
+            return 0
+        except RunError:
+            return 1
+
+    def poll(self, handle):
+        return handle
+
+    def stop(self, handle, number=15):
+        raise AssertionError("nothing is stopped here")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_data):
+    """Two rungs, all arms, two learning rates, run to the end: (experiment file, folder)."""
+    folder = tmp_path_factory.mktemp("experiment")
+    for name, n_embd in (("a", 16), ("b", 32)):
+        (folder / f"{name}.py").write_text(
+            f"data_dir = '{tiny_data}'\nn_layer, n_head, n_embd, block_size = 1, 2, {n_embd}, 16\n"
+            "batch_size, global_batch_size, pos_dim = 8, 8, 4\ndevice, dtype, keep_best = 'cpu', 'float32', False\n"
+        )
+    path = write_experiment(folder, ARMS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "Local", Here)
+        patch.setattr(pool.time, "sleep", lambda seconds: None)
+        assert matched.main([str(path), f"--out={folder / 'out'}", "--jobs=1"]) == 0
+    return path, folder
+
+
+def test_a_small_experiment_runs_to_its_end(finished):
+    path, _ = finished
+    exp = experiment.read(str(path))
+    records = experiment.read_records(exp)
+    plan = experiment.Plan(exp, experiment.losses_of(records))
+    assert plan.complete and {run.name for run in plan.runs} == records.keys()
+    finals = [run for run in plan.runs if run.stage == "final"]
+    assert {(r.rung, r.length, r.arm, r.seed) for r in finals} == {
+        (rung, length, arm, seed)
+        for rung, length in (("a", "short"), ("a", "long"), ("b", "short"))
+        for arm in ARMS
+        for seed in (5, 6)
+    }
+    for run in plan.runs:
+        experiment.check_record(exp, run, records[run.name])
+    # arms of one rung, length and seed share body, data and windows
+    for group in {(r.rung, r.length, r.seed) for r in finals}:
+        mine = [records[r.name].run for r in finals if (r.rung, r.length, r.seed) == group]
+        for key in ("body_sha256", "data_sha256", "val_sha256"):
+            assert len({about[key] for about in mine}) == 1
+    tuned, final = (records[r.name].run["val_sha256"] for r in (plan.runs[0], finals[0]))
+    assert tuned != final
+    last = records[finals[0].name].rows[-1]
+    assert last["iter"] == 3 and "val/by_target/1024" in last
+
+
+def test_a_second_call_finds_everything_done(finished, capsys):
+    path, folder = finished
+    assert matched.main([str(path), f"--out={folder / 'elsewhere'}"]) == 0  # from the records alone
+    assert "0 to do" in capsys.readouterr().out and not (folder / "elsewhere").exists()
+
+
+def test_a_dry_run_says_what_is_left(finished, capsys):
+    path, _ = finished
+    assert matched.main([str(path), "--dry_run", "--rungs=a"]) == 0
+    out = capsys.readouterr().out
+    assert "tune" in out and "0 to do" in out and "recheck" not in out
+
+
+def test_a_record_of_another_run_is_refused(finished):
+    path, folder = finished
+    exp = experiment.read(str(path))
+    run = next(r for r in experiment.Plan(exp, {}).runs if r.stage == "final")
+    record = experiment.read_records(exp)[run.name]
+    for key, value in (("learning_rate", 0.5), ("dropout", 0.1), ("n_layer", 2), ("eval_skip_tokens", 0)):
+        other = record.model_copy(update={"config": record.config | {key: value}})
+        with pytest.raises(RunError, match=f"made with {key}="):
+            experiment.check_record(exp, run, other)
+    moved = folder / "records" / "final" / "moved.json"
+    moved.write_text(experiment.record_path(exp, run, Path("/")).read_text())
+    with pytest.raises(RunError, match="it was moved"):
+        experiment.read_records(exp)
+    moved.unlink()
+
+
+def test_records_say_nothing_of_the_place(finished, tiny_data):
+    _, folder = finished
+    for record in (folder / "records").rglob("*.json"):
+        text = record.read_text()
+        assert str(tiny_data) not in text and str(folder) not in text and text.count("\n") == 1
+        json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--rungs=z"], "has no rung 'z'"),
+        (["--arms=bpe_tied"], "has no arm 'bpe_tied'"),
+        (["--max_iters=5"], "an experiment's file says all keys"),
+        (["--seeds=x"], "no whole numbers"),
+    ],
+)
+def test_what_an_experiment_does_not_have_is_refused(more, says, tmp_path):
+    with pytest.raises(SystemExit, match=says):
+        matched.main([str(write_experiment(tmp_path)), *more])
+
+
+def test_the_ladder_stays_within_its_budget_of_parameters():
+    """Controls and additions of the ladder: at most 15% of the table's parameters on every rung, the controls no more
+    than the codec."""
+    import torch
+
+    from model import GPT, GPTConfig
+
+    exp = experiment.read(str(ROOT / "config/experiments/ladder.py"))
+    for recipe in exp.rungs.values():
+        counts = {}
+        for arm in exp.arms:
+            config = configurator.load([recipe, f"config/arms/{arm}.py"], quiet=True)
+            names = GPTConfig.__dataclass_fields__
+            shape = GPTConfig(**{n: getattr(config, n) for n in names})
+            buffers = (torch.zeros(50304, 16, dtype=torch.uint8), torch.zeros(50304).short())
+            with torch.device("meta"):
+                counts[arm] = GPT(shape, buffers).count_parameters()
+        for arm, n in counts.items():
+            if arm not in ("bpe_tied", "bpe_untied"):
+                assert n["input"] <= 0.15 * n["stock_table"], (recipe, arm)
+        codec = counts["kronecker"]["input"]
+        assert counts["kronecker_permuted"]["input"] == codec
+        for arm in ("bpe_lowrank", "bpe_hash"):
+            assert codec * 0.75 <= counts[arm]["input"] <= codec
