@@ -145,9 +145,9 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
     """mean cross-entropy of x @ weight.T, with a bounded part of the logits alive at any time.
 
     The gradient with respect to a chunk's logits is known as soon as its softmax is, so both products of
-    the backward pass are made in the forward one and the logits are dropped: less memory, and on a CPU less
-    time too, since fresh memory costs more there than the arithmetic of a softmax. torch's own
-    linear_cross_entropy (2.13) does the same, but took twice as long on a CPU as the plain form.
+    the backward pass are made in the forward one and the logits are dropped: less memory, and on a CPU, where
+    all chunks share one buffer, less time too (logits_buffer). torch's own linear_cross_entropy (2.13) does the
+    same, but took twice as long on a CPU as the plain form.
     """
 
     @staticmethod
@@ -158,15 +158,16 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up in it
         loss = x.new_zeros((), dtype=torch.float32)
         rows = -(-n // -(-n // chunk_rows(x, vocab)))  # chunks of one size
+        buffer = logits_buffer(x, rows, vocab)
         for chunk, target in zip(x_low.split(rows), targets[:, None].split(rows), strict=True):
-            logits = (chunk @ weight_low.t()).float()
-            if x.device.type == "cpu" and not torch.compiler.is_compiling():
-                p = torch.softmax(logits, dim=1)  # one pass; its logarithm at the target is the loss
+            logits = logits_of(chunk, weight_low, buffer)
+            if buffer is not None:
+                p = torch.softmax(logits, dim=1, out=logits)  # one pass; its log at the target is the loss
                 p_target = p.gather(1, target)
                 if p_target.all():
                     loss -= p_target.log().sum()
                 else:  # below 1e-38 the probability is 0, its logarithm is not
-                    loss -= F.log_softmax(logits, dim=1).gather(1, target).sum()
+                    loss -= F.log_softmax(logits_of(chunk, weight_low), dim=1).gather(1, target).sum()
                 p.scatter_(1, target, p_target - 1)
             else:  # the same without a scatter, which a compiler makes one kernel of
                 log_norm = torch.logsumexp(logits, dim=1, keepdim=True)
@@ -416,12 +417,30 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, ho
         return ChunkedLinearCrossEntropy.apply(x, weight, targets, matmul_dtype(x))
     if torch.is_grad_enabled():  # one piece: the compiler fuses the rest on a GPU
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
-    rows = chunk_rows(x, weight.size(0))
-    losses = [
-        F.cross_entropy(F.linear(a, weight).float(), b, reduction="none")
-        for a, b in zip(x.split(rows), targets.split(rows), strict=True)
-    ]
+    rows = min(chunk_rows(x, weight.size(0)), len(x))
+    x, weight = x.to(matmul_dtype(x)), weight.to(matmul_dtype(x))
+    buffer, losses = logits_buffer(x, rows, weight.size(0)), []
+    for chunk, target in zip(x.split(rows), targets[:, None].split(rows), strict=True):
+        logits = logits_of(chunk, weight, buffer)
+        log_p = torch.log_softmax(logits, dim=1, out=None if buffer is None else logits)
+        losses.append(-log_p.gather(1, target)[:, 0])
     return torch.cat(losses).mean() if reduction == "mean" else torch.cat(losses)
+
+
+def logits_buffer(x: Tensor, rows: int, vocab_size: int) -> Tensor | None:
+    """Memory in which a CPU makes the logits of one chunk after another: it has to clear fresh memory page by
+    page, which takes longer than the softmax. None where memory costs nothing or a compiler decides."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return x.new_empty(rows, vocab_size, dtype=torch.float32)
+
+
+def logits_of(x: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """x (n, n_embd) @ weight.T in float32, in the buffer's first n rows if there is one."""
+    if buffer is None:
+        return (x @ weight.t()).float()
+    out = buffer[: len(x)]
+    return torch.mm(x, weight.t(), out=out) if x.dtype == out.dtype else out.copy_(x @ weight.t())
 
 
 def chunk_rows(x: Tensor, vocab_size: int) -> int:
