@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import configurator
 from engine import flops
-from scripts import experiment, pool
+from engine.errors import sentences
+from scripts import devices, experiment, pool
 
 DEFAULT_ARMS, DEFAULT_SEEDS = "bpe_tied,bpe_untied,kronecker", "1337,1338,1339"
 ARMS = ROOT / "config" / "arms"
@@ -60,9 +61,19 @@ def arguments(argv: list[str]):
     parser.add_argument("--out", default="", help="folder of the runs (default: out/<recipe>)")
     parser.add_argument("--dry_run", action="store_true", help="print what would run and what it costs")
     parser.add_argument("--check", action="store_true", help="prove that the runs will match; train nothing")
-    parser.add_argument("--nproc_per_node", type=int, default=1, help="ranks of one run, through torchrun")
     parser.add_argument(
-        "--jobs", type=int, default=0, help="runs at a time (0: as many as CPU cores, at most 4; 1 on GPUs)"
+        "--gpus_per_run",
+        "--nproc_per_node",
+        dest="ranks",
+        type=int,
+        default=1,
+        help="ranks of one run on this machine, through torchrun, each on a GPU of its own",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=0,
+        help="runs at a time (0: as many as the GPUs allow; on a CPU a core each, at most 4)",
     )
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; every run saves")
     parser.add_argument("--nice", type=int, default=0, help="priority of the runs, 0 to 19 (lowest)")
@@ -90,8 +101,8 @@ def arguments(argv: list[str]):
         sys.exit(f"error: --seeds={args.seeds} are no whole numbers: write --seeds=1337,1338")
     if args.experiment is None and not (args.arms and args.seeds):
         sys.exit("error: there is nothing to run: name at least one arm and one seed")
-    if args.nproc_per_node < 1:
-        sys.exit(f"error: --nproc_per_node is {args.nproc_per_node}, but a run needs at least 1 rank")
+    if args.ranks < 1:
+        sys.exit(f"error: --gpus_per_run is {args.ranks}, but a run needs at least 1 rank")
     for name, low, high in (
         ("jobs", 0, 10_000),
         ("nice", 0, 19),
@@ -165,8 +176,8 @@ def make_jobs(args, passed: list[str]) -> list[pool.Job]:
 
 def command(args, passed: list[str], arm: str, seed: int, *more: str) -> list[str]:
     start = [sys.executable]
-    if args.nproc_per_node > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc_per_node}"]
+    if args.ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
     # paths as a person would write them: run.json keeps the command, and is shown to others
     files = [os.path.relpath(ROOT / "train.py"), args.recipe, os.path.relpath(ARMS / f"{arm}.py")]
     own = [f"--seed={seed}", f"--out_dir={folder(args, arm, seed)}", "--init_from=auto"]
@@ -177,15 +188,18 @@ def folder(args, arm: str, seed: int) -> Path:
     return args.out / f"{arm}_s{seed}"
 
 
-def jobs_and_threads(args) -> tuple[int, int]:
-    """(runs at a time, threads a run). Small CPU runs gain more from company than from a second thread."""
-    import torch
-
+def workers(args, keys: list[str]) -> pool.Local:
+    """The slots of this machine: GPUs where they are, else cores. Small CPU runs gain more from company than from threads."""
+    device = configurator.load(keys, quiet=True).device
+    if device.startswith("cuda:"):
+        sys.exit(
+            f"error: each run gets a GPU of its own, so not --device={device}: say which with CUDA_VISIBLE_DEVICES"
+        )
+    gpus = devices.visible_gpus() if device in ("auto", "cuda") else []
     cores = os.cpu_count() or 1
-    if torch.cuda.is_available():
-        return args.jobs or 1, cores
-    n_jobs = args.jobs or max(1, min(4, cores // args.nproc_per_node))
-    return n_jobs, max(1, cores // (n_jobs * args.nproc_per_node))
+    at_a_time = args.jobs or max(1, min(4, cores // args.ranks))
+    slots = devices.slots(gpus, args.ranks, args.jobs) if gpus else [()] * at_a_time
+    return pool.Local(slots, max(1, cores // (len(slots) * args.ranks)), args.nice)
 
 
 # ---- the proof that they match
@@ -257,7 +271,6 @@ def run_experiment(args) -> int:
     """Run what the experiment's file asks for and no record has yet, stage after stage; the exit status."""
     exp = args.experiment
     end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
-    n_jobs, threads = jobs_and_threads(args)
     screen = pool.Screen()
     status = 0
     while True:
@@ -272,13 +285,13 @@ def run_experiment(args) -> int:
         if len(jobs) + len(losses.keys() & runs.keys()) < len(runs):
             continue  # with what these records say
         known = "" if plan.complete else " known so far"
-        screen.say(f"{exp.name}: {len(runs)} runs{known}, {len(jobs)} to do, {n_jobs} at a time")
+        screen.say(f"{exp.name}: {len(runs)} runs{known}, {len(jobs)} to do")
         if not jobs:
             break
         # choices first: what the tuning leads to is known only when it has ended
         jobs = [job for job in jobs if runs[job.name].stage != "final"] or jobs
         left = (end - time.monotonic()) / 60 if args.minutes else None
-        engine = pool.Local([()] * n_jobs, threads, args.nice)
+        engine = workers(args, experiment.command_keys(exp, runs[jobs[0].name]))
         one = pool.run(
             jobs, engine, left, args.retries, args.patience,
             on_end=lambda job, runs=runs: keep_record(exp, runs[job.name], job),
@@ -320,7 +333,7 @@ def describe_experiment(args) -> str:
             f"{stage:<8} {rung:<4} {length:<5} {len(runs):>5} runs, {len(todo):>4} to do"
             f"{tokens * len(todo) / 1e6:>9,.0f}M tokens {cost * len(todo):>10.2e} FLOPs {hours:>7.1f} h"
         )
-    n_jobs, _ = jobs_and_threads(args)
+    n_jobs = len(workers(args, experiment.command_keys(exp, plan.runs[0])).slots)
     hours = total / (exp.gflops * 1e9) / 3600
     rows.append(
         f"in all {total:.2e} FLOPs: {hours:.1f} hours of one thread at {exp.gflops:g} GFLOP/s, {hours / n_jobs:.1f} at "
@@ -340,20 +353,21 @@ def main(argv: list[str]) -> int:
     if args.check:
         check(args, passed)
         return 0
-    n_jobs, threads = jobs_and_threads(args)
+    engine = workers(args, [args.recipe, *passed])
     states = Counter(pool.state(job)[0] for job in jobs)
     done = ", ".join(f"{states[s]} {s}" for s in ("finished", "diverged") if states[s] or s == "finished")
-    screen = pool.Screen()
-    screen.say(f"{len(jobs)} runs of {jobs[0].max_iters:,} steps in {args.out}: {done}, "
-               f"{states['unfinished']} to do, {n_jobs} at a time")  # fmt: skip
-    engine = pool.Local([()] * n_jobs, threads, args.nice)
+    print(f"{len(jobs)} runs of {jobs[0].max_iters:,} steps in {args.out}: {done}, {states['unfinished']} to do, "
+          f"{engine}", flush=True)  # fmt: skip
     status = pool.run(jobs, engine, args.minutes, args.retries, args.patience)
     if status == 0:
-        screen.say(
-            f"all {len(jobs)} runs are finished: python scripts/compare.py {shlex.quote(str(args.out))}"
-        )
+        print(f"all {len(jobs)} runs are finished: python scripts/compare.py {shlex.quote(str(args.out))}")
     return status
 
 
+def cli(argv: list[str]) -> None:
+    with sentences():
+        sys.exit(main(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    cli(sys.argv[1:])

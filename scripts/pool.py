@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.console import Tolerant, explain
+
 TIME_IS_UP, DIVERGED = 124, 3  # exit statuses beside 0, 1 and 128 + signal; timeout(1) has the first, too
 GRACE = 300  # seconds that a job has to save once it is asked to stop
 
@@ -79,6 +81,10 @@ class Local:
 
     def __init__(self, slots: list[tuple[str, ...]], threads: int = 1, nice: int = 0):
         self.slots, self.threads, self.nice = list(slots), threads, nice
+
+    def __str__(self) -> str:
+        gpus = f" on GPUs {' '.join(','.join(slot) for slot in self.slots)}" if any(self.slots) else ""
+        return f"{len(self.slots)} at a time{gpus}"
 
     def has_room(self) -> bool:
         return bool(self.slots)
@@ -216,7 +222,7 @@ def run(
                         log = file_mark(job.out_dir / "train.log") or (0,)
                         running.append(Attempt(job, engine.start(job), log[0]))
                     except OSError as e:
-                        ends[job.name], causes[job.name] = "failed", f"{e.strerror}: {e.filename}"
+                        ends[job.name], causes[job.name] = "failed", explain(e) or str(e)
                 time.sleep(0.3)
                 if stop is None and (signals.got or time.monotonic() > deadline):
                     stop = 128 + signals.got[0] if signals.got else TIME_IS_UP
@@ -258,7 +264,7 @@ def run(
                 engine.stop(a.handle)
     if stop is not None and any(end in ("unfinished", "interrupted") for end in ends.values()):
         return stop
-    return report(jobs, ends, causes)
+    return report(screen, jobs, ends, causes)
 
 
 def how_it_ended(a: Attempt, code: int, asked: bool) -> tuple[str, str]:
@@ -277,7 +283,7 @@ def how_it_ended(a: Attempt, code: int, asked: bool) -> tuple[str, str]:
     return "failed", words if code else f"it ended at step {step} of {a.job.max_iters}: {words}"
 
 
-def report(jobs: list[Job], ends: dict[str, str], causes: dict[str, str]) -> int:
+def report(screen, jobs: list[Job], ends: dict[str, str], causes: dict[str, str]) -> int:
     """Name on stderr every job that has not finished, those with the same cause together; the exit status."""
     status = 0
     groups: dict[tuple[str, str], list[Job]] = {}
@@ -287,17 +293,15 @@ def report(jobs: list[Job], ends: dict[str, str], causes: dict[str, str]) -> int
             groups.setdefault((ends[job.name], cause), []).append(job)
     for (end, cause), members in groups.items():
         names = "; ".join(job.name for job in members)
-        where = f"{members[0].out_dir / 'train.log'}"
+        log = members[0].out_dir / "train.log"
+        where = f" (all of it: {log})" if log.exists() else ""
         if end == "diverged":
             status = status or DIVERGED
-            text = (
-                f"{names} diverged {cause}: the loss was not finite; such a run is left as it is "
-                f"(see {where}; delete its folder to train it anew)"
-            )
+            text = f"{names} diverged {cause}{where}: the loss was not finite; delete the folder to train it anew"
         else:
             status = 1
-            text = f"{names} {'failed' if end == 'failed' else 'was ' + end}: {cause} (all of it: {where})"
-        write(sys.stderr, f"error: {text}\n")
+            text = f"{names} {'failed' if end == 'failed' else 'was ' + end}: {cause}{where}"
+        screen.error(text)
     return status
 
 
@@ -336,31 +340,23 @@ class Progress:
 
 
 class Screen:
-    """What is printed, on a terminal or elsewhere."""
+    """What is printed, on a terminal or elsewhere; a reader that has gone away costs the printing, never the work."""
 
     def __init__(self):
-        self.is_terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.out, self.err = Tolerant(sys.stdout), Tolerant(sys.stderr)
+        self.is_terminal = sys.stdout.isatty()
 
     def say(self, line: str) -> None:
-        write(sys.stdout, ("\r\033[K" if self.is_terminal else "") + line + "\n")
+        print(("\r\033[K" if self.is_terminal else "") + line, file=self.out, flush=True)
 
     def status(self, line: str) -> None:
         """A line that the next one replaces on a terminal."""
         if self.is_terminal:
-            write(sys.stdout, "\r\033[K" + line[: os.get_terminal_size().columns - 1])
-        else:
-            write(sys.stdout, line + "\n")
+            line = "\r\033[K" + line[: os.get_terminal_size().columns - 1]
+        print(line, end="" if self.is_terminal else "\n", file=self.out, flush=True)
 
-
-def write(stream, text: str) -> None:
-    """Print; a reader that has gone away costs the printing, never the work."""
-    try:
-        if stream is not None:
-            stream.write(text)
-            stream.flush()
-    except OSError:
-        # for the rest, and for Python's own flush at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    def error(self, sentence: str) -> None:
+        print(f"error: {sentence}", file=self.err, flush=True)
 
 
 class Signals:

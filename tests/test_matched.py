@@ -9,6 +9,7 @@ import time
 import pytest
 from conftest import ROOT, TINY
 
+from engine.errors import RunError
 from engine.metrics import is_finished, read_metrics
 from scripts import matched
 
@@ -96,6 +97,35 @@ def test_interrupted_it_saves_and_goes_on(recipe, tmp_path):
     last = [read_metrics(tmp_path / d / "bpe_tied_s1")[-1] for d in ("cut", "whole")]
     assert last[0]["val/loss"] == last[1]["val/loss"]
     assert "resuming" in (tmp_path / "cut" / "bpe_tied_s1" / "train.log").read_text()
+
+
+def test_each_run_trains_on_gpus_of_its_own(recipe, tmp_path, monkeypatch):
+    """A stand-in for train.py says what it was given."""
+    child = (
+        "import os, sys, time; time.sleep(0.2);"
+        "open(sys.argv[1] + '/gpus', 'w').write(os.environ['CUDA_VISIBLE_DEVICES']);"
+        "open(sys.argv[1] + '/metrics.jsonl', 'w').write('{\"iter\": 12, \"val/loss\": 5.0}')"
+    )
+    real = matched.command
+
+    def command(args, passed, arm, seed):
+        words = real(args, passed, arm, seed)
+        assert (f"--nproc_per_node={args.ranks}" in words) is (args.ranks > 1)
+        return [sys.executable, "-c", child, str(matched.folder(args, arm, seed))]
+
+    monkeypatch.setattr(matched, "command", command)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5d5b,1,0")
+    for n, groups in ((1, {"3", "GPU-5d5b", "1", "0"}), (2, {"3,GPU-5d5b", "1,0"})):
+        out = tmp_path / str(n)
+        args = [f"--out={out}", "--arms=bpe_tied,kronecker", "--seeds=1,2,3", f"--gpus_per_run={n}"]
+        assert matched.main([recipe(device="cuda"), *args]) == 0
+        assert {path.read_text() for path in out.rglob("gpus")} == groups
+    for word, words in (
+        ("--gpus_per_run=5", "more than the 4 here"),
+        ("--device=cuda:1", "CUDA_VISIBLE_DEVICES"),
+    ):
+        with pytest.raises((RunError, SystemExit), match=words):
+            matched.main([recipe(device="cuda"), f"--out={tmp_path / 'none'}", word])
 
 
 @pytest.mark.parametrize(
