@@ -69,7 +69,9 @@ def pass_on(sentences) -> None:
 
 def finish(process: subprocess.Popen, voice: threading.Thread, to: str) -> None:
     """The run is over: let the process send the last rows, but do not wait for ever."""
-    process.stdin.close()
+    with contextlib.suppress(OSError):  # it has ended before
+        process.stdin.write("\n")  # closing alone says nothing while a forked worker holds a copy of the pipe
+        process.stdin.close()
     try:
         code = process.wait(FINISH)
         voice.join(1)
@@ -135,8 +137,7 @@ class Unreachable(Exception):
 
 
 def wait_for_the_end(over: threading.Event) -> None:
-    while os.read(0, 1024):  # ends when the run closes it, or dies
-        pass
+    os.read(0, 1)  # until the run says that it is over, or dies
     over.set()
     time.sleep(GIVE_UP)
     os._exit(1)
