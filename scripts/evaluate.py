@@ -29,7 +29,7 @@ if not __package__:
 
 import numpy as np
 
-from engine import metrics, pretrained, ranks, runs
+from engine import pretrained, ranks, runs, tracker
 from engine.errors import RunError, sentences
 from sample import load_pretrained
 from scripts.analysis import report, stats
@@ -313,12 +313,24 @@ def draw(figures: dict, tasks: list[dict], arms: list[str]):
     return figure
 
 
-def to_wandb(model: dict, config: dict, figures: dict) -> None:
-    """Add a run's figures to its own run on wandb, as eval/TASK/acc, eval/TASK/acc_norm and eval/TASK/bpb."""
-    wandb_run = metrics.start_wandb(config, runs.read_run(model["path"])[1])
-    if wandb_run is not None:
-        wandb_run.summary.update({f"eval/{t}/{k}": v for t, x in figures.items() for k, v in x.items()})
-        wandb_run.finish()
+def to_wandb(model: dict, config: dict, figures: dict, out: Path) -> None:
+    """Show a run's figures in its project and group, as a run of job type "eval": eval/TASK/acc, /acc_norm, /bpb.
+
+    Whatever goes wrong there is said, and costs nothing else.
+    """
+    try:
+        import wandb
+
+        run = runs.read_run(model["path"])[1]
+        known = tracker.names(model["path"], config, run)
+        known |= {"name": known["name"] + "-eval", "job_type": "eval", "dir": str(out)}
+        known["config"] = {"evaluated": run}  # under "run", compare.py would take it for a training
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise ValueError("nobody is logged in: wandb login")
+        with wandb.init(**known, settings={"init_timeout": 30, "silent": True, "console": "off"}) as shown:
+            shown.log({f"eval/{t}/{k}": v for t, x in figures.items() for k, v in x.items()})
+    except Exception as e:  # wandb and what it calls raise errors of many kinds
+        common.progress(f"note: wandb has not got {model['path']} ({tracker.first_line(e)})")
 
 
 def arguments(argv):
@@ -384,7 +396,7 @@ def main(argv=None) -> None:
                         f"start, {x['too_long']} with a longer answer are left out."
                     ] = None
             if args.wandb and m["seed"] is not None:
-                to_wandb(m, config, means(mine))
+                to_wandb(m, config, means(mine), common.out_folder(args, ""))
         wanted = [(a, baseline) for a in arms if a != baseline]
         if {"kronecker", "bpe_untied"} <= set(arms) and baseline != "bpe_untied":
             wanted.append(("kronecker", "bpe_untied"))

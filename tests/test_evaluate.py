@@ -5,6 +5,8 @@ import importlib.util
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -173,6 +175,21 @@ def test_scores_do_not_depend_on_the_batch(gpt2_runs):
     np.testing.assert_allclose(without, together[1], atol=1e-5)
     with pytest.raises(ValueError, match="cannot be scored"):
         likelihood.score(model, [([1], [2] * 129)])
+
+
+def test_wandb_gets_the_figures(gpt2_runs, tmp_path, monkeypatch):
+    """The real package, offline; what it wrote is read back by its own reader."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = tmp_path / "out"
+    found = run(
+        ["--runs", gpt2_runs / "kronecker_s1", "--tasks", "piqa", "--limit", "2", "--wandb", "--out", out]
+    )
+    (folder,) = (out / "wandb").glob("offline-run-*")
+    read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    lines = subprocess.run(read, capture_output=True, text=True, check=True).stdout.splitlines()
+    (row,) = (r["history"]["item"] for r in map(json.loads, lines) if r["type"] == "history")
+    assert row["eval/piqa/bpb"] == pytest.approx(found["models"][0]["figures"]["piqa"]["bpb"])
 
 
 def test_mistakes_are_one_sentence(gpt2_runs, tmp_path, capsys):
