@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, make_tiny_data
+from wandb_server import WandbServer
 
 import configurator
 import train
@@ -236,6 +237,55 @@ def broken_package(folder, code) -> str:
     for name in ("wandb", "trackio"):
         (folder / f"{name}.py").write_text(code)
     return str(folder)
+
+
+@pytest.fixture
+def server(tracked, monkeypatch):
+    """wandb online, with a key, against a server on this machine."""
+    server = WandbServer()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    yield server
+    server.close()
+
+
+def test_online_a_resume_sends_what_the_server_lacks_and_nothing_twice(server, train_tiny, tmp_path, capsys):
+    out_dir = tmp_path / "cmp" / "run"
+    keys = {"arm": "bpe_tied", "tracker": "wandb", "init_from": "auto", "ckpt_interval": 5}
+    first = train_tiny(out_dir, **keys)
+    (run_id,) = server.runs
+    run = server.runs[run_id]
+    assert (run["displayName"], run["groupName"], run["jobType"]) == ("bpe_tied-s1337", "cmp", "train")
+    assert server.rows(run_id) == by_iter(first)
+    assert f"note: wandb shows this run at {server.url}/someone/" in capsys.readouterr().out
+    for lost in (
+        range(0),
+        range(4, 13),
+    ):  # the server has the rows that are made again; or a kill kept them from it
+        for step in (10, 12):
+            shutil.rmtree(out_dir / f"ckpt/step_{step:06d}", ignore_errors=True)
+        for i in lost:
+            del server.history[run_id][i]
+        again = train_tiny(out_dir, **keys)
+        assert list(server.runs) == [run_id]
+        assert [r["iter"] for r in server.rows(run_id)] == list(range(13))
+        assert without_clock(server.rows(run_id)) == without_clock(by_iter(again))
+    assert server.rows(run_id)[4:] == by_iter(again)[4:]
+
+
+def without_clock(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in ("tok_per_sec", "mem_gb")} for r in rows]
+
+
+def test_uploading_the_files_of_a_killed_and_resumed_run_gives_its_rows_once(comparison, server):
+    """`wandb sync` of all that two starts wrote offline, in one go."""
+    out_dir = comparison / "bpe_untied_s2"
+    folders = [str(f) for f in wandb_folders(out_dir)]
+    sync = [sys.executable, "-m", "wandb", "sync", "--include-synced", "--yes"]
+    done = subprocess.run([*sync, *folders], cwd=out_dir, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (run_id,) = server.runs
+    assert server.rows(run_id) == by_iter(read_metrics(out_dir))
 
 
 @pytest.mark.parametrize("to", ["wandb", "trackio"])
