@@ -17,6 +17,9 @@ import unicodedata
 from collections import defaultdict
 from functools import cache
 
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 from kronecker.codec import codec_output_dim
 from kronecker.tokens import token_bytes, utf8_safe_truncate
 
@@ -42,6 +45,8 @@ def audit(
     vocab_size: rows of the stock table that the embedding would replace (the tokenizer's ids when None).
     """
     true = token_bytes(tokenizer)
+    if vocab_size is not None and vocab_size < len(true):
+        raise ValueError(f"vocab_size is {vocab_size}, but the tokenizer has {len(true)} ids")
     extracted = true if byte_extraction == "bytes" else token_bytes(tokenizer, byte_extraction)
     if byte_extraction == "decode":
         kept = [utf8_safe_truncate(piece, pos_dim) for piece in extracted]
@@ -205,16 +210,10 @@ def script(piece: bytes) -> str:
 def find_tokenizer(name: str):
     """A tokenizer from a tiktoken name, a tokenizer.json, a tekken*.json, or a transformers folder or hub name.
 
-    Raises ValueError, saying what was tried, when there is none.
+    Code that comes with a tokenizer is never run. Raises ValueError, saying what was tried, when there is none.
     """
     if name.endswith(".json") and os.path.isfile(name):
-        with open(name, encoding="utf-8") as file:
-            content = json.load(file)
-        if "config" in content and "vocab" in content:
-            return name
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(name)
+        return tokenizer_file(name)
     if not os.path.exists(name):
         try:
             import tiktoken
@@ -235,38 +234,70 @@ def find_tokenizer(name: str):
             f"{name!r} is not a tiktoken encoding or a tokenizer file, and transformers is not installed"
         ) from None
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers passes on whatever a file that it does not expect raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "custom code" in reason:
+            reason = "it needs code of its own, which is never run: give its tokenizer.json, if it has one"
         raise ValueError(
             f"there is no tokenizer {name!r}: not a tiktoken encoding, not a file, and transformers says: {reason}"
         ) from None
 
 
+def tokenizer_file(path: str):
+    """The tokenizer in a tokenizer.json, or the path itself of a tekken*.json, which token_bytes reads."""
+    from tokenizers import Tokenizer
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if isinstance(content, dict) and {"config", "vocab"} <= content.keys():
+            return path
+        return Tokenizer.from_file(path)
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ValueError(f"{path} is no readable tokenizer.json or tekken.json ({error})") from None
+
+
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kronecker.audit", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m kronecker.audit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--tokenizer", required=True, help="tiktoken name, tokenizer file, or transformers folder or name"
     )
-    parser.add_argument("--pos-dim", type=int, default=16)
-    parser.add_argument("--char-dim", type=int, default=256)
-    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument("--pos-dim", type=positive, default=16)
+    parser.add_argument("--char-dim", type=positive, default=256)
+    parser.add_argument("--d-model", type=positive, default=768)
     parser.add_argument(
-        "--vocab-size", type=int, help="rows of the table to compare with (default: the tokenizer's)"
+        "--vocab-size", type=positive, help="rows of the table to compare with (default: the tokenizer's)"
     )
     parser.add_argument("--byte-extraction", default="bytes", choices=("bytes", "decode"))
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(argv)
-    if args.pos_dim < 1:
-        sys.exit(f"error: --pos-dim is {args.pos_dim}, but it must be at least 1")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows a question mark
+            stream.reconfigure(errors="replace")
     try:
         tokenizer = find_tokenizer(args.tokenizer)
         report = audit(
             tokenizer, args.pos_dim, args.byte_extraction, args.d_model, args.char_dim, args.vocab_size
         )
+        print(json.dumps(report, indent=1) if args.json else audit_text(report), flush=True)
+    except BrokenPipeError:  # whoever read the report, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else audit_text(report))
+    except KeyboardInterrupt:
+        sys.exit("error: stopped by Ctrl-C")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not text.isdecimal() or not 0 < int(text) < 10**9:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class KroneckerEmbedding(nn.Module):
         step. FSDP2's fully_shard takes row-major parameters only.
 
     Additions that the paper does not have, off by default (ngrams and rank add nothing at the start):
-    init_rms: RMS of the embeddings at the start, for z-normalised codes, whose entries have RMS 1. It scales the initial projection and nothing else: no factor stays in the forward pass.
+    init_rms: RMS of the embeddings at the start, for z-normalised codes, whose entries have RMS 1. It scales the
+        initial projection and nothing else: no factor stays in the forward pass.
     ngrams: number of buckets of a bag of hashed byte 2- and 3-grams, ngram.weight (ngrams, d_model), summed and
         divided by the square root of their count.
     rank: rank of a residual of each token's own, residual_u[id] @ residual_v, (vocab_size, rank) and
@@ -148,6 +149,24 @@ class KroneckerEmbedding(nn.Module):
             nn.init.zeros_(self.ngram.weight)
         if self.rank:
             nn.init.zeros_(self.residual_v)
+
+    @torch.no_grad()
+    def set_tokens(self, byte_buffer: Tensor, length_buffer: Tensor) -> None:
+        """Embed another vocabulary, in place: bytes (vocab_size, pos_dim) and lengths (vocab_size,) of its tokens.
+
+        The projection serves any vocabulary as it is. A residual of a token's own (rank) stays with its id, and is
+        zero, to be learned, for an id that is new. Raises ValueError for buffers of another shape.
+        """
+        check_buffers(byte_buffer, length_buffer, self.char_dim, self.pos_dim)
+        if self.rank:
+            old, kept = self.residual_u, min(self.vocab_size, len(length_buffer))
+            fresh = old.new_zeros(len(length_buffer), self.rank)
+            fresh[:kept] = old[:kept]
+            self.residual_u = nn.Parameter(fresh, requires_grad=old.requires_grad)
+        self.vocab_size, self._table = len(length_buffer), None
+        self._byte_buffer = byte_buffer.to(torch.uint8).contiguous()
+        self._length_buffer = length_buffer.to(torch.int16).contiguous()
+        self._place_constants()
 
     # nn.Embedding's names
     @property

@@ -2,9 +2,11 @@
 
     model = AutoModelForCausalLM.from_pretrained(name)
     swap_input_embeddings(model, tokenizer, pos_dim=32, tie="untie")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    model.resize_token_embeddings(len(tokenizer))
     ...train...
     save_pretrained(model, folder)
-    model = from_pretrained(folder)
+    model = from_pretrained(folder, tokenizer=tokenizer)
 
 transformers cannot rebuild a module that it does not know, so a swapped model is saved with the bytes of its
 tokens beside the weights (kronecker.safetensors) and loaded by from_pretrained here, not by AutoModel.
@@ -12,6 +14,8 @@ tokens beside the weights (kronecker.safetensors) and loaded by from_pretrained 
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +23,21 @@ import torch.nn as nn
 from torch import Tensor
 
 from kronecker.embedding import KroneckerEmbedding
+from kronecker.tokens import build_byte_buffer
 
 BYTES_FILE = "kronecker.safetensors"
 TIES = ("untie", "induced")
+# What config.json says of the embedding: its options, and what became of the head.
+OPTIONS = {
+    "pos_dim": int,
+    "char_dim": int,
+    "length_normalize": bool,
+    "z_normalize": bool,
+    "byte_extraction": str,
+    "init_rms": float,
+    "ngrams": int,
+    "rank": int,
+}
 
 
 class InducedHead(nn.Module):
@@ -36,7 +52,14 @@ class InducedHead(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(scale, dtype=embedding.projection.weight.dtype))
         self._tied_to = [embedding]  # in a list, so that it is not registered a second time
-        self.in_features, self.out_features = embedding.d_model, embedding.vocab_size
+
+    @property
+    def in_features(self) -> int:
+        return self._tied_to[0].d_model
+
+    @property
+    def out_features(self) -> int:
+        return self._tied_to[0].vocab_size
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x * self.scale, self._tied_to[0].table())
@@ -47,7 +70,8 @@ def swap_input_embeddings(
 ) -> KroneckerEmbedding:
     """Put a fresh KroneckerEmbedding where model.get_input_embeddings() was, and return it.
 
-    model: a transformers causal LM, or anything with get/set_input_embeddings and get/set_output_embeddings.
+    model: a transformers causal LM, or anything with get/set_input_embeddings and get/set_output_embeddings. Its
+        resize_token_embeddings becomes the one here, with this tokenizer.
     tie: what becomes of the output head. None is for heads of their own, which stay as they are; a head tied to
         the old table needs a choice: "untie" leaves it the old table as its own weight, "induced" ties it to the
         new embedding (InducedHead; also possible for a head that was not tied).
@@ -75,18 +99,68 @@ def swap_input_embeddings(
     elif tied:
         head.weight = nn.Parameter(old.weight.detach().clone())
     _forget_tie(model)
-    model.config.kronecker = {
-        "pos_dim": new.pos_dim,
-        "char_dim": new.char_dim,
-        "length_normalize": new.length_normalize,
-        "z_normalize": new.z_normalize,
-        "byte_extraction": new.byte_extraction,
-        "init_rms": new.init_rms,
-        "ngrams": new.ngrams,
-        "rank": new.rank,
-        "tie": "induced" if tie == "induced" else "untie",
-    }
+    model.config.kronecker = {name: kind(getattr(new, name)) for name, kind in OPTIONS.items()}
+    model.config.kronecker["tie"] = "induced" if tie == "induced" else "untie"
+    model.resize_token_embeddings = partial(resize_token_embeddings, model, tokenizer=tokenizer)
     return new
+
+
+def resize_token_embeddings(
+    model,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+    *,
+    tokenizer=None,
+) -> KroneckerEmbedding:
+    """transformers' method of this name, for a swapped model: grow or shrink the vocabulary, and return the embedding.
+
+    The bytes of all ids are read anew from the tokenizer, so that added tokens have theirs; the projection stays as
+    it is, and nothing is drawn for the input side. A head of its own is resized by transformers (mean_resizing: its
+    new rows are the mean of the old ones).
+    tokenizer: what build_byte_buffer takes; a swapped model brings the one of its swap. Ids past its tokens have no
+        bytes and embed to zero. Without one the vocabulary can only shrink.
+    Raises ValueError for a tokenizer that gives a token other bytes than it had.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if new_num_tokens is None and pad_to_multiple_of is None:
+        return embedding
+    n = embedding.vocab_size if new_num_tokens is None else new_num_tokens
+    n = -(-n // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+    embedding.set_tokens(*_bytes_of(embedding, n, tokenizer))
+    if head is not None and not isinstance(head, InducedHead):
+        learns = head.weight.requires_grad
+        head = model._get_resized_lm_head(head, n, mean_resizing=mean_resizing).requires_grad_(learns)
+        model.set_output_embeddings(head)
+    model.config.get_text_config().vocab_size = model.vocab_size = n
+    return embedding
+
+
+def _bytes_of(embedding: KroneckerEmbedding, n: int, tokenizer) -> tuple[Tensor, Tensor]:
+    """Byte and length buffers of the first n ids: the tokenizer's, and the embedding's own where it has none."""
+    if tokenizer is None and n > embedding.vocab_size:
+        raise ValueError(
+            f"the vocabulary grows from {embedding.vocab_size} to {n} ids, but nothing says which bytes the new ones "
+            "have: give resize_token_embeddings (or kronecker.hf.from_pretrained) the tokenizer"
+        )
+    bytes_NxP = torch.zeros(n, embedding.pos_dim, dtype=torch.uint8)
+    lengths_N = torch.zeros(n, dtype=torch.int16)
+    old = embedding._byte_buffer[:n].cpu(), embedding._length_buffer[:n].cpu()
+    kept = len(old[1])
+    bytes_NxP[:kept], lengths_N[:kept] = old
+    if tokenizer is not None:
+        new = build_byte_buffer(tokenizer, embedding.pos_dim, embedding.byte_extraction)
+        new_bytes, new_lengths = new[0][:n], new[1][:n]
+        there = new_lengths > 0
+        before = bytes_NxP[: len(there)], lengths_N[: len(there)]
+        same = (new_lengths == before[1]) & (new_bytes == before[0]).all(1)
+        if other := (there & (before[1] > 0) & ~same).nonzero().flatten().tolist():
+            raise ValueError(
+                f"{len(other)} tokens, the first of id {other[0]}, have other bytes in this tokenizer than in the "
+                "embedding: it is not the tokenizer that the model was made with"
+            )
+        before[0][there], before[1][there] = new_bytes[there], new_lengths[there]
+    return bytes_NxP, lengths_N
 
 
 def save_pretrained(model, folder) -> None:
@@ -103,31 +177,51 @@ def save_pretrained(model, folder) -> None:
     model.save_pretrained(folder)
 
 
-def from_pretrained(folder, dtype: torch.dtype | None = None):
-    """The model that save_pretrained wrote, in eval mode, on the CPU.
+def from_pretrained(folder, dtype: torch.dtype | None = None, tokenizer=None):
+    """The model that save_pretrained wrote, in eval mode, on the CPU; code that lies in the folder is never run.
 
+    tokenizer: for model.resize_token_embeddings; the bytes of the tokens that there are come with the folder.
     Raises ValueError for a folder that save_pretrained of this module did not write.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
     if not (folder / BYTES_FILE).is_file():
         raise ValueError(f"{folder} holds no {BYTES_FILE}: save the model with kronecker.hf.save_pretrained")
-    config = AutoConfig.from_pretrained(folder)
-    options = dict(config.kronecker)
-    model = AutoModelForCausalLM.from_config(config)
-    buffers = load_file(folder / BYTES_FILE)
-    options.update(byte_buffer=buffers["bytes"], length_buffer=buffers["lengths"])
-    swap_input_embeddings(model, **options)
-    weights = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        weights.update(load_file(file))
-    if not weights:
-        raise ValueError(f"{folder} holds no model*.safetensors")
-    first = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
-    model.to(dtype or first).load_state_dict(weights)
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no model.safetensors")
+    try:
+        options = _options(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        buffers, weights = load_file(folder / BYTES_FILE), {}
+        for file in files:
+            weights.update(load_file(file))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        swap_input_embeddings(
+            model, byte_buffer=buffers["bytes"], length_buffer=buffers["lengths"], **options
+        )
+        first = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
+        model.to(dtype or first).load_state_dict(weights)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        reason = "it needs code of its own, which is never run" if "custom code" in reason else reason
+        raise ValueError(f"{folder} is no folder that this module can load: {reason}") from None
+    model.resize_token_embeddings = partial(resize_token_embeddings, model, tokenizer=tokenizer)
     return model.eval()
+
+
+def _options(config) -> dict:
+    """Keyword arguments of swap_input_embeddings from a config.json's content; ValueError for another shape."""
+    options = config.get("kronecker") if isinstance(config, dict) else None
+    kinds = OPTIONS | {"tie": str}
+    if not isinstance(options, dict) or {k: type(v) for k, v in options.items()} != kinds:
+        wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise ValueError(f"its config.json needs an entry kronecker with exactly these: {wanted}")
+    return options
 
 
 def _forget_tie(model) -> None:

@@ -191,14 +191,16 @@ def read_tekken_file(path: str | Path) -> list[bytes]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         config, vocab = content["config"], content["vocab"]
-        n_vocab, n_special = config["default_vocab_size"], config["default_num_special_tokens"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        n_vocab, n_special = int(config["default_vocab_size"]), int(config["default_num_special_tokens"])
+        if not 0 <= n_special <= n_vocab <= min(n_special + len(vocab), 10**7):
+            raise ValueError(f"{n_vocab} tokens, {n_special} of them special, but {len(vocab)} ranks")
+        # files before 2025 do not list their special tokens; the ids exist all the same
+        named = {entry["rank"]: entry["token_str"] for entry in content.get("special_tokens") or []}
+        special = [named.get(i, f"<SPECIAL_{i}>").encode("utf-8") for i in range(n_special)]
+        ranks = sorted(vocab, key=lambda entry: entry["rank"])[: n_vocab - n_special]
+        return special + [base64.b64decode(entry["token_bytes"]) for entry in ranks]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable tekken JSON file ({error})") from None
-    # files before 2025 do not list their special tokens; the ids exist all the same
-    named = {entry["rank"]: entry["token_str"] for entry in content.get("special_tokens") or []}
-    special = [named.get(i, f"<SPECIAL_{i}>").encode("utf-8") for i in range(n_special)]
-    ranks = sorted(vocab, key=lambda entry: entry["rank"])[: n_vocab - n_special]
-    return special + [base64.b64decode(entry["token_bytes"]) for entry in ranks]
 
 
 def _sentencepiece(processor, byte_extraction: str, n_tokens: int | None = None, id_to_piece=None) -> Reader:
@@ -223,6 +225,8 @@ def _huggingface(backend, byte_extraction: str, special_ids: set[int]) -> Reader
     """A tokenizers.Tokenizer; its decoder, else its pre-tokenizer, tells the alphabet of its pieces."""
     pieces = {i: piece for piece, i in backend.get_vocab(with_added_tokens=True).items()}
     n_tokens = max(pieces, default=-1) + 1
+    if n_tokens > 10**7:
+        raise ValueError(f"the tokenizer has {len(pieces)} tokens, but ids up to {n_tokens - 1}: it is damaged")
     if byte_extraction == "decode":
         return n_tokens, _huggingface_decode(backend, pieces, n_tokens, special_ids)
 

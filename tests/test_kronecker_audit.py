@@ -1,8 +1,12 @@
 """The audit counts, by cause and script, and its command line."""
 
+import io
 import json
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from kronecker import audit as module
 from kronecker.audit import audit, audit_line, main
@@ -69,10 +73,74 @@ def test_folder(shared_dir, capsys):
     assert "44 tokens in 14 groups" in capsys.readouterr().out
 
 
-def test_nothing_there(tmp_path, monkeypatch):
+def test_nothing_there(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="error: there is no tokenizer"):
         main(["--tokenizer", str(tmp_path / "empty")])
-    with pytest.raises(SystemExit, match="error: --pos-dim is 0"):
-        main(["--tokenizer", "gpt2", "--pos-dim", "0"])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--pos-dim=0", "--char-dim=-1", "--d-model=x", "--vocab-size=1e9", "--pos-dim=9999999999"]
+)
+def test_ranges(flag, capsys):
+    with pytest.raises(SystemExit):
+        main(["--tokenizer", "gpt2", flag])
+    assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="vocab_size is 1, but the tokenizer has 2 ids"):
+        audit([b"a", b"b"], vocab_size=1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"[", b"[]", b"7", b"{}", b'"config vocab"', b"\xff", b'{"model": 3}', b'{"version": "1.0", "model": []}',
+        b'{"config": 1, "vocab": 2}', b'{"config": {}, "vocab": []}',
+        b'{"config": {"default_vocab_size": 9, "default_num_special_tokens": 2}, "vocab": [1]}',
+        b'{"config": {"default_vocab_size": 1, "default_num_special_tokens": 0}, "vocab": [{"rank": 0}]}',
+        b'{"config": {"default_vocab_size": 1e18, "default_num_special_tokens": 1e18}, "vocab": []}',
+    ],
+)  # fmt: skip
+def test_a_file_of_another_shape(content, tmp_path):
+    (tmp_path / "t.json").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"^error: .*t\.json is no"):
+        main(["--tokenizer", str(tmp_path / "t.json")])
+
+
+def test_an_absurd_id(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE({"a": 0, "b": 4_000_000_000}, [])).save(str(tmp_path / "t.json"))
+    with pytest.raises(SystemExit, match="error: the tokenizer has 2 tokens, but ids up to 4000000000"):
+        main(["--tokenizer", str(tmp_path / "t.json")])
+
+
+def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
+    (tmp_path / "mine.py").write_text("raise SystemExit('the code was run')")
+    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine"}))
+    with pytest.raises(SystemExit, match=r"error: .*code of its own, which is never run"):
+        main(["--tokenizer", str(tmp_path)])
+
+
+TEKKEN = '{"config": {"default_vocab_size": 2, "default_num_special_tokens": 1}, "vocab": [{"rank": 0, "token_bytes": "5pel"}]}'
+
+
+def test_a_narrow_terminal_shows_question_marks(tmp_path, monkeypatch):
+    (tmp_path / "t.json").write_text(TEKKEN)
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(module, "script", lambda piece: "日本")
+    main(["--tokenizer", str(tmp_path / "t.json")])
+    assert b"??" in raw.getvalue()
+
+
+def test_by_path_from_any_folder_without_docstrings(tmp_path):
+    (tmp_path / "t.json").write_text(TEKKEN)
+    command = [sys.executable, "-OO", str(ROOT / "kronecker" / "audit.py"), "--tokenizer=t.json", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 2
