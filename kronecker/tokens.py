@@ -226,7 +226,9 @@ def _huggingface(backend, byte_extraction: str, special_ids: set[int]) -> Reader
     pieces = {i: piece for piece, i in backend.get_vocab(with_added_tokens=True).items()}
     n_tokens = max(pieces, default=-1) + 1
     if n_tokens > 10**7:
-        raise ValueError(f"the tokenizer has {len(pieces)} tokens, but ids up to {n_tokens - 1}: it is damaged")
+        raise ValueError(
+            f"the tokenizer has {len(pieces)} tokens, but ids up to {n_tokens - 1}: it is damaged"
+        )
     if byte_extraction == "decode":
         return n_tokens, _huggingface_decode(backend, pieces, n_tokens, special_ids)
 
