@@ -82,7 +82,7 @@ def wandb_folders(out_dir) -> list[Path]:
     return sorted((out_dir / "wandb").glob("offline-run-*"))
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited for ever"
@@ -108,6 +108,7 @@ def comparison(tmp_path_factory):
     data_dir = make_tiny_data(folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
+        patch.setattr(tracker, "FINISH", 120)  # a machine that is busy with other tests is slow
         for arm, keys in ARMS.items():
             for seed in (1, 2):
                 out_dir = folder / "cmp" / f"{arm}_s{seed}"
@@ -210,6 +211,7 @@ def tracked(monkeypatch, tmp_path):
         return started[-1]
 
     monkeypatch.setattr(metrics, "Tracker", start)
+    monkeypatch.setattr(tracker, "FINISH", 120)  # a machine that is busy with other tests is slow
     for name in [n for n in os.environ if n.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -323,7 +325,7 @@ def test_a_run_ends_in_time_beside_a_server_that_never_answers(
     assert rows[-1]["iter"] == TINY["max_iters"]
     said = capsys.readouterr().out
     assert "wandb has not taken all rows within 0.5 seconds; they are in metrics.jsonl" in said
-    assert tracked[0].process.wait(60) == 0
+    assert tracked[0].process.wait(120) == 0
     server.close()
     assert history(records(wandb_folders(tmp_path / "run")[-1])) == by_iter(rows)
 
