@@ -75,6 +75,12 @@ def arguments(argv: list[str]):
         default=0,
         help="runs at a time (0: as many as the GPUs allow; on a CPU a core each, at most 4)",
     )
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster"
+    )
+    parser.add_argument(
+        "--ray_address", default="", help="auto | HOST:PORT (empty: RAY_ADDRESS, else a Ray of its own)"
+    )
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; every run saves")
     parser.add_argument("--nice", type=int, default=0, help="priority of the runs, 0 to 19 (lowest)")
     parser.add_argument(
@@ -188,18 +194,26 @@ def folder(args, arm: str, seed: int) -> Path:
     return args.out / f"{arm}_s{seed}"
 
 
-def workers(args, keys: list[str]) -> pool.Local:
-    """The slots of this machine: GPUs where they are, else cores. Small CPU runs gain more from company than from threads."""
+def workers(args, keys: list[str]):
+    """The engine of pool.run that runs with these keys want: this machine's GPUs, else its cores, or a Ray cluster."""
     device = configurator.load(keys, quiet=True).device
     if device.startswith("cuda:"):
         sys.exit(
             f"error: each run gets a GPU of its own, so not --device={device}: say which with CUDA_VISIBLE_DEVICES"
         )
+    if args.engine == "ray":
+        from scripts.ray_pool import OnRay
+
+        gpus = {"cuda": True, "auto": None}.get(device, False)
+        return OnRay(args.ray_address, args.ranks, gpus, args.jobs, args.nice)
     gpus = devices.visible_gpus() if device in ("auto", "cuda") else []
-    cores = os.cpu_count() or 1
-    at_a_time = args.jobs or max(1, min(4, cores // args.ranks))
-    slots = devices.slots(gpus, args.ranks, args.jobs) if gpus else [()] * at_a_time
-    return pool.Local(slots, max(1, cores // (len(slots) * args.ranks)), args.nice)
+    slots = devices.slots(gpus, args.ranks, args.jobs) if gpus else [()] * cpu_jobs(args)
+    return pool.Local(slots, max(1, (os.cpu_count() or 1) // (len(slots) * args.ranks)), args.nice)
+
+
+def cpu_jobs(args) -> int:
+    """Runs at a time on a CPU. Small ones gain more from company than from a second thread."""
+    return args.jobs or max(1, min(4, (os.cpu_count() or 1) // args.ranks))
 
 
 # ---- the proof that they match
@@ -333,7 +347,7 @@ def describe_experiment(args) -> str:
             f"{stage:<8} {rung:<4} {length:<5} {len(runs):>5} runs, {len(todo):>4} to do"
             f"{tokens * len(todo) / 1e6:>9,.0f}M tokens {cost * len(todo):>10.2e} FLOPs {hours:>7.1f} h"
         )
-    n_jobs = len(workers(args, experiment.command_keys(exp, plan.runs[0])).slots)
+    n_jobs = cpu_jobs(args)
     hours = total / (exp.gflops * 1e9) / 3600
     rows.append(
         f"in all {total:.2e} FLOPs: {hours:.1f} hours of one thread at {exp.gflops:g} GFLOP/s, {hours / n_jobs:.1f} at "

@@ -8,7 +8,9 @@ import ctypes
 import json
 import math
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 from data.console import Tolerant, explain
 
 TIME_IS_UP, DIVERGED = 124, 3  # exit statuses beside 0, 1 and 128 + signal; timeout(1) has the first, too
+HEADER = "--- started on"  # of each start in train.log
 GRACE = 300  # seconds that a job has to save once it is asked to stop
 
 
@@ -94,8 +97,11 @@ class Local:
         process = start_child(job, devices=slot, threads=self.threads, nice=self.nice)
         return Child(process, self.slots.pop(0))
 
-    def poll(self, child: Child) -> int | None:
-        """The exit status of a child that has ended (negative: the signal that ended it), else None."""
+    def poll(self, child: Child) -> int | str | None:
+        """The exit status of a child that has ended (negative: the signal that ended it), else None.
+
+        Other engines may answer with a sentence: how the run was lost.
+        """
         code = child.process.poll()
         if code is not None:
             self.slots.append(child.slot)
@@ -106,7 +112,7 @@ class Local:
             os.killpg(child.process.pid, number)
 
 
-def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0) -> subprocess.Popen:
+def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: str = "") -> subprocess.Popen:
     """Start a job's command; what it prints goes to train.log in its folder.
 
     It leads a session of its own, so that Ctrl-C reaches this process alone, which then asks its children to
@@ -129,6 +135,12 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0) -> subpro
 
     job.out_dir.mkdir(parents=True, exist_ok=True)
     with open(job.out_dir / "train.log", "a") as log:
+        gpus = environment.get("CUDA_VISIBLE_DEVICES")
+        print(
+            f"{HEADER} {place or socket.gethostname()}{f', GPUs {gpus}' * bool(gpus)}: {shlex.join(job.command)}",
+            file=log,
+            flush=True,
+        )
         return subprocess.Popen(
             job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
             start_new_session=True, preexec_fn=before_exec,
@@ -143,7 +155,7 @@ def last_words(job: Job, offset: int = 0) -> str:
             lines = f.read().decode(errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    lines = lines or ["it printed nothing"]
+    lines = [line for line in lines if not line.startswith(HEADER)] or ["it printed nothing"]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1]).removeprefix(
         "error: "
     )
@@ -173,9 +185,10 @@ class Attempt:
             engine.stop(self.handle, signal.SIGKILL)
 
     def idle(self) -> float:
-        """Seconds without a new row in metrics.jsonl."""
+        """Seconds without a new row in metrics.jsonl, once it is out of the engine's queue."""
         now = file_mark(self.job.out_dir / "metrics.jsonl")
-        if now != self.seen:
+        started = file_mark(self.job.out_dir / "train.log")[:1] > (self.log_start,)
+        if now != self.seen or not started:
             self.seen, self.since = now, time.monotonic()
         return time.monotonic() - self.since
 
@@ -267,15 +280,17 @@ def run(
     return report(screen, jobs, ends, causes)
 
 
-def how_it_ended(a: Attempt, code: int, asked: bool) -> tuple[str, str]:
+def how_it_ended(a: Attempt, code: int | str, asked: bool) -> tuple[str, str]:
     """(finished | diverged | interrupted | hung | lost | failed, the cause in words)."""
     now, step = state(a.job)
-    if now == "finished" or (now == "diverged" and code >= 0):
+    if now != "unfinished":
         return now, f"at step {step}"
     if asked:
         return "interrupted", f"at step {step}"
     if a.hung:
         return "hung", f"no new step after {step}"
+    if isinstance(code, str):
+        return "lost", code
     if code < 0 or code in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP):
         number = -code if code < 0 else code - 128
         return "lost", f"ended by {signal.Signals(number).name} at step {step}"

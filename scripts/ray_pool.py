@@ -1,0 +1,141 @@
+"""The pool's jobs on a Ray cluster: each run is a task that asks for its GPUs, on whatever node has them.
+
+Every node must see the project, its Python and the runs' folders under the same paths (a shared file system). A
+run whose node is lost is started again elsewhere and goes on from its last checkpoint. Needs `pip install ray`.
+"""
+
+import math
+import os
+import signal
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from engine.errors import RunError
+from scripts import pool
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class OnRay:
+    """A Ray cluster as an engine of pool.run.
+
+    address: of a cluster that runs ("auto": the one of this machine), or "" to start one on this machine alone.
+    ranks: processes of a run. gpus: whether each of them needs a GPU; None: whether the cluster has any.
+    at_a_time: runs that Ray may have at a time (0: all, and it keeps the queue).
+    """
+
+    def __init__(
+        self, address: str = "", ranks: int = 1, gpus: bool | None = None, at_a_time: int = 0, nice: int = 0
+    ):
+        self.ray = connect(address)
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        most = max(int(node.get("GPU", 0)) for node in nodes)
+        gpus = most > 0 if gpus is None else gpus
+        if 0 < most < ranks and gpus:
+            raise RunError(
+                f"a run on {ranks} GPUs needs more than the {most} of the cluster's largest node: lower --gpus_per_run"
+            )
+        self.summary = f"{len(nodes)} Ray node{'s' * (len(nodes) > 1)}"
+        self.summary += f", {int(self.ray.cluster_resources().get('GPU', 0))} GPUs" if gpus else ""
+        # no retries of Ray's own: pool.run counts and names them
+        self.task = self.ray.remote(train_here).options(
+            num_cpus=ranks, num_gpus=ranks if gpus else 0, max_retries=0
+        )
+        self.room, self.nice = at_a_time or math.inf, nice
+
+    def __str__(self) -> str:
+        return self.summary
+
+    def has_room(self) -> bool:
+        return self.room > 0
+
+    def start(self, job: pool.Job):
+        self.room -= 1
+        return self.task.remote(job, os.getcwd(), self.nice)
+
+    def poll(self, ref) -> int | str | None:
+        """The exit status of a run that has ended, what it was lost with, or None while it runs or waits."""
+        if not self.ray.wait([ref], timeout=0)[0]:
+            return None
+        self.room += 1
+        try:
+            return self.ray.get(ref)
+        except self.ray.exceptions.TaskCancelledError:  # before it began
+            return -signal.SIGTERM
+        except self.ray.exceptions.RayTaskError as e:
+            raise RunError(f"a Ray task failed: {str(e).strip().splitlines()[-1]}") from None
+        except self.ray.exceptions.RayError as e:
+            return f"lost with its node: {str(e).splitlines()[0]}"
+
+    def stop(self, ref, number: int = signal.SIGTERM) -> None:
+        self.ray.cancel(ref, force=number == signal.SIGKILL)
+
+
+def connect(address: str):
+    """The ray module, connected; one sentence where that cannot be."""
+    try:
+        import ray
+    except ImportError:
+        raise RunError("--engine=ray needs Ray: pip install ray") from None
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():  # Ray itself would try for a minute
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as e:
+            raise RunError(
+                f"no Ray cluster answers at {address} ({e.strerror or e}): check --ray_address"
+            ) from None
+    # tasks unpickle what they run from this project's modules
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(
+            address=address or None,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except (OSError, ValueError, RuntimeError) as e:
+        sentence = " ".join(str(e).split())[:200]
+        raise RunError(f"no Ray cluster at --ray_address={address or 'local'}: {sentence}") from None
+    return ray
+
+
+def train_here(job: pool.Job, folder: str, nice: int) -> int | str:
+    """Run one job on this node, to its end; Ray cancels it by KeyboardInterrupt, and then it saves first."""
+    import ray
+
+    try:
+        os.chdir(folder)
+    except OSError as e:
+        return f"{socket.gethostname()} does not see {folder} ({e.strerror}): all nodes need the same paths"
+    wait_until_free(job.out_dir)
+    node = ray.get_runtime_context().get_node_id()[:8]
+    child = pool.start_child(job, nice=nice, place=f"{socket.gethostname()}, Ray node {node}")
+    asked = None
+    while True:
+        try:
+            if asked is not None and time.monotonic() - asked > pool.GRACE:
+                os.killpg(child.pid, signal.SIGKILL)
+            code = child.poll()
+            if code is not None:
+                return code
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            asked = asked or time.monotonic()
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+
+
+def wait_until_free(out_dir: Path) -> None:
+    """Let a trainer that lives on after its node was given up save and leave; see engine.runs.Lock."""
+    import fcntl
+
+    deadline = time.monotonic() + pool.GRACE
+    while (out_dir / ".lock").exists() and time.monotonic() < deadline:
+        with open(out_dir / ".lock", "a") as file, suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.2)
