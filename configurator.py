@@ -50,6 +50,9 @@ class Config:
         " | gpt2-xl | a nanoGPT ckpt.pt | a folder with GPT-2 weights as transformers writes them",
         path=True,
     )
+    new_schedule: bool = key(
+        False, "resume under another schedule (learning rate, steps, ...): recorded, and no longer matched"
+    )
     dry_run: bool = key(False, "print what the run will be and need, then stop before any data is read")
     check_only: bool = key(
         False, "print the run's identity (hashes of body, data, schedule) as JSON, then stop"

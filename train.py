@@ -25,7 +25,7 @@ from data import DataError
 from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, prefetch, token_counts
 from data.meta import describe
 from data.tokenizers import load_tokenizer
-from engine import checkpoint, evaluation, flops, metrics, plan, pretrained, runs
+from engine import checkpoint, contract, evaluation, flops, metrics, plan, pretrained, runs
 from engine import ranks as engine_ranks
 from engine.errors import RunError, sentences
 from kronecker.audit import audit, audit_line
@@ -86,6 +86,7 @@ def main(config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")  # float32 matmuls on CUDA may use TF32
+    ranks.agree(contract.agreed_keys(dataclasses.asdict(config)), "start all ranks with the same command")
     rows, micro_batch = plan.batch_split(config, world)
     micro_steps = rows // (micro_batch * world)
     tokens_per_step = rows * config.block_size
@@ -160,7 +161,7 @@ def main(config) -> None:
     run = {
         "body_sha256": model.body_sha256(),
         "data_fingerprint": identity,
-        "data_sha256": runs.sha256_of([identity, *ends]),
+        "data_sha256": contract.sha256_of([identity, *ends]),
         "val_sha256": val.sha256(),
         "params": params,
         "codec": codec,
@@ -169,19 +170,19 @@ def main(config) -> None:
         "world": world,
         "micro_batch": micro_batch,
     }
-    run = runs.signed(run, config, device)
+    run = runs.identity(config, run, device)
     if config.check_only:
-        say(json.dumps(run))
+        say(json.dumps(run | {"config": dataclasses.asdict(config)}))
         engine_ranks.stop()
         return
-    ours = [run["data_sha256"], run["val_sha256"]]
-    if ranks.any(ranks.same(ours) != ours):  # every node may have a copy of its own
-        raise RunError(f"the ranks' data differ: give every node the same shards in {data_dir}")
+    ours = {name: run[name] for name in ("data_sha256", "val_sha256")}
+    ranks.agree(ours, f"give every node the same shards in {data_dir}")  # each may have a copy of its own
 
     # ---- the run's folder: go on with what is there, or begin
     out_dir = Path(config.out_dir)
-    lock = runs.Lock(out_dir) if ranks.master else None  # noqa: F841 - held until the process ends
-    folder = ranks.master_first(lambda: runs.begin(out_dir, config, run))
+    held = []  # the folder's lock, until the process ends
+    ranks.master_first(lambda: held.append(runs.lock(out_dir)))
+    folder = ranks.master_first(lambda: runs.resumable(out_dir, config, run))
     model.to(device)
     optimizer = make_optimizer(model, config, device.type)
     state = {
@@ -196,12 +197,21 @@ def main(config) -> None:
         # rank 0 reads and tells the others, so that only its machine needs the folder
         weights, moments, state = ranks.same(checkpoint.load(folder) if ranks.master else None)
         model.load_state_dict(weights)
-        optimizer.load_state_dict(moments)
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(moments)
+        except ValueError as e:  # weight_decay to or from 0 groups the tensors anew
+            raise RunError(
+                f"{folder} has moments of other groups of parameters ({e}): keep weight_decay"
+            ) from None
+        for group, ours in zip(optimizer.param_groups, groups, strict=True):
+            group.update(ours)  # the configuration's word counts, not the checkpoint's
         say(f"resuming    at step {state['step']:,} from {folder}")
         if ranks.same(state["step"] >= config.max_iters and metrics.is_finished(out_dir, config.max_iters)):
             say("finished    already; nothing to do")
             engine_ranks.stop()
             return
+    ranks.master_first(lambda: runs.begin(out_dir, config, run, folder))
     first = state["step"]
     if ranks.master:
         describe_data(out_dir, meta, tokenizer)
@@ -225,9 +235,9 @@ def main(config) -> None:
 
     def save(step: int) -> None:
         state.update(skipped=int(skipped), streak=int(streak), good=int(good), loss_scale=float(loss_scale))
-        state["config"] = dataclasses.asdict(config)
 
         def write() -> None:
+            runs.check_still_there(out_dir, step)
             log.sync()  # rows before this step are never made again
             checkpoint.save(out_dir, step, model.state_dict(), optimizer.state_dict(), state)
             checkpoint.prune(out_dir, config.keep)
@@ -363,6 +373,7 @@ def main(config) -> None:
             clock, timed_steps = clock + time.perf_counter() - began, timed_steps + 1
 
     if log:
+        runs.check_still_there(out_dir, step)
         log.close()
     engine_ranks.stop()
 

@@ -44,6 +44,19 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
+    def agree(self, ours: dict, advice: str) -> None:
+        """Refuse to go on where a rank's values are not rank 0's; every rank hears which one differs in what."""
+        if self.world == 1:
+            return
+        everyone = [None] * self.world
+        dist.all_gather_object(everyone, ours, group=self.group)
+        for rank, theirs in enumerate(everyone):
+            for key in [*everyone[0], *theirs]:
+                if theirs.get(key) != everyone[0].get(key):
+                    raise RunError(
+                        f"rank {rank} has {key}={theirs.get(key)!r}, but rank 0 has {everyone[0].get(key)!r}: {advice}"
+                    )
+
     def master_first(self, work):
         """work() of rank 0 alone; what goes wrong there is raised on all ranks, so that none waits for ever."""
         outcome = None

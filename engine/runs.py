@@ -1,11 +1,9 @@
-"""A run's folder: who it is, and where runs lie."""
+"""A run's folder: its records, who it is, and whether a training may begin or go on in it."""
 
 import dataclasses
-import errno
-import hashlib
-import json
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -13,117 +11,198 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint
+from data.files import Lock, write_json
+from data.records import Record, read_record
+from engine import checkpoint, contract, metrics
 from engine.errors import RunError
 
-# What two runs must share to be compared; what only describes the machine or the arm stays out.
-SCHEDULE = (
-    "learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr"
-    " block_size dropout tokens_per_step dtype"
-).split()
+
+class Start(Record):
+    """One start of a run: what was called, from which code, where, and at which step."""
+
+    time: str
+    step: int
+    command: str
+    commit: str | None = None
+    world: int = 1
+    device: str = ""
+    torch: str = ""
 
 
-def write_json(path: Path, value: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    checkpoint.flush(temporary)
-    os.replace(temporary, path)
+class Segment(Record):
+    """A schedule that was changed on purpose, and from which step on."""
+
+    step: int
+    changed: dict[str, list]
 
 
-def read_json(path: Path, what: str) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunError(
-            f"{path.parent} is no run: it has no {path.name}; give the out_dir of {what}"
-        ) from None
-    except ValueError:
-        raise RunError(
-            f"{path} is damaged: it holds no JSON; restore it, or train into another out_dir"
-        ) from None
+class Run(Record):
+    """run.json: who the run is. Device, torch, commit, command and world are those of the last start."""
+
+    arm: str
+    seed: int
+    body_sha256: str
+    data_sha256: str
+    data_fingerprint: str | None = None
+    val_sha256: str
+    schedule_sha256: str
+    tokens_per_step: int
+    params: dict[str, int] | None = None
+    codec: dict | None = None
+    flops_per_token: float | None = None
+    world: int = 1
+    device: str = ""
+    torch: str = ""
+    commit: str | None = None
+    command: str = ""
+    started: str = ""
+    wandb_id: str = ""
+    starts: list[Start] = []
+    segments: list[Segment] = []
+    diverged: int | None = None  # the step at which it was given up
 
 
 def read_run(out_dir) -> tuple[dict, dict]:
-    """(config, run): the resolved keys, and what identifies the run."""
+    """(config, run): the resolved keys, and what identifies the run. Raises DataError or RunError."""
     out_dir = Path(out_dir)
-    what = "a finished or interrupted training"
-    return read_json(out_dir / "config.json", what), read_json(out_dir / "run.json", what)
+    for name in ("config.json", "run.json"):
+        if not (out_dir / name).is_file():
+            raise RunError(f"{out_dir} is no run: it has no {name}; give the out_dir of a training")
+    config = read_record(out_dir / "config.json", dict, "a run's configuration")
+    run = read_record(out_dir / "run.json", Run, "a run's record")
+    contract.check_retired(out_dir, config)
+    return config, run.model_dump()
 
 
-def find_runs(paths) -> list[Path]:
-    """Every folder at or below the paths that holds a run, sorted."""
-    found = set()
-    for path in map(Path, paths):
-        found.update(p.parent for p in path.rglob("run.json"))
-    return sorted(found)
+def lock(out_dir) -> Lock:
+    """Keeps a second training out of a run's folder, which is made if need be, for as long as the lock lives."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    return Lock(
+        out_dir / ".lock", f"another process trains in {out_dir}: wait for it, or choose another out_dir"
+    )
 
 
-# What a resume may not change, because the checkpoint would mean something else.
-FIXED = (
-    "seed wte tie_weights n_layer n_head n_embd block_size vocab_size bias gelu pos_dim char_dim byte_extraction"
-    " wte_init_rms wte_norm wte_permute_seed wte_ngrams wte_rank length_normalize z_normalize"
-).split()
+def resumable(out_dir, config, run: dict) -> Path | None:
+    """The checkpoint to go on from, or None for a new run; whatever does not fit is refused. Writes nothing.
 
-
-def begin(out_dir: Path, config, run: dict) -> Path | None:
-    """Write config.json and run.json of a new run, or check that the one that is there may go on.
-
-    The checkpoint to go on from, or None. `run` takes over what the run that is there has said of its start.
+    `run` takes over what the record that is there says of the run's start.
     """
+    out_dir = Path(out_dir)
     there = checkpoint.steps(out_dir)
-    folder = checkpoint.newest(out_dir) if config.init_from in ("resume", "auto") else None
-    if config.init_from == "resume" and folder is None:
-        raise RunError(f"{out_dir} has no whole checkpoint to resume from: start with --init_from=scratch")
-    if config.init_from not in ("resume", "auto") and there:
+    resumes = config.init_from in ("resume", "auto")
+    if there and not resumes:
         raise RunError(
             f"{out_dir} already holds a run with {there[-1].name}: go on with --init_from=auto, or choose another --out_dir"
         )
-    if folder is not None:
-        old_config, old_run = read_run(out_dir)
-        for name in FIXED:
-            if old_config.get(name) != getattr(config, name):
-                raise RunError(
-                    f"{out_dir} was trained with {name}={old_config.get(name)!r}, but now it is {getattr(config, name)!r}: "
-                    "give the same, or choose another --out_dir"
-                )
-        for name in ("data_fingerprint", "tokens_per_step", "val_sha256"):
-            if old_run[name] != run[name]:
-                raise RunError(
-                    f"{out_dir} was trained with another {name} ({old_run[name]}, now {run[name]}): "
-                    "give the same data and batch, or choose another --out_dir"
-                )
-        for name in ("body_sha256", "started", "wandb_id"):
-            run[name] = old_run[name]
-    checkpoint.recover(out_dir, folder)
-    write_json(out_dir / "config.json", dataclasses.asdict(config))
-    write_json(out_dir / "run.json", run)
+    folder = checkpoint.newest(out_dir) if resumes else None
+    if folder is None:
+        check_nothing_is_erased(out_dir, config)
+        if config.init_from == "resume":
+            raise RunError(
+                f"{out_dir} has no whole checkpoint to resume from: start with --init_from=scratch"
+            )
+        if (out_dir / "run.json").is_file():  # ended before its first checkpoint: its starts are remembered
+            run["starts"] = starts(read_record(out_dir / "run.json", Run, "a run's record").model_dump())
+        return None
+    old_config, old_run = read_run(out_dir)
+    step = checkpoint.read_state(folder).step
+    changed = contract.check_resume(out_dir, old_config, config, type(config)())
+    if config.max_iters < step:
+        raise RunError(
+            f"{folder} is at step {step:,}, beyond max_iters={config.max_iters:,}: take more steps, or another --out_dir"
+        )
+    for name in contract.IDENTITY:
+        if name in ("body_sha256", "schedule_sha256") or (name == "data_sha256" and "max_iters" in changed):
+            continue  # of step 0; of keys that were looked at; of the last batch too
+        if old_run[name] != run[name]:
+            raise RunError(
+                f"{out_dir} was trained with another {name} ({old_run[name]}, now {run[name]}): "
+                "give the same data and batch, or choose another --out_dir"
+            )
+    for name in ("body_sha256", "started", "wandb_id", "segments"):
+        run[name] = old_run[name]
+    run["starts"] = starts(old_run)
+    if changed:
+        run["segments"] = [*old_run["segments"], {"step": step, "changed": changed}]
     return folder
 
 
-def signed(run: dict, config, device) -> dict:
-    """run.json's contents: who the run is, and which code, machine and command made it."""
-    keys = dataclasses.asdict(config) | {"tokens_per_step": run["tokens_per_step"]}
+def check_nothing_is_erased(out_dir: Path, config) -> None:
+    """Refuse to begin anew over the record of a run that got as far as a checkpoint: it cannot be made again."""
+    rows = metrics.read_metrics(out_dir)
+    furthest = max((row["iter"] for row in rows), default=0)
+    try:
+        old = read_run(out_dir)[0]
+    except ValueError:
+        old = {}  # rows without a whole record are somebody's all the same
+    old = dataclasses.asdict(config) | old
+    interval = old["ckpt_interval"] or old["eval_interval"]
+    had_one = (
+        checkpoint.steps(out_dir)
+        or any(checkpoint.pointed(out_dir, name) for name in ("latest", "best"))
+        or (rows and not (out_dir / "run.json").is_file())
+        or metrics.is_finished(out_dir, old["max_iters"])
+        or (0 < interval <= furthest and not any(row.get("skipped") for row in rows))
+    )
+    if had_one:
+        raise RunError(
+            f"{out_dir} holds the record of a run up to step {furthest:,}, but no whole checkpoint to go on from: "
+            f"restore {out_dir / 'ckpt'}, or choose another --out_dir"
+        )
+
+
+def begin(out_dir, config, run: dict, folder: Path | None) -> None:
+    """Write config.json and run.json of a start at `folder`, the checkpoint to go on from, or at step 0."""
+    out_dir = Path(out_dir)
+    step = checkpoint.read_state(folder).step if folder else 0
+    run["starts"] = [
+        *run.get("starts", []),
+        {"time": now(), "step": step}
+        | {k: run[k] for k in ("command", "commit", "world", "device", "torch")},
+    ]
+    checkpoint.recover(out_dir, folder)
+    write_json(out_dir / "run.json", run)  # first: a changed schedule must never stand unsaid
+    write_json(out_dir / "config.json", dataclasses.asdict(config))
+
+
+def starts(run: dict) -> list[dict]:
+    """The starts that a record tells of; a record of an earlier version knows its last one alone."""
+    last = {"time": run["started"], "step": 0}
+    return run["starts"] or [last | {k: run[k] for k in ("command", "commit", "world", "device", "torch")}]
+
+
+def note_divergence(out_dir, step: int) -> None:
+    """Write into run.json that the run was given up at a step; the next start takes it out again."""
+    path = Path(out_dir) / "run.json"
+    write_json(path, read_record(path, Run, "a run's record").model_dump() | {"diverged": step})
+
+
+def check_still_there(out_dir, step: int) -> None:
+    """Refuse to go on when the run's folder was taken away: what is written now would be lost."""
+    if not (Path(out_dir) / "run.json").is_file():
+        raise RunError(f"{out_dir} was removed while its run was at step {step:,}: the run cannot be kept")
+
+
+def identity(config, facts: dict, device) -> dict:
+    """run.json of a new run: who it is, and which code, machine and command made it. facts: Run's other fields."""
     return (
         {"arm": config.arm, "seed": config.seed}
-        | run
+        | facts
         | {
-            "schedule_sha256": schedule_sha256(keys),
+            "schedule_sha256": contract.schedule_sha256(dataclasses.asdict(config), facts["tokens_per_step"]),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine(),
             "torch": torch.__version__,
             "commit": commit(),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(sys.argv),
+            "started": now(),
+            "command": shlex.join(sys.argv),
             "wandb_id": secrets.token_hex(4),
         }
     )
 
 
-def sha256_of(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def schedule_sha256(config: dict) -> str:
-    return sha256_of({k: config[k] for k in SCHEDULE})
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def commit() -> str | None:
@@ -156,24 +235,3 @@ def machine() -> str:
 
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
-
-
-class Lock:
-    """Keeps a second process out of a run's folder for as long as this one lives."""
-
-    def __init__(self, out_dir):
-        out_dir = Path(out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        self.file = open(out_dir / ".lock", "a")  # noqa: SIM115 - held until the process ends
-        try:
-            import fcntl
-        except ImportError:
-            return  # Windows: no such lock, and so no such protection
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno not in (errno.EAGAIN, errno.EACCES):
-                return  # a file system without locks, as some clusters have
-            raise RunError(
-                f"another process trains in {out_dir}: wait for it, or choose another out_dir"
-            ) from None

@@ -29,6 +29,7 @@ if not __package__:
 
 import numpy as np
 
+from data.records import read_record
 from engine import pretrained, ranks, runs, tracker
 from engine.errors import RunError, sentences
 from sample import load_pretrained
@@ -142,7 +143,7 @@ def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda token
 def is_pretrained(path: str) -> bool:
     config = Path(path) / "config.json"
     if config.is_file():
-        return "model_type" in runs.read_json(config, "a run")
+        return "model_type" in read_record(config, dict, "a model's configuration")
     return Path(path).is_file() or (path in pretrained.HUB and not Path(path).exists())
 
 

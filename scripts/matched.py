@@ -25,20 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import configurator
-from engine import flops
+from engine import contract, flops
 from engine.errors import sentences
 from scripts import devices, experiment, pool
 
 DEFAULT_ARMS, DEFAULT_SEEDS = "bpe_tied,bpe_untied,kronecker", "1337,1338,1339"
 ARMS = ROOT / "config" / "arms"
-# What all arms of one seed share, and what all runs share.
-PER_SEED = {"body_sha256": "body at step 0", "data_sha256": "data or its order"}
-OVERALL = {
-    "val_sha256": "validation windows",
-    "schedule_sha256": "schedule",
-    "tokens_per_step": "tokens a step",
-    "data_fingerprint": "training data",
-}
 OWN_KEYS = ("seed", "out_dir", "init_from", "eval_only", "dry_run", "check_only")  # this script sets them
 
 
@@ -235,20 +227,12 @@ def check(args, passed) -> None:
             sys.exit(f"\nerror: {arm}, seed {seed} does not start: {cause.removeprefix('error: ')}")
         found[arm, seed] = json.loads(ask.stdout.strip().splitlines()[-1])
     print()
-    (a0, s0), first = next(iter(found.items()))
-    wrong = []
-    for (arm, seed), run in found.items():
-        twin_arm, twin = next((a, r) for (a, s), r in found.items() if s == seed)
-        wrong += [
-            f"{what} of {arm}, seed {seed}, and {a0}, seed {s0}"
-            for k, what in OVERALL.items()
-            if run[k] != first[k]
-        ]
-        wrong += [
-            f"{what} of {arm} and {twin_arm}, seed {seed}"
-            for k, what in PER_SEED.items()
-            if run[k] != twin[k]
-        ]
+    members = [
+        contract.Member(f"{arm}, seed {seed}", arm, seed, run["config"], run)
+        for (arm, seed), run in found.items()
+    ]
+    wrong = list(contract.differences(members))
+    first = members[0].run
     for seed in args.seeds:
         run = found[args.arms[0], seed]
         print(

@@ -13,6 +13,7 @@ from conftest import ROOT, TINY
 
 import sample
 import train
+from engine import runs
 from scripts import matched
 
 
@@ -238,13 +239,11 @@ def test_a_world_that_cannot_be(rank, world, finished, tmp_path, monkeypatch):
 
 
 def test_a_second_process_is_kept_out_of_a_run(finished, tmp_path):
-    from engine.runs import Lock
-
-    held = Lock(tmp_path / "new")
+    held = runs.lock(tmp_path / "new")
     keys = TINY | {"data_dir": finished / "data", "out_dir": tmp_path / "new"}
     with pytest.raises(SystemExit, match="another process trains in"):
         train.cli([f"--{k}={v}" for k, v in keys.items()])
-    held.file.close()
+    held.close()
 
 
 def test_a_full_disk_in_a_checkpoint_keeps_the_last_one(finished, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from conftest import ROOT
 import configurator
 from data.tokenizers import load_tokenizer
 from data.verify import verify
-from engine.runs import schedule_sha256
+from engine.contract import schedule_sha256
 from scripts import compare
 from scripts.bench import train as bench_train
 from scripts.gpu import checks as gpu_checks
@@ -269,8 +269,7 @@ def test_the_recipe_is_the_one_that_the_plan_pins():
     plan = json.loads((ROOT / "results" / "124m" / "plan.json").read_text())
     config = configurator.load([str(ROOT / gpu_suite.RECIPE)], quiet=True)
     step = config.global_batch_size * config.block_size
-    keys = dataclasses.asdict(config) | {"tokens_per_step": step}
-    assert plan["schedule_sha256"] == schedule_sha256(keys)
+    assert plan["schedule_sha256"] == schedule_sha256(dataclasses.asdict(config), step)
     assert (plan["tokens_per_step"], plan["tokens"]) == (step, step * config.max_iters)
     assert plan["tokens"] >= 100_000_000
     assert plan["tokens"] <= 4 * plan["train_tokens"]

@@ -57,7 +57,10 @@ def test_check_proves_the_match_and_names_what_differs(recipe, tmp_path, capsys,
         "arm, wte, tie_weights = 'kronecker', 'kronecker', False\nlearning_rate = 0.5\n"
     )
     monkeypatch.setattr(matched, "ARMS", arms)
-    with pytest.raises(SystemExit, match="do not match: schedule of kronecker"):
+    with pytest.raises(
+        SystemExit,
+        match=r"do not match: learning_rate differs between bpe_tied, seed 1 \(0.003\) and kronecker, seed 1",
+    ):
         matched.main(args)
 
 

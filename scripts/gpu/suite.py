@@ -53,8 +53,8 @@ from data.pipeline import prepare_shards
 from data.shards import is_prepared
 from data.sources import check_files, local_blocks
 from data.tokenizers import load_tokenizer
+from engine import contract, runs
 from engine import plan as engine_plan
-from engine import runs
 from engine.flops import CONVENTION, flops_per_token, peak_flops
 from engine.metrics import is_finished, read_metrics
 from model import GPTConfig
@@ -67,7 +67,7 @@ from scripts.gpu import gather as gpu_gather
 RECIPE = "config/gpt2_124m_short.py"
 PIECES = "prepare correctness embedding tune speed train probes sweep gather".split()
 # The pinned facts of the comparison: runs that differ in one of these belong to another table.
-PINNED = "tokens tokens_per_step data_fingerprint val_sha256 schedule_sha256".split()
+PINNED = ["tokens", *(fact for fact, (scope, _) in contract.IDENTITY.items() if scope == "all")]
 TOY = {
     "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8, "global_batch_size": 8,
     "vocab_size": 0, "max_iters": 40, "warmup_iters": 4, "learning_rate": 3e-3, "min_lr": 3e-4,
@@ -524,7 +524,7 @@ def facts_of(flags: list[str]) -> dict:
         "val_sha256": ValWindows(
             config.data_dir, config.block_size, config.eval_tokens, config.eval_skip_tokens
         ).sha256(),
-        "schedule_sha256": runs.schedule_sha256(dataclasses.asdict(config) | {"tokens_per_step": step}),
+        "schedule_sha256": contract.schedule_sha256(dataclasses.asdict(config), step),
     }
 
 

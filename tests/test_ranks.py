@@ -1,0 +1,55 @@
+"""engine/ranks.py: ranks that were started differently refuse to train together."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from engine.errors import RunError
+from engine.ranks import Ranks
+
+
+def start(rank: int, port: int, flags: list[str]):
+    """One of two ranks, started by hand as on two nodes."""
+    place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = os.environ | {k: str(v) for k, v in place.items()} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "train.py", *flags], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_a_rank_with_another_learning_rate_is_refused_by_all(tiny_flags, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    typo = tiny_flags(tmp_path / "run", batch_size=2, learning_rate=3e-2)
+    right = tiny_flags(tmp_path / "run", batch_size=2)
+    ranks = [start(0, port, right), start(1, port, typo)]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    for rank, text in zip(ranks, said, strict=True):
+        assert rank.returncode == 1, text
+        assert text.strip() == (
+            "error: rank 1 has learning_rate=0.03, but rank 0 has 0.003: start all ranks with the same command"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_agreement(monkeypatch):
+    import torch.distributed as dist
+
+    everyone = [{"a": 1, "b": 2}, {"a": 1, "b": 2}]
+
+    def gather(box, ours, group):
+        box[:] = everyone
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    ranks = Ranks(0, 2, None)
+    ranks.agree({}, "x")
+    everyone[1] = {"a": 1, "c": 2}
+    with pytest.raises(RunError, match="rank 1 has b=None, but rank 0 has 2: mend it"):
+        ranks.agree({}, "mend it")
+    Ranks(0, 1, None).agree({"a": 1}, "x")  # one alone agrees with itself
