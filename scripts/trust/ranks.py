@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(ROOT)
 
+import numpy as np
 import torch
 
 from engine import checkpoint, runs
@@ -161,14 +162,20 @@ def await_step(out_dir, step: int, processes=(), seconds: float = PATIENCE) -> N
 def losses(out_dir) -> dict:
     """{(iter, name): value} of all losses and gradient norms that were logged."""
     names = ("train/loss", "val/loss", "val/bpb", "grad_norm")
-    return {(r["iter"], k): r[k] for r in read_metrics(out_dir) for k in names if k in r}
+    rows = read_metrics(out_dir)
+    return {(r["iter"], k): np.nan if r[k] is None else r[k] for r in rows for k in names if k in r}
 
 
 def difference(one: dict, two: dict, name: str) -> float:
     """Largest relative difference of the rows of that name; the rows must be the same ones."""
     if one.keys() != two.keys():
         raise RuntimeError(f"these rows are in one run only: {sorted(one.keys() ^ two.keys())[:4]}")
-    return max(abs(one[k] - two[k]) / abs(one[k]) for k in one if k[1] == name)
+    return largest(abs(one[k] - two[k]) / abs(one[k]) for k in one if k[1] == name)
+
+
+def largest(values) -> float:
+    """The largest of some numbers, NaN if one is: `max` would pass over it."""
+    return float(np.max([*values]))
 
 
 def compare(out_dir, reference) -> dict:
@@ -395,7 +402,7 @@ def table(rows: list[dict], provenance: dict) -> str:
             cells = [
                 f"{r[k]} s" if k in r else "" for k in ("peers_gone_s", "back_at_that_step_s", "all_gone_s")
             ]
-            same = "yes" if r["bit_identical"] else f"no, {max(r['train'], r['val']):.1e}"
+            same = "yes" if r["bit_identical"] else f"no, {largest([r['train'], r['val']]):.1e}"
             text.append(f"| {r['what']} | {same} | {' | '.join(cells)} |")
     text += [""] + [f"- {k}: " + (f"`{v}`" if k == "command" else str(v)) for k, v in provenance.items()]
     return "\n".join([*text, ""])
@@ -443,7 +450,7 @@ def main(argv: list[str]) -> int:
         args.report.parent.mkdir(parents=True, exist_ok=True)
         args.report.with_suffix(".json").write_text(json.dumps(provenance | {"rows": rows}, indent=1) + "\n")
         args.report.with_suffix(".md").write_text(table(rows, provenance))
-    worst = max(max(r.get("train", 0), r.get("val", 0)) for r in rows)
+    worst = largest(r[name] for r in rows for name in ("train", "val") if name in r)
     print(f"largest relative difference of a loss: {worst:.1e} (allowed: 1e-5)")
     return 0 if worst <= 1e-5 else 1
 
