@@ -18,6 +18,7 @@ import torch
 import configurator
 import kronecker
 from configurator import SEEDS, key
+from data.meta import TokenizerSchema
 from data.records import Record, read_record
 from data.tokenizers import load_tokenizer
 from engine import checkpoint, pretrained, runs
@@ -62,7 +63,7 @@ class SampleConfig:
 class TrainedOn(Record):
     """What is read of a run's data_meta.json."""
 
-    tokenizer: str | dict
+    tokenizer: TokenizerSchema | str | None
 
 
 def load_run(out_dir, device="cpu", which: str = "latest"):
@@ -74,7 +75,10 @@ def load_run(out_dir, device="cpu", which: str = "latest"):
     config, _ = runs.read_run(out_dir)
     folder = checkpoint.choose(out_dir, str(which))
     described = read_record(out_dir / "data_meta.json", TrainedOn, "the description of a run's data")
-    tokenizer = load_tokenizer(described.tokenizer, base_dir=out_dir)
+    spec = described.model_dump(exclude_unset=True)["tokenizer"]
+    if spec is None:
+        raise RunError(f"{out_dir} was trained on ids without a tokenizer: there is no text to go from or to")
+    tokenizer = load_tokenizer(spec, base_dir=out_dir)
     recorded = configurator.recorded(config, out_dir / "config.json")
     shape = GPTConfig(**{f.name: getattr(recorded, f.name) for f in fields(GPTConfig)})
     byte_buffers = None
@@ -114,9 +118,14 @@ def continuations(model, prompts: list, config: SampleConfig, generator, end: in
 
 
 def main(config: SampleConfig) -> None:
+    from_run = config.init_from in ("resume", "auto")
+    idle = {"tokenizer"} if from_run else {"out_dir", "which"}
+    idle |= {"start"} if config.prompts else set()
+    for name in sorted(idle & config.given.keys()):
+        raise RunError(f"--{name} would not be used here: leave it out, or see --help for what goes together")
     ranks = engine_ranks.start(config.device)
     _, autocast = engine_ranks.number_format(config.dtype, ranks.device)
-    if config.init_from in ("resume", "auto"):
+    if from_run:
         model, tokenizer, _ = load_run(config.out_dir, ranks.device, config.which)
     else:
         model, tokenizer, _ = load_pretrained(config.init_from, config.tokenizer, ranks.device)

@@ -131,7 +131,10 @@ def tokenizer(source: str, name: str, vocab_size: int):
     """
     place = Path(name or tokenizer_beside(Path(source).expanduser()) or "gpt2").expanduser()
     meta = read_meta(place) if place.is_dir() else None
-    found = load_tokenizer(meta["tokenizer"], base_dir=place) if meta else load_tokenizer(place)
+    if meta is None:
+        found = load_tokenizer(place)
+    else:  # None: a meta.pkl with vocab_size alone
+        found = load_tokenizer(meta["tokenizer"] or "gpt2", base_dir=place)
     if found.n_vocab > vocab_size:
         raise RunError(
             f"{source} has {vocab_size} tokens, the tokenizer {found.name} {found.n_vocab}: say with --tokenizer=... "

@@ -164,15 +164,7 @@ def load(model: dict, args):
     """(model, tokenizer, config) of a run, or of weights of others."""
     if model["seed"] is not None:
         return common.load(model, args)
-    path = model["path"]
-    tokenizer = args.tokenizer or (path if (Path(path) / "tokenizer.json").is_file() else "gpt2")
-    loaded = load_pretrained(path, tokenizer, args.device)
-    if loaded[1].n_vocab > loaded[0].config.vocab_size:
-        raise RunError(
-            f"{path} knows {loaded[0].config.vocab_size} tokens, but the tokenizer {tokenizer} has "
-            f"{loaded[1].n_vocab}: name its own with --tokenizer"
-        )
-    return loaded
+    return load_pretrained(model["path"], args.tokenizer, args.device)
 
 
 def said_at_times(what: str):
