@@ -54,6 +54,11 @@ def arguments(argv: list[str]):
     parser.add_argument("--dry_run", action="store_true", help="print what would run and what it costs")
     parser.add_argument("--check", action="store_true", help="prove that the runs will match; train nothing")
     parser.add_argument(
+        "--print",
+        choices=("runs", "compare"),
+        help="for scripts: train.py's arguments, a line for each run that could start; or what compare.py would read",
+    )
+    parser.add_argument(
         "--gpus_per_run",
         "--nproc_per_node",
         dest="ranks",
@@ -173,13 +178,17 @@ def make_jobs(args, passed: list[str]) -> list[pool.Job]:
 
 
 def command(args, passed: list[str], arm: str, seed: int, *more: str) -> list[str]:
-    start = [sys.executable]
-    if args.ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
     # paths as a person would write them: run.json keeps the command, and is shown to others
     files = [os.path.relpath(ROOT / "train.py"), args.recipe, os.path.relpath(ARMS / f"{arm}.py")]
     own = [f"--seed={seed}", f"--out_dir={folder(args, arm, seed)}", "--init_from=auto"]
-    return start + files + passed + own + list(more)
+    return python(args) + files + passed + own + list(more)
+
+
+def python(args) -> list[str]:
+    """How train.py is started: by torchrun where a run has several ranks."""
+    if args.ranks == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
 
 
 def folder(args, arm: str, seed: int) -> Path:
@@ -262,7 +271,28 @@ def experiment_job(args, run: experiment.Run) -> pool.Job:
     files = [os.path.relpath(ROOT / name) for name in ("train.py", recipe, arm)]
     own = [f"--out_dir={out_dir}", "--init_from=auto"]
     max_iters = args.experiment.lengths[run.length]["max_iters"]
-    return pool.Job(run.name, [sys.executable, *files, *keys, *own], out_dir, max_iters)
+    return pool.Job(run.name, [*python(args), *files, *keys, *own], out_dir, max_iters)
+
+
+def next_jobs(args) -> tuple[list[pool.Job], dict[str, experiment.Run], str]:
+    """(jobs that can run now, the runs behind the names, a line about both).
+
+    Choices come first: what the tuning leads to is known only when it has ended. A run that ended before its record
+    could be written gets it here.
+    """
+    exp = args.experiment
+    while True:
+        losses = experiment.losses_of(experiment.read_records(exp))
+        plan = experiment.Plan(exp, losses)
+        runs = {run.name: run for run in plan.runs if selected(args, run)}
+        jobs = [experiment_job(args, run) for name, run in runs.items() if name not in losses]
+        ended = [job for job in jobs if pool.state(job)[0] != "unfinished"]
+        for job in ended:
+            keep_record(exp, runs[job.name], job)
+        if not ended:
+            known = "" if plan.complete else " known so far"
+            line = f"{exp.name}: {len(runs)} runs{known}, {len(jobs)} to do"
+            return [job for job in jobs if runs[job.name].stage != "final"] or jobs, runs, line
 
 
 def run_experiment(args) -> int:
@@ -270,26 +300,15 @@ def run_experiment(args) -> int:
     exp = args.experiment
     end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
     screen = pool.Screen()
-    status = 0
+    status, engine = 0, None
     while True:
-        losses = experiment.losses_of(experiment.read_records(exp))
-        plan = experiment.Plan(exp, losses)
-        runs = {run.name: run for run in plan.runs if selected(args, run)}
-        jobs = [experiment_job(args, run) for name, run in runs.items() if name not in losses]
-        for job in list(jobs):  # ended before its record could be written
-            if pool.state(job)[0] != "unfinished":
-                keep_record(exp, runs[job.name], job)
-                jobs.remove(job)
-        if len(jobs) + len(losses.keys() & runs.keys()) < len(runs):
-            continue  # with what these records say
-        known = "" if plan.complete else " known so far"
-        screen.say(f"{exp.name}: {len(runs)} runs{known}, {len(jobs)} to do")
+        jobs, runs, line = next_jobs(args)
+        if jobs and engine is None:
+            engine = workers(args, experiment.command_keys(exp, runs[jobs[0].name]))
+        screen.say(f"{line}, {engine}" if jobs else line)
         if not jobs:
             break
-        # choices first: what the tuning leads to is known only when it has ended
-        jobs = [job for job in jobs if runs[job.name].stage != "final"] or jobs
         left = (end - time.monotonic()) / 60 if args.minutes else None
-        engine = workers(args, experiment.command_keys(exp, runs[jobs[0].name]))
         one = pool.run(
             jobs, engine, left, args.retries, args.patience,
             on_end=lambda job, runs=runs: keep_record(exp, runs[job.name], job),
@@ -340,8 +359,22 @@ def describe_experiment(args) -> str:
     return "\n".join(rows)
 
 
+def print_for_a_script(args, passed: list[str]) -> None:
+    if args.print == "compare":
+        print(args.recipe if args.experiment else args.out)
+        return
+    jobs = next_jobs(args)[0] if args.experiment else make_jobs(args, passed)
+    train = os.path.relpath(ROOT / "train.py")
+    for job in jobs:
+        if pool.state(job)[0] == "unfinished":
+            print(shlex.join(job.command[job.command.index(train) + 1 :]))
+
+
 def main(argv: list[str]) -> int:
     args, passed = arguments(argv)
+    if args.print:
+        print_for_a_script(args, passed)
+        return 0
     if args.experiment is not None:
         if args.dry_run:
             print(describe_experiment(args))

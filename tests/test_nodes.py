@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from engine.metrics import read_metrics
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SCRIPT = ROOT / "scripts" / "slurm" / "train.sbatch"
+MATCHED = ROOT / "scripts" / "slurm" / "matched.sbatch"
 
 
 def free_port() -> int:
@@ -153,6 +156,7 @@ def test_ranks_with_different_data_are_refused(tiny_flags, tiny_data, tmp_path):
 
 def test_the_slurm_script_is_sound_bash():
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    subprocess.run(["bash", "-n", str(MATCHED)], check=True)
     # without a recipe it says so before it touches Slurm
     done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 1
@@ -165,19 +169,24 @@ def test_the_slurm_script_passes_shellcheck():
     )
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run([shellcheck, str(SCRIPT)], capture_output=True, text=True)
+    done = subprocess.run([shellcheck, str(SCRIPT), str(MATCHED)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 def test_the_slurm_script_starts_torchrun_and_requeues_a_stopped_run(tmp_path):
-    """Stand-ins for srun and scontrol on the PATH record what the script asks of Slurm."""
+    """Stand-ins for srun, scontrol and scancel on the PATH record what the script asks of Slurm.
+
+    They behave as Slurm 22.05 was seen to: there SIGTERM makes srun kill its tasks at once.
+    """
     waits = (
-        'trap \'sleep 0.3; echo srun has saved >> "$RECORD"; exit "$SRUN_STATUS"\' TERM; '
-        'echo srun waits >> "$RECORD"; while true; do sleep 0.05; done'
+        'trap \'echo srun has killed its tasks >> "$RECORD"; exit 143\' TERM; echo srun waits >> "$RECORD"; '
+        'until [ -e "$RECORD.term" ]; do sleep 0.05; done; sleep 0.3; echo all have saved >> "$RECORD"'
     )
     for name, body in {
         "srun": f'echo "srun $*" >> "$RECORD"; if [ "$ASKED" = 1 ]; then {waits}; fi; exit "$SRUN_STATUS"',
         "scontrol": 'echo "scontrol $*" >> "$RECORD"; if [ "$1" = show ]; then echo node7; echo node8; fi',
+        # Slurm's own sends the signal to the job's steps, not to srun and not to the script
+        "scancel": 'echo "scancel $*" >> "$RECORD"; [ "$*" = "--signal=TERM 42" ] && touch "$RECORD.term"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -204,5 +213,121 @@ def test_the_slurm_script_starts_torchrun_and_requeues_a_stopped_run(tmp_path):
             "--rdzv-endpoint=node7:20042 --rdzv-id=42.1 train.py config/demo.py --seed=3 --init_from=auto"
             in text
         )
-        assert ("srun has saved" in text) is asked
+        assert ("all have saved" in text) is asked and "killed" not in text
         assert ("scontrol requeue 42" in text) is requeued
+
+
+# Stand-ins that speak as Slurm 22.05 does. sbatch keeps what it is given in a queue of scripts; python answers for
+# matched.py (its real answers: test_matched.py) and compare.py; srun trains a run by crossing it off.
+STAND_INS = {
+    "sbatch": """
+        id=$(($(ls "$QUEUE" | wc -l) + 43)); script=() array= depends=
+        for word in "$@"; do
+          case $word in
+            --array=*) array=${word#--array=0-} ;;
+            --dependency=*) depends=${word#--dependency=} ;;
+            --*) ;;
+            *) script+=("$word") ;;
+          esac
+        done
+        echo "sbatch $*" >> "$RECORD"
+        { echo "${array:-none} ${depends:-none}"; printf 'export KNG_RUNS=%q KNG_RUNS_BEFORE=%q\\n' "${KNG_RUNS:-}" "${KNG_RUNS_BEFORE:-}"
+          printf '%q ' bash "${script[@]}"; } > "$QUEUE/$id"
+        echo "$id;cluster" """,
+    "squeue": 'echo "2-00:00:00"',
+    "scontrol": 'echo "scontrol $*" >> "$RECORD"; [ "$1" = show ] && echo node7',
+    "srun": """
+        run=$(printf '%s\\n' "$@" | sed -n 's/--out_dir=//p')
+        echo "trains $run on $* " >> "$RECORD"
+        grep -v -- "--out_dir=$run " "$LEFT" > "$LEFT.new"; [ "$run" = out/broken ] || mv "$LEFT.new" "$LEFT" """,
+    "python": """
+        case "$*" in
+          *--print=runs) cat "$LEFT" ;;
+          *--print=compare) echo out/here ;;
+          *) echo "python $*" >> "$RECORD" ;;
+        esac""",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """slurm.submit(*args) runs the script as the first job, slurm.step() the next of the queue; slurm.record is what was asked."""
+    for name, body in STAND_INS.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("#!/bin/bash\n" + textwrap.dedent(body) + "\n")
+        path.chmod(0o755)
+    (tmp_path / "queue").mkdir()
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NODELIST": "node7", "SLURM_NNODES": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "42",
+        "SLURM_JOB_PARTITION": "gpu", "SLURM_GPUS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "1",
+        **{name.upper(): str(tmp_path / name) for name in ("record", "queue", "left")},
+    }  # fmt: skip
+
+    def bash(*command, **more):
+        return subprocess.run(
+            ["bash", *command],
+            env=environment | more,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def submit(*args):
+        return bash(str(MATCHED), *args)
+
+    def step(number: int):
+        """Run the job of this number: every task of an array, or the one script. What the last one said."""
+        head, exports, command = (tmp_path / "queue" / str(number)).read_text().split("\n")
+        array = head.split()[0]
+        for task in range(int(array) + 1) if array != "none" else [None]:
+            more = {} if task is None else {"SLURM_ARRAY_TASK_ID": str(task)}
+            done = bash("-c", f"{exports}\n{command}", **more)
+        return done
+
+    return types.SimpleNamespace(submit=submit, step=step, record=tmp_path / "record", left=tmp_path / "left")
+
+
+def test_matched_runs_are_one_array_job_and_then_compared(slurm):
+    runs = [
+        f"config/demo.py --out_dir={out} --init_from=auto" for out in ("out/a", "'out/b c'", "out/broken")
+    ]
+    slurm.left.write_text("\n".join(runs) + "\n")
+    first = slurm.submit("config/demo.py", "--seeds=1")
+    assert first.returncode == 0, first.stderr
+    assert "3 run(s) queued as job 43" in first.stdout
+    asked = slurm.record.read_text()
+    assert "--array=0-2 " in asked and "--partition=gpu" in asked and "--time=2-00:00:00" in asked
+    assert "--dependency=afterany:43 " in asked and asked.rstrip().endswith("config/demo.py --seeds=1")
+    slurm.left.write_text(slurm.left.read_text().replace("'", ""))  # as the stand-in crosses them off
+    assert slurm.step(43).returncode == 0
+    trained = [line for line in slurm.record.read_text().splitlines() if line.startswith("trains")]
+    assert [line.split(" on ")[0] for line in trained] == [
+        "trains out/a",
+        "trains out/b c",
+        "trains out/broken",
+    ]
+    assert "--nproc_per_node=1 " in trained[0] and "train.py config/demo.py --out_dir=out/a" in trained[0]
+    # the job behind them sees one that has not ended, and tries it once more, but not for ever
+    second = slurm.step(44)
+    assert "1 run(s) queued as job 45" in second.stdout, second.stderr
+    slurm.step(45)
+    third = slurm.step(46)
+    assert third.returncode == 1
+    assert "error: not one of these runs has ended" in third.stderr and "out/broken" in third.stderr
+    slurm.left.write_text("")
+    assert "all runs have ended" in slurm.submit("config/demo.py").stdout
+    assert slurm.record.read_text().splitlines()[-1] == "python scripts/compare.py out/here"
+
+
+def test_matched_on_slurm_says_what_is_missing(slurm, tmp_path):
+    nothing = slurm.submit()
+    assert nothing.returncode == 1 and nothing.stderr.startswith("error: name a recipe or an experiment")
+    (tmp_path / "bin" / "sbatch").unlink()
+    path = {"PATH": f"{tmp_path / 'bin'}:/none", "PYTHON": "python"}
+    bash = shutil.which("bash")
+    done = subprocess.run([bash, str(MATCHED), "x.py"], env=path, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: there is no sbatch here" in done.stderr
