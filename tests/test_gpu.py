@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, losses
 
-import model as model_file
 from data.loader import TrainBatches, prefetch
 from engine import checkpoint
 from engine.errors import RunError
+from engine.loss import CHUNK_BYTES
 from engine.ranks import choose_attention
 from kronecker import KroneckerEmbedding, build_byte_buffer
 from model import GPT, GPTConfig
@@ -106,7 +106,7 @@ def test_every_way_to_the_loss_is_one_loss(loss, compiled, monkeypatch):
     """Compiled too: writes into slices inside a compiled autograd.Function were once silently lost (torch 2.11)."""
     if loss == "liger":
         pytest.importorskip("liger_kernel")
-    monkeypatch.setitem(model_file.CHUNK_BYTES, "gpu", 40 * 4 * 64)
+    monkeypatch.setitem(CHUNK_BYTES, "gpu", 40 * 4 * 64)
     x = torch.randint(0, 64, (8, 32), device="cuda")
     found = []
     for way in ("full", loss):

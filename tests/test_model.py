@@ -9,7 +9,8 @@ from conftest import ROOT
 from torch.nn import functional as F
 
 import configurator
-from model import CHUNK_BYTES, GPT, ChunkedLinearCrossEntropy, GPTConfig, pick
+from engine.loss import CHUNK_BYTES
+from model import GPT, GPTConfig, pick
 
 SHAPE = {
     "block_size": 16,
@@ -126,22 +127,6 @@ def test_attention_against_its_written_definition():
     torch.testing.assert_close(attn(x), expected)
 
 
-@pytest.mark.parametrize("rows_in_a_chunk", [1, 3, 100])
-def test_chunked_cross_entropy_and_its_gradients(rows_in_a_chunk, monkeypatch):
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", rows_in_a_chunk * 4 * 23)
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(10, 6, generator=g, requires_grad=True)
-    w = torch.randn(23, 6, generator=g, requires_grad=True)
-    t = torch.randint(0, 23, (10,), generator=g)
-    expected = F.cross_entropy(x.double() @ w.double().T, t) * 3
-    gx, gw = torch.autograd.grad(expected, (x, w))
-    loss = ChunkedLinearCrossEntropy.apply(x, w, t, torch.float32) * 3
-    loss.backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad, gx, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(w.grad, gw, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("arm", ["bpe_tied", "kronecker", "kronecker_tied"])
 def test_every_way_to_the_loss_gives_one_loss_and_gradient_compiled_or_not(arm, monkeypatch):
     """One graph, no break; compiled, the chunked loss takes the form that a GPU takes."""
@@ -159,15 +144,6 @@ def test_every_way_to_the_loss_gives_one_loss_and_gradient_compiled_or_not(arm, 
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-
-
-def test_a_loss_beyond_float32s_smallest_probability_is_still_right():
-    x = torch.tensor([[100.0], [1.0]], requires_grad=True)
-    w = torch.tensor([[1.0], [-1.0]], requires_grad=True)
-    loss = ChunkedLinearCrossEntropy.apply(x, w, torch.tensor([1, 0]), torch.float32)
-    assert loss.item() == pytest.approx((200 + math.log(1 + math.exp(-2))) / 2)
-    loss.backward()
-    assert x.grad[0].item() == pytest.approx(1.0)  # (p - onehot) @ w / n = (1 * 1 + -1 * -1) / 2
 
 
 def test_bfloat16_autocast_trains_close_to_float32():

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from model import cross_entropy
+from engine.loss import cross_entropy
 
 
 @torch.no_grad()
