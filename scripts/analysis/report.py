@@ -1,29 +1,33 @@
-"""The page that gathers everything: `OUT/compare/report.html`, one file without outside resources.
+"""The page that gathers everything: `OUT/compare/report.html`, one file without scripts and outside resources.
 
-compare.py and each probe leave a section in `OUT/compare/sections/NAME.json`:
+compare.py and each probe leave a section in `OUT/compare/sections/NAME.json`, which holds data and no markup:
 
-    {"name": "spelling", "title": "Spelling robustness", "order": 20, "html": "<p>...</p>"}
+    {"name": "spelling", "title": "Spelling robustness", "order": 20, "blocks": [{"text": ["..."]}, ...]}
 
 and the page is made again from all of them, so tools can be run in any order and as often as one likes.
-Run by itself (`python scripts/analysis/report.py out/demo`) it only rebuilds the page.
+Run by itself it only rebuilds the page:
+
+    python scripts/analysis/report.py out/demo
 """
 
-import html
-import io
-import json
-import os
+import base64
 import re
 import sys
+import textwrap
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import jinja2
-import matplotlib
+import tabulate
+from pydantic import Field
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from data.files import write_json, write_text
+from data.records import Record, read_record
+from engine.errors import RunError, sentences
 
 # One colour and one dash an arm in every figure of the project (Okabe-Ito: safe for colour-blind readers).
 ARM_STYLE = {
@@ -34,37 +38,30 @@ ARM_STYLE = {
 }
 SPARE_COLOURS = ["#009E73", "#E69F00", "#7F7F7F", "#8C564B", "#17BECF", "#9467BD"]
 ARM_ORDER = list(ARM_STYLE)
-INK = (
-    "#3b4252"  # text and axes; becomes `currentColor` inside the page, so that figures follow light and dark
-)
+INK, INK_ON_DARK = "#3b4252", "#e4e7ec"  # text and axes of the figures, on paper and on a dark page
 
-FIGURE_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": "#8a8f98",
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # real text: sharper, smaller, searchable
-    "svg.hashsalt": "kronecker-nanogpt",  # the same figure gives the same file
-    "figure.constrained_layout.use": True,
-}
+tabulate.MIN_PADDING = 0  # the formats below bring the space between columns
+PLAIN = tabulate.TableFormat(
+    lineabove=None,
+    linebelowheader=tabulate.Line("", "-", "--", ""),
+    linebetweenrows=None,
+    linebelow=None,
+    headerrow=tabulate.DataRow("", "  ", ""),
+    datarow=tabulate.DataRow("", "  ", ""),
+    padding=0,
+    with_header_hide=None,
+)
+PIPES = tabulate.DataRow("| ", " | ", " |")
 
 
 def arm_sort_key(arm: str):
+    """The project's own arms in their order, then all others by name."""
     return (ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER), arm)
+
+
+def arms_of(runs) -> list[str]:
+    """The arms of some runs, each once, in the order of every table and figure."""
+    return sorted({r.arm for r in runs}, key=arm_sort_key)
 
 
 def arm_style(arm: str, arms) -> dict:
@@ -72,138 +69,145 @@ def arm_style(arm: str, arms) -> dict:
     if arm in ARM_STYLE:
         colour, line = ARM_STYLE[arm]
     else:
-        strangers = sorted(a for a in arms if a not in ARM_STYLE)
-        colour, line = SPARE_COLOURS[strangers.index(arm) % len(SPARE_COLOURS)], "-."
+        others = sorted(a for a in arms if a not in ARM_STYLE)
+        colour, line = SPARE_COLOURS[others.index(arm) % len(SPARE_COLOURS)], "-."
     return {"color": colour, "linestyle": line}
 
 
-def write_atomic(path: Path, text: str | bytes) -> None:
-    """Write beside and rename, so that a reader or an interrupt never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + f".tmp{os.getpid()}")
-    part.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    os.replace(part, path)
+# ---------------------------------------------------------------------------------------------- text
 
 
-def write_json(path: Path, content) -> None:
-    write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def visible(text) -> str:
+    """The text with control and other unprintable characters as escapes: names come from others' records."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def escaped(text) -> str:
+    """The text for Markdown, where neither HTML nor links that it holds come alive."""
+    return visible(text).replace("<", "&lt;").replace("](", "]\\(")
+
+
+def bullet(text: str) -> str:
+    """A list item for the terminal, wrapped at 108 columns."""
+    return textwrap.fill(text, 108, initial_indent="- ", subsequent_indent="  ", break_long_words=False)
 
 
 def say(text: str) -> None:
-    """print(), quiet when the reader has left (`| head`): the files are written by then."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """print(), line for line, without what names of others might do to the terminal."""
+    print("\n".join(map(visible, text.split("\n"))), flush=True)
 
 
-def save_figure(figure, base: Path) -> str:
-    """Save `base`.png and `base`.svg and return the SVG made fit to stand inside the page."""
-    metadata = {"Date": None, "Creator": "kronecker-nanogpt"}
-    svg = io.BytesIO()
-    png = io.BytesIO()
-    figure.savefig(svg, format="svg", metadata=metadata, transparent=True)
-    figure.savefig(png, format="png", dpi=160, facecolor="white")
-    plt.close(figure)
-    write_atomic(base.with_suffix(".svg"), svg.getvalue())
-    write_atomic(base.with_suffix(".png"), png.getvalue())
-    return inline_svg(svg.getvalue().decode("utf-8"), base.name)
+@dataclass
+class Table:
+    """Cells and their meaning; the first `left` columns lean left, the others right."""
+
+    title: str
+    header: list
+    rows: list[list]
+    left: int = 1
+    note: str = ""
+
+    def _cells(self, escape) -> list[list[str]]:
+        return [[escape(cell) for cell in row] for row in [self.header, *self.rows]]
+
+    def text(self) -> str:
+        """Title, aligned columns and note, for a terminal."""
+        header, *rows = self._cells(visible)
+        aligns = ["left" if i < self.left else "right" for i in range(len(header))]
+        body = tabulate.tabulate(rows, header, PLAIN, colalign=aligns, disable_numparse=True)
+        note = "\n" + textwrap.fill(self.note, 108) if self.note else ""
+        return f"{visible(self.title)}\n\n{body}{note}"
+
+    def markdown(self) -> str:
+        """The same with a heading, for a page."""
+        header, *rows = self._cells(lambda cell: escaped(cell).replace("|", "\\|"))
+        rule = "| " + " | ".join("---" if i < self.left else "---:" for i in range(len(header))) + " |"
+        form = PLAIN._replace(linebelowheader=lambda widths, aligns: rule, headerrow=PIPES, datarow=PIPES)
+        body = tabulate.tabulate(rows, header, form, stralign=None, numalign=None, disable_numparse=True)
+        return "\n\n".join(p for p in (f"## {escaped(self.title)}", body, escaped(self.note)) if p)
+
+    def block(self) -> dict:
+        """The table as a block of a section."""
+        return {"table": asdict(self)}
 
 
-def inline_svg(svg: str, name: str) -> str:
-    """An SVG for the page: width left to CSS, ink that follows the theme, ids that cannot collide."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace(INK, "currentColor")
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    return svg.strip()
+# ---------------------------------------------------------------------------------------------- page
 
 
-def text_table(header, rows, left: int = 1) -> str:
-    """A plain aligned table: the first `left` columns lean left, the others right."""
-    cells = [[str(c) for c in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    return "\n".join([lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])])
+class TableRecord(Record):
+    title: str
+    header: list
+    rows: list[list]
+    left: int
+    note: str
 
 
-def md_table(header, rows, left: int = 1) -> str:
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(str(c) for c in row) + " |" for row in [header, rule, *rows])
+class Block(Record):
+    """A part of a section: what it holds is shown in this order, all of it as text."""
+
+    table: TableRecord | None = None
+    text: list[str] = []
+    claim: list[str] = []  # paragraphs set apart
+    quotes: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []  # what it is, what it says
+    figures: list[str] = []  # files below compare/, SVG or PNG
+    caption: str = ""
+    details: str = ""  # what the blocks are that only unfold
+    blocks: list["Block"] = []
 
 
-def html_table(header, rows, left: int = 1) -> str:
-    """A table that scrolls sideways by itself on a narrow screen."""
-
-    def row(cells, tag):
-        return "".join(
-            f"<{tag}{'' if i < left else ' class=n'}>{html.escape(str(c))}</{tag}>"
-            for i, c in enumerate(cells)
-        )
-
-    body = "".join(f"<tr>{row(r, 'td')}</tr>" for r in rows)
-    head = f"<thead><tr>{row(header, 'th')}</tr></thead>"
-    return f"<div class=wide><table>{head}<tbody>{body}</tbody></table></div>"
+class Section(Record):
+    name: str
+    title: str
+    order: int
+    blocks: list[Block]
 
 
-def paragraphs(*texts: str) -> str:
-    return "".join(f"<p>{html.escape(t)}</p>" for t in texts if t)
-
-
-def figure_html(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def write_section(out_dir: Path, name: str, title: str, order: int, body: str) -> Path:
+def write_section(out_dir: Path, name: str, title: str, order: int, blocks: list[dict]) -> Path:
     """Leave or replace one section and make the page again. Returns the page's path."""
     folder = Path(out_dir) / "compare" / "sections"
-    write_json(folder / f"{name}.json", {"name": name, "title": title, "order": order, "html": body})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}.json", {"name": name, "title": title, "order": order, "blocks": blocks})
     return build_report(out_dir)
 
 
 def build_report(out_dir: Path) -> Path:
     """`OUT/compare/report.html` from every section that is there, in their order."""
-    out_dir = Path(out_dir)
-    sections = []
-    for path in sorted((out_dir / "compare" / "sections").glob("*.json")):
-        try:
-            section = json.loads(path.read_text(encoding="utf-8"))
-            sections.append({k: section[k] for k in ("name", "title", "order", "html")})
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(
-                f"{path} is not a section of the report ({e}); delete it and run its tool again"
-            ) from None
-    sections.sort(key=lambda s: (s["order"], s["name"]))
-    template = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
-    page = (
-        jinja2.Environment(autoescape=True).from_string(template).render(name=out_dir.name, sections=sections)
-    )
-    target = out_dir / "compare" / "report.html"
-    write_atomic(target, page + "\n")
-    return target
+    compare = Path(out_dir) / "compare"
+    paths = sorted((compare / "sections").glob("*.json"))
+    what = "a section of the report: delete it and run its tool again"
+    sections = [read_record(path, Section, what) for path in paths]
+    sections.sort(key=lambda s: (s.order, s.name))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["source"] = lambda file: figure_source(compare, file)
+    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
+    write_text(compare / "report.html", template.render(name=Path(out_dir).name, sections=sections) + "\n")
+    return compare / "report.html"
+
+
+def figure_source(folder: Path, file: str) -> str:
+    """A figure as a data URI; an image of an <img> runs no script and loads nothing. RunError if it is not there."""
+    path = (folder / file).resolve()
+    kinds = {".svg": "image/svg+xml", ".png": "image/png"}
+    if not path.is_relative_to(folder.resolve()) or path.suffix not in kinds or not path.is_file():
+        raise RunError(f"{folder} has no figure {file!r}: run the tool of this section again")
+    content = path.read_bytes()
+    if path.suffix == ".svg":
+        theme = f"svg{{color:{INK}}}@media (prefers-color-scheme:dark){{svg{{color:{INK_ON_DARK}}}}}"
+        svg = content.decode("utf-8").replace(INK, "currentColor")
+        content = re.sub(r"(<svg\b[^>]*>)", rf"\1<style>{theme}</style>", svg, count=1).encode()
+    return f"data:{kinds[path.suffix]};base64,{base64.b64encode(content).decode()}"
 
 
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or argv[0].startswith("-"):
-        sys.exit(
-            "usage: python scripts/analysis/report.py OUT   (rebuilds OUT/compare/report.html from its sections)"
-        )
-    if not (Path(argv[0]) / "compare" / "sections").is_dir():
-        sys.exit(f"error: {argv[0]} has no compare/sections; run scripts/compare.py {argv[0]} first")
-    try:
-        print(build_report(Path(argv[0])))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    with sentences():
+        if len(argv) != 1 or argv[0].startswith("-"):
+            raise RunError(
+                "give one folder: python scripts/analysis/report.py OUT rebuilds OUT/compare/report.html"
+            )
+        if not (Path(argv[0]) / "compare" / "sections").is_dir():
+            raise RunError(f"{argv[0]} has no compare/sections; run scripts/compare.py {argv[0]} first")
+        say(str(build_report(Path(argv[0]))))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,15 @@ OUT/plan.json pins. Anything else is refused, and the sentence names the file.
 
 import json
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 
-from scripts import compare
-from scripts.analysis import report, stats
+from data.files import write_json, write_text
+from engine.errors import RunError
+from scripts.analysis import numbers, report, stats, words
+from scripts.analysis.report import Table
+from scripts.analysis.runs import Run, check_match, make_run
+from scripts.compare import write_comparison
 from scripts.probes import common as probe_common
 
 # Figures of the probes that go into the table: (probe, figure, heading, digits).
@@ -32,10 +37,6 @@ PROBE_FIGURES = [
     ("norms", "wte/rms ratio", "RMS of the embedding, last over first", 2),
     ("norms", "wte/weight_norm ratio", "row norm of the matrix, last over first", 2),
 ]
-
-
-class GatherError(ValueError):
-    """Why the pieces do not belong together, in one sentence that names the file."""
 
 
 def figures_of_probe(name: str, content: dict) -> dict:
@@ -87,19 +88,19 @@ def read_pieces(out: Path) -> list[tuple[Path, dict]]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as e:
-            raise GatherError(f"{path} is not valid JSON ({e}); restore it or take it away") from None
+            raise RunError(f"{path} is not valid JSON ({e}); restore it or take it away") from None
         if not isinstance(content, dict) or "piece" not in content:
-            raise GatherError(f"{path} is no piece of the suite; take it away")
+            raise RunError(f"{path} is no piece of the suite; take it away")
         found.append((path, content))
     if not found:
-        raise GatherError(f"{out} holds no piece yet; run some first")
+        raise RunError(f"{out} holds no piece yet; run some first")
     if len({c["toy"] for _, c in found}) > 1:
         toy = next(p for p, c in found if c["toy"])
-        raise GatherError(f"{toy} is a toy's beside real ones; take it away")
+        raise RunError(f"{toy} is a toy's beside real ones; take it away")
     return sorted(found, key=lambda pc: pc[1]["date"])
 
 
-def runs_of(pieces, plan: dict | None, pinned: list[str], kind: str) -> list[compare.Run]:
+def runs_of(pieces, plan: dict | None, pinned: list[str], kind: str) -> list[Run]:
     """The runs of one kind of piece, each held to the plan (a sweep has none) and there only once."""
     found, where = [], {}
     for path, content in pieces:
@@ -107,29 +108,29 @@ def runs_of(pieces, plan: dict | None, pinned: list[str], kind: str) -> list[com
             continue
         key = (content["arm"], content["seed"])
         if key in where:
-            raise GatherError(
+            raise RunError(
                 f"{where[key]} and {path} are both {kind} of arm {key[0]}, seed {key[1]}; take one away"
             )
         where[key] = path
         run, config = content["run"], content["config"]
         if (run["arm"], run["seed"]) != key:
-            raise GatherError(
+            raise RunError(
                 f"{path} says arm {key[0]}, seed {key[1]}, but its run is {run['arm']}, {run['seed']}"
             )
         facts = run | {"tokens": run["tokens_per_step"] * config["max_iters"]}
         for name in pinned if plan is not None and kind == "train" else ():
             if facts[name] != plan[name]:
-                raise GatherError(
+                raise RunError(
                     f"{path} does not belong to this comparison: its {name} is {facts[name]}, the plan's {plan[name]}"
                 )
-        found.append(compare.make_run(path.name, config, run, content["metrics"]))
+        found.append(make_run(path.name, config, run, content["metrics"]))
     return found
 
 
 # ---------------------------------------------------------------------------------------------- tables
 
 
-def correctness_table(pieces) -> dict | None:
+def correctness_table(pieces) -> Table | None:
     rows = []
     for _, c in pieces:
         if c["piece"] != "correctness":
@@ -144,7 +145,7 @@ def correctness_table(pieces) -> dict | None:
     )
 
 
-def tune_table(pieces) -> dict | None:
+def tune_table(pieces) -> Table | None:
     rows = []
     for _, c in pieces:
         for r in c["tried"] if c["piece"] == "tune" else ():
@@ -161,7 +162,7 @@ def tune_table(pieces) -> dict | None:
     )
 
 
-def embedding_table(pieces) -> dict | None:
+def embedding_table(pieces) -> Table | None:
     rows = []
     for _, c in pieces:
         for dtype, bench in c.get("results", {}).items() if c["piece"] == "embedding" else ():
@@ -190,7 +191,7 @@ def embedding_table(pieces) -> dict | None:
     return table("The embedding alone", header, rows, 3, note)
 
 
-def ways_table(pieces) -> dict | None:
+def ways_table(pieces) -> Table | None:
     """Milliseconds of the package's way and of the candidates."""
     rows, sides = [], ["package", "table", "slots", "nn.Embedding"]
     for _, c in pieces:
@@ -204,7 +205,7 @@ def ways_table(pieces) -> dict | None:
     return table("Ways to the same embedding", header, rows, 2, note)
 
 
-def speed_table(pieces) -> dict | None:
+def speed_table(pieces) -> Table | None:
     rows, notes = [], []
     for _, c in pieces:
         if c["piece"] != "speed":
@@ -249,7 +250,7 @@ def speed_table(pieces) -> dict | None:
     return table("A training step", [*header, "rounds", "device"], rows, 1, " ".join(dict.fromkeys(notes)))
 
 
-def probe_table(pieces, arms: list[str]) -> dict | None:
+def probe_table(pieces, arms: list[str]) -> Table | None:
     values: dict = {}
     for _, c in pieces:  # oldest first: of two measurements of a run the newer stays
         for probe, found in c.get("probes", {}).items() if c["piece"] == "probes" else ():
@@ -272,14 +273,14 @@ def probe_table(pieces, arms: list[str]) -> dict | None:
     )
 
 
-def sweep_table(runs: list[compare.Run], says: list[str]) -> dict | None:
+def sweep_table(runs: list[Run], says: list[str]) -> Table | None:
     """Arms of the sweep against bpe_untied and kronecker of the sweep itself."""
     if not runs:
         return None
-    compare.check_match(runs)
+    check_match(runs)
     by = {(r.arm, r.seed): r for r in runs if r.state == "finished"}
     rows = []
-    for arm in compare.arms_of(runs):
+    for arm in report.arms_of(runs):
         mine = {s: r for (a, s), r in by.items() if a == arm}
         if not mine:
             continue
@@ -288,7 +289,7 @@ def sweep_table(runs: list[compare.Run], says: list[str]) -> dict | None:
         gains = []
         for other in ("bpe_untied", "kronecker"):
             pairs = [by[other, s].val[-1]["val/loss"] - x for s, x in final.items() if (other, s) in by]
-            gains.append("-" if arm == other or not pairs else compare.signed(stats.interval(pairs)["mean"]))
+            gains.append("-" if arm == other or not pairs else words.with_sign(stats.interval(pairs)["mean"]))
         share = 100 * params["input"] / params["stock_table"]
         rows.append(
             [
@@ -309,7 +310,7 @@ def sweep_table(runs: list[compare.Run], says: list[str]) -> dict | None:
     tokens = runs[0].max_iters * runs[0].info["tokens_per_step"]
     header = ["arm", "input parameters", "of a table", "val loss", "gain over bpe_untied", "over kronecker"]
     return table(
-        f"What moves the gap: {compare.count(tokens)} tokens each",
+        f"What moves the gap: {numbers.count(tokens)} tokens each",
         header,
         rows,
         1,
@@ -317,8 +318,8 @@ def sweep_table(runs: list[compare.Run], says: list[str]) -> dict | None:
     )
 
 
-def table(title: str, header, rows, left: int, note: str) -> dict | None:
-    return {"title": title, "header": header, "rows": rows, "left": left, "note": note} if rows else None
+def table(title: str, header, rows, left: int, note: str) -> Table | None:
+    return Table(title, header, rows, left, note) if rows else None
 
 
 # ---------------------------------------------------------------------------------------------- the whole
@@ -330,15 +331,10 @@ def gather(out: Path, plan: dict | None, pinned: list[str], command: str) -> dic
     trained = runs_of(pieces, plan, pinned, "train")
     c, says = None, []
     if trained:
-        arms = compare.arms_of(trained)
-        c = compare.compare(trained, "bpe_tied" if "bpe_tied" in arms else arms[0])
-        told = compare.provenance(c, f"python scripts/gpu/suite.py {command}")
-        report.write_json(out / "compare" / "comparison.json", c | {"provenance": told})
-        kept = [r for r in trained if not any(x["run"] == r.name for x in c["left_out"])]
-        curves = compare.draw(c, kept, out / "compare")
-        report.write_atomic(out / "compare" / "comparison.md", compare.as_markdown(c, told))
-        report.write_section(out, "comparison", "Comparison", 10, compare.section_html(c, curves, told))
-        says += compare.sentences(c)[: 1 if c["decomposition"] else 0] + c["claims"]
+        arms = report.arms_of(trained)
+        c = numbers.compare(trained, "bpe_tied" if "bpe_tied" in arms else arms[0])
+        write_comparison(c, trained, out, f"python scripts/gpu/suite.py {command}")
+        says += words.findings(c)[: 1 if c["decomposition"] else 0] + c["claims"]
     swept = sweep_table(runs_of(pieces, plan, pinned, "sweep"), says)
     others = {
         "speed": speed_table(pieces),
@@ -349,11 +345,11 @@ def gather(out: Path, plan: dict | None, pinned: list[str], command: str) -> dic
         "sweep": swept,
         "correctness": correctness_table(pieces),
     }
-    tables = compare.tables(c) if c else []
+    tables = words.tables(c) if c else []
     for order, (name, t) in enumerate(others.items()):
         if t:
             tables.append(t)
-            report.write_section(out, name, t["title"], 20 + order, probe_common.tables_html([t]))
+            report.write_section(out, name, t.title, 20 + order, [t.block()])
     made = [
         f"`{p.name}`: `{x['command']}` at commit {x['commit']}, {x['device']}, torch {x['torch']}, {x['date'][:10]}, "
         f"{x['seconds']:.0f} s"
@@ -362,15 +358,14 @@ def gather(out: Path, plan: dict | None, pinned: list[str], command: str) -> dic
     lines = ["# What the GPU said" if not pieces[0][1]["toy"] else "# A toy: nothing here is a result"]
     lines += says
     for t in tables:
-        lines.append(f"## {t['title']}\n\n" + report.md_table(t["header"], t["rows"], t["left"]))
-        lines += [t["note"]] if t["note"] else []
+        lines.append(t.markdown())
     if c:
         lines.append("Curves and every pair of arms: `compare/report.html`, `compare/comparison.md`.")
     lines.append("## How it was made\n\n" + "\n".join(f"- {m}" for m in made))
-    report.write_atomic(out / "summary.md", "\n\n".join(lines) + "\n")
-    result = {"pieces": [p.name for p, _ in pieces], "says": says, "tables": tables}
-    report.write_json(out / "gathered.json", result)
+    write_text(out / "summary.md", "\n\n".join(lines) + "\n")
+    result = {"pieces": [p.name for p, _ in pieces], "says": says, "tables": [asdict(t) for t in tables]}
+    write_json(out / "gathered.json", result)
     for t in tables:
-        print(f"\n{t['title']}\n\n{report.text_table(t['header'], t['rows'], t['left'])}")
+        report.say("\n" + t.text())
     print("\n" + "\n".join(says) + f"\n\nwritten to {out / 'summary.md'}")
     return result

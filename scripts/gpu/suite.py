@@ -58,7 +58,6 @@ from engine import plan as engine_plan
 from engine.flops import CONVENTION, flops_per_token, peak_flops
 from engine.metrics import is_finished, read_metrics
 from model import GPTConfig
-from scripts import compare
 from scripts.bench import train as bench_train
 from scripts.gpu import candidates as embedding_candidates
 from scripts.gpu import checks as gpu_checks
@@ -87,7 +86,7 @@ class SuiteError(ValueError):
 
 # Errors whose sentence says it all; any other comes with its traceback.
 TOLD = (
-    SuiteError, DataError, runs.RunError, bench_train.BenchError, gpu_gather.GatherError, compare.CompareError,
+    SuiteError, DataError, runs.RunError, bench_train.BenchError,
 )  # fmt: skip
 
 

@@ -1,85 +1,73 @@
-"""What the probes share: which runs, with what provenance, and how seeds' figures become a table's row."""
+"""What the probes share: which runs, how a model is asked, and how seeds' figures become a table's row."""
 
-import datetime
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from data.files import write_json, write_text
 from engine.errors import RunError
-from scripts import compare
-from scripts.analysis import report, stats
+from sample import load_run
+from scripts.analysis import figures, report, stats
+from scripts.analysis.report import Table, arm_sort_key
+from scripts.analysis.runs import Run, default_out, find_run_folders, load_folder
+from scripts.arguments import device, whole
+from scripts.provenance import provenance
 
 DATA = Path(__file__).resolve().parent / "data"
 
 
-class ProbeError(RunError):
-    """What is wrong, in one sentence for the person who asked."""
-
-
 def add_arguments(parser, need_runs: bool = True) -> None:
-    parser.add_argument(
+    """The arguments of every probe."""
+    add = parser.add_argument
+    add(
         "--runs",
         nargs="+",
         metavar="DIR",
         required=need_runs,
         help="run folders, or folders that hold runs (out/demo)",
     )
-    parser.add_argument("--allow-unfinished", action="store_true", help="take unfinished runs as they stand")
-    parser.add_argument("--out", help="folder whose compare/ gets the results (default: the first of --runs)")
-    parser.add_argument(
-        "--baseline", help="arm to pair the others with (default: bpe_tied, else the first arm)"
-    )
-    parser.add_argument("--which", default="latest", help="checkpoint: latest, best or a step (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="of sampling and resampling (%(default)s)")
+    add("--allow-unfinished", action="store_true", help="take unfinished runs as they stand")
+    add("--out", help="folder whose compare/ gets the results (default: the first of --runs)")
+    add("--baseline", help="arm to pair the others with (default: bpe_tied, else the first arm)")
+    add("--which", default="latest", help="checkpoint: latest, best or a step (%(default)s)")
+    add("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
+    add("--seed", type=whole(0), default=42, help="of sampling and resampling (%(default)s)")
 
 
-def out_folder(args, fallback: str) -> Path:
-    if args.out:
-        return Path(args.out)
-    return compare.default_out(args.runs) if args.runs else Path(fallback)
+def out_folder(args, fallback: str = "") -> Path:
+    """--out, else the folder of the runs, else the fallback."""
+    return Path(args.out or (default_out(args.runs) if args.runs else fallback))
 
 
-def find_runs(args) -> list[dict]:
-    """Finished runs at or below --runs: [{"path", "arm", "seed"}], by arm and seed; what is left out is said."""
-    paths = args.runs
+def finished_runs(args, needs_checkpoint: bool = True) -> list[Run]:
+    """Finished runs at or below --runs, by arm and seed; what is left out is said. RunError where none is left."""
     runs, seen = [], {}
-    for path in compare.find_run_folders(paths):
-        loaded = compare.load_folder(path)
-        if not (path / "latest").exists():
+    for path in find_run_folders(args.runs):
+        run = load_folder(path)
+        if needs_checkpoint and not (path / "latest").exists():
             progress(f"left out: {path} has no checkpoint yet")
             continue
-        if (
-            loaded.state != "finished" and not args.allow_unfinished
-        ):  # a run of 30 steps would pass for its arm
-            progress(f"left out: {path} ({loaded.state}); --allow-unfinished takes it in")
+        if run.state != "finished" and not args.allow_unfinished:  # a run of 30 steps would pass for its arm
+            progress(f"left out: {path} ({run.state}); --allow-unfinished takes it in")
             continue
-        run = {"path": path, "arm": loaded.arm, "seed": loaded.seed}
-        other = seen.setdefault((run["arm"], run["seed"]), path)
+        other = seen.setdefault((run.arm, run.seed), path)
         if other != path:
-            raise ProbeError(
-                f"{other} and {path} are both arm {run['arm']}, seed {run['seed']}; give only one of them"
+            raise RunError(
+                f"{other} and {path} are both arm {run.arm}, seed {run.seed}; give only one of them"
             )
         runs.append(run)
     if not runs:
-        raise ProbeError(f"no finished run with a checkpoint at or below {', '.join(map(str, paths))}")
-    return sorted(runs, key=lambda r: (*report.arm_sort_key(r["arm"]), r["seed"]))
+        what = "no finished run with a checkpoint" if needs_checkpoint else "no finished run"
+        raise RunError(f"{what} at or below {', '.join(map(str, args.runs))}")
+    return sorted(runs, key=lambda r: (*arm_sort_key(r.arm), r.seed))
 
 
-def load(run: dict, args):
-    """(model, tokenizer, config) of one run, in eval mode on the device asked for."""
-    from sample import load_run
-
-    model, tokenizer, config = require_finite(
-        load_run(run["path"], device=args.device, which=args.which), run["path"]
-    )
+def load(path, args):
+    """(model, tokenizer, config) of a run's folder, in eval mode on the device asked for."""
+    loaded = load_run(Path(path), device=args.device, which=args.which)
+    model, tokenizer, config = require_finite(loaded, path)
     if torch.device(args.device).type == "cpu" and model.config.n_embd <= 256:
         # Matmuls this small gain nothing from a second thread, and beside other work on the machine threads
         # that wait for each other made a probe twenty times slower.
@@ -95,30 +83,42 @@ def require_finite(loaded: tuple, path) -> tuple:
     return loaded
 
 
-def each_model(runs, args, what: str):
+def each_model(runs: list[Run], args, what: str):
     """Load the runs one after another: yields (run, model, tokenizer, config) and says how long each took."""
     for number, run in enumerate(runs, 1):
         start = time.time()
-        model, tokenizer, config = load(run, args)
+        model, tokenizer, config = load(run.name, args)
         yield run, model, tokenizer, config
-        progress(
-            f"{what}: {number} of {len(runs)}, {run['arm']} seed {run['seed']}, {time.time() - start:.1f} s"
-        )
+        progress(f"{what}: {number} of {len(runs)}, {run.arm} seed {run.seed}, {time.time() - start:.1f} s")
+
+
+def measure_runs(args, what: str, measure) -> tuple[dict, list[str], str]:
+    """({(arm, seed): measure(run, model, tokenizer, config)}, arms, baseline) of all runs at or below --runs."""
+    by_run = {}
+    for run, model, tokenizer, config in each_model(finished_runs(args), args, what):
+        by_run[run.arm, run.seed] = measure(run, model, tokenizer, config)
+    arms = sorted({arm for arm, _ in by_run}, key=arm_sort_key)
+    return by_run, arms, pick_baseline(arms, args.baseline)
 
 
 def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    """Say where the work stands, beside the results."""
+    print(report.visible(message), file=sys.stderr, flush=True)
 
 
-def pick_baseline(arms, wanted: str | None) -> str:
+def pick_baseline(arms: list[str], wanted: str | None) -> str:
+    """The arm that others are paired with: the one asked for, else bpe_tied, else the first."""
     if wanted is None:
         return "bpe_tied" if "bpe_tied" in arms else arms[0]
     if wanted not in arms:
-        raise ProbeError(f"no run of the baseline {wanted}; there are {', '.join(arms)}")
+        raise RunError(f"no run of the baseline {wanted}; there are {', '.join(arms)}")
     return wanted
 
 
-def over_seeds(values: dict, arms, baseline: str) -> dict:
+# ---------------------------------------------------------------------------------------------- figures over seeds
+
+
+def over_seeds(values: dict, arms: list[str], baseline: str) -> dict:
     """Figures of runs to figures of arms: {(arm, seed): x} -> {arm: {"mean", "sd", ..., "difference"}}.
 
     "difference" is the arm minus the baseline, paired by seed, with its t interval (None for the baseline
@@ -147,15 +147,27 @@ def cell(entry: dict | None, digits: int = 3, scale: float = 1.0) -> str:
     return mean if entry["sd"] is None else f"{mean} ±{entry['sd'] * scale:.{digits}f}"
 
 
+def arm_cell(values: dict, arm: str, digits: int = 3, scale: float = 1.0) -> str:
+    """mean ± SD of one arm over its seeds, from {(arm, seed): x}."""
+    return cell(over_seeds(values, [arm], arm)[arm], digits, scale)
+
+
 def difference_cell(entry: dict | None, digits: int = 3, scale: float = 1.0) -> str:
     """Paired difference from the baseline with its 95% interval, for a table."""
-    d = entry and entry["difference"]
+    return interval_cell(entry and entry["difference"], digits, scale)
+
+
+def interval_cell(d: dict | None, digits: int = 3, scale: float = 1.0) -> str:
+    """Mean of a difference and the ends of its interval, for a table."""
     if not d:
         return ""
     text = f"{d['mean'] * scale:+.{digits}f}"
     if d["low"] is None:
         return text
     return f"{text} ({d['low'] * scale:+.{digits}f} to {d['high'] * scale:+.{digits}f})"
+
+
+# ---------------------------------------------------------------------------------------------- asking a model
 
 
 @torch.no_grad()
@@ -168,7 +180,7 @@ def last_states(model, prompts: list[list[int]], batch_size: int = 64) -> tuple[
     block_size = model.config.block_size
     prompts = [p[-block_size:] for p in prompts]
     if not all(prompts):
-        raise ProbeError("a prompt has no tokens at all; give every prompt some text")
+        raise RunError("a prompt has no tokens at all; give every prompt some text")
     device = model.transformer.wpe.weight.device
     seen = {}
     hook = model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: seen.update(x=output))
@@ -201,127 +213,45 @@ def block_states(model, ids_BxT: torch.Tensor, blocks: int | None = None) -> lis
     return states
 
 
-def dot_figure(names: list[str], panels: list[tuple[str, dict]]):
-    """A row a name, a panel each (title, {arm: [[values of the runs] a row]}): large points are their means."""
-    arms = list(panels[0][1])
-    with report.plt.rc_context(report.FIGURE_STYLE):
-        size = (10.0, (0.24 + 0.1 * len(arms)) * len(names) + 1.5)
-        figure, axes = report.plt.subplots(1, len(panels), figsize=size, sharey=True)
-        for ax, (title, by_arm) in zip(axes, panels, strict=True):
-            for k, (arm, rows) in enumerate(by_arm.items()):
-                colour = report.arm_style(arm, arms)["color"]
-                y = np.arange(len(names)) + 0.6 / len(arms) * (k - (len(arms) - 1) / 2)
-                for values, at in zip(rows, y, strict=True):
-                    ax.plot(values, [at] * len(values), "o", color=colour, markersize=3, alpha=0.5)
-                ax.plot(
-                    [np.mean(v) if v else np.nan for v in rows], y, "o", color=colour, markersize=7, label=arm
-                )
-            ax.set_title(title)
-            ax.grid(axis="y", visible=False)
-        axes[0].set_yticks(range(len(names)), names)
-        axes[0].invert_yaxis()
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
-    return figure
+# ---------------------------------------------------------------------------------------------- results
 
 
-def read_data(path, what: str) -> dict:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise ProbeError(f"cannot read {what} from {path}: no such file") from None
-    except ValueError as e:
-        raise ProbeError(f"{path} is not valid JSON ({e})") from None
-
-
-def provenance(argv, settings: dict | None = None) -> dict:
-    """Command, commit, machine and date, which every figure under results/ has to name."""
-    try:
-        root = Path(__file__).resolve().parents[2]
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        ).stdout.strip()
-    except OSError:
-        commit = ""
-    return {
-        "command": "python " + " ".join([relative(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)]),
-        "commit": commit or None,
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
-        "date": datetime.date.today().isoformat(),
-        "settings": settings or {},
-    }
-
-
-def relative(path: str) -> str:
-    root = Path(__file__).resolve().parents[2]
-    full = Path(path).resolve()
-    return str(full.relative_to(root)) if full.is_relative_to(root) else full.name
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def print_tables(tables: list[dict]) -> None:
-    """Tables in compare.py's form, on the terminal."""
-    for t in tables:
-        report.say(f"\n{t['title']}\n\n{report.text_table(t['header'], t['rows'], t['left'])}")
-        if t.get("note"):
-            report.say(compare.textwrap.fill(t["note"], 108))
-
-
-def tables_html(tables: list[dict]) -> str:
-    return "".join(
-        f"<h3>{report.html.escape(t['title'])}</h3>"
-        + report.html_table(t["header"], t["rows"], t["left"])
-        + (f"<p class=soft>{report.html.escape(t['note'])}</p>" if t.get("note") else "")
-        for t in tables
-    )
-
-
-def as_markdown(title: str, intro: list[str], tables: list[dict], made: dict, name: str) -> str:
+def as_markdown(title: str, intro: list[str], tables: list[Table], made: dict, name: str) -> str:
     """The probe's tables as a page that can be kept beside its figure."""
-    parts = [f"# {title}", *intro]
-    for t in tables:
-        parts += [f"## {t['title']}", report.md_table(t["header"], t["rows"], t["left"]), t.get("note") or ""]
-    parts.append(f"![{title}]({name}.svg)")
+    parts = [f"# {title}", *intro, *(t.markdown() for t in tables), f"![{title}]({name}.svg)"]
     commit = f", commit {made['commit']}" if made["commit"] else ""
     parts.append(f"`{made['command']}`{commit}, {made['machine']}, {made['date']}.")
-    return "\n\n".join(p for p in parts if p) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def finish(
+    script: str,
+    argv,
     out: Path,
     name: str,
     title: str,
     order: int,
     result: dict,
-    tables: list[dict],
+    settings: dict,
+    tables: list[Table],
     figure,
     caption: str,
-    intro: list[str] | None = None,
-    extra_html: str = "",
+    intro: str,
+    extra: list[dict] = (),
 ) -> None:
-    """Write the probe's JSON, figure and section of the page; print its tables and where everything lies."""
+    """Write the probe's JSON, tables, figure and section of the page; print the tables and where everything lies.
+
+    script, argv: what ran (see provenance); order: place of the section; extra: further blocks of it.
+    """
     folder = out / "compare" / "probes"
-    report.write_json(folder / f"{name}.json", result)
-    report.write_atomic(
-        folder / f"{name}.md", as_markdown(title, intro or [], tables, result["provenance"], name)
-    )
-    body = report.paragraphs(*(intro or [])) + tables_html(tables)
-    if figure is not None:
-        body += report.figure_html(report.save_figure(figure, folder / name), caption)
-    page = report.write_section(out, name, title, order, body + extra_html)
-    print_tables(tables)
-    report.say(
-        f"\nresults {folder / (name + '.json')}" + (f"\nfigure  {folder / (name + '.png')}" if figure else "")
-    )
-    report.say(f"report  {page}")
+    folder.mkdir(parents=True, exist_ok=True)
+    made = provenance(script, argv) | {"settings": settings}
+    write_json(folder / f"{name}.json", result | {"provenance": made})
+    write_text(folder / f"{name}.md", as_markdown(title, [intro], tables, made, name))
+    figures.save(figure, folder / name)
+    blocks = [{"text": [intro]}, *(t.block() for t in tables)]
+    blocks += [{"figures": [f"probes/{name}.svg"], "caption": caption}, *extra]
+    page = report.write_section(out, name, title, order, blocks)
+    for t in tables:
+        report.say("\n" + t.text())
+    report.say(f"\nresults {folder / (name + '.json')}\nfigure  {folder / (name + '.png')}\nreport  {page}")

@@ -13,13 +13,12 @@ the same place's ordinary word. partial: a piece of it does, of at least 4 lette
 word comes back five times or more (this rule gives the published flag of all 88 published records).
 """
 
-import argparse
-import html
 import math
 import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -27,20 +26,46 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 import numpy as np
 import torch
 
+from data.records import Record, read_record
+from engine.errors import RunError, sentences
 from engine.prompts import SLOT, parse_prompt
-from scripts.analysis import report
+from scripts.analysis import figures, report
+from scripts.analysis.report import Table
+from scripts.arguments import Parser, number, whole
 from scripts.probes import common
 
 CONDITIONS = ("normal", "misspelled", "forced_oov")
 RATES = {"echo": "echo", "partial_echo": "partial", "gibberish_flag": "gibberish"}
 
 
+class Prompt(Record):
+    prompt_id: int
+    normal: str | None = None
+    misspelled: str | None = None
+    forced_oov: str | None = None
+
+
+class PublishedRecord(Record):
+    prompt_id: int
+    condition: Literal["normal", "misspelled", "forced_oov"]
+    prompt_text: str
+    oov_target: str | None = None
+    arm: str
+    completion: str
+    gibberish_flag: bool
+
+
+class Prompts(Record):
+    prompts: list[Prompt] | None = None
+    results: list[PublishedRecord] | None = None  # what the paper published, instead
+
+
 def read_prompts(path: Path) -> list[dict]:
     """Prompts as [{"prompt_id", "condition", "text", "targets", "oov_target"}], from our file or the published one."""
-    content = common.read_data(path, "prompts")
-    if "prompts" in content:
+    content = read_record(path, Prompts, "prompts").model_dump()
+    if content["prompts"] is not None:
         found = {(p["prompt_id"], c): p[c] for p in content["prompts"] for c in CONDITIONS if p.get(c)}
-    elif "results" in content:
+    elif content["results"] is not None:
         found = {}
         for r in content["results"]:
             text, target = r["prompt_text"], r.get("oov_target")
@@ -50,12 +75,12 @@ def read_prompts(path: Path) -> list[dict]:
                 text = re.sub(re.escape(target), "{{" + target + "}}", text, count=1, flags=re.IGNORECASE)
             found[r["prompt_id"], r["condition"]] = text
     else:
-        raise common.ProbeError(f"{path} holds neither 'prompts' nor published 'results'")
+        raise RunError(f"{path} holds neither 'prompts' nor published 'results'")
     prompts = []
-    for (number, condition), text in sorted(
+    for (prompt_id, condition), text in sorted(
         found.items(), key=lambda x: (x[0][0], CONDITIONS.index(x[0][1]))
     ):
-        normal, wrong = found.get((number, "normal"), ""), found.get((number, "misspelled"), "")
+        normal, wrong = found.get((prompt_id, "normal"), ""), found.get((prompt_id, "misspelled"), "")
         slots = SLOT.findall(text)
         if condition == "forced_oov":
             targets = slots
@@ -64,7 +89,7 @@ def read_prompts(path: Path) -> list[dict]:
             targets = changed_words(ours, other)
         prompts.append(
             {
-                "prompt_id": number,
+                "prompt_id": prompt_id,
                 "condition": condition,
                 "text": text,
                 "targets": targets,
@@ -72,7 +97,7 @@ def read_prompts(path: Path) -> list[dict]:
             }
         )
     if not prompts:
-        raise common.ProbeError(f"{path} holds no prompt")
+        raise RunError(f"{path} holds no prompt")
     return prompts
 
 
@@ -83,6 +108,7 @@ def changed_words(mine: str, other: str) -> list[str]:
 
 
 def is_gibberish(completion: str) -> bool:
+    """Some word comes back five times or more."""
     return max(Counter(completion.split()).values(), default=0) >= 5
 
 
@@ -134,7 +160,7 @@ def complete(model, prompts: list[tuple], args, greedy: bool) -> list[list[int]]
     return result
 
 
-def measure(model, tokenizer, run: dict, prompts: list[dict], args) -> list[dict]:
+def measure(model, tokenizer, run, prompts: list[dict], args) -> list[dict]:
     """One record a prompt and sample, with the keys of the published results and ours behind them."""
     kronecker = model.config.wte == "kronecker"
     encoded = []
@@ -167,7 +193,7 @@ def measure(model, tokenizer, run: dict, prompts: list[dict], args) -> list[dict
                     "prompt_id": p["prompt_id"],
                     "prompt_text": p["text"].replace("{{", "").replace("}}", ""),
                     "condition": p["condition"],
-                    "arm": run["arm"],
+                    "arm": run.arm,
                     "oov_target": p["oov_target"],
                     "bpe_oov_equivalence_flag": p["condition"] == "forced_oov" and not kronecker,
                     "input_token_count": len(encoded[i][0]),
@@ -177,7 +203,7 @@ def measure(model, tokenizer, run: dict, prompts: list[dict], args) -> list[dict
                     "greedy_completion": greedy_text,
                     "gibberish_flag": is_gibberish(text),
                     "settings": settings,
-                    "run_seed": run["seed"],
+                    "run_seed": run.seed,
                     "sample": k,
                     "targets": p["targets"],
                     "echo": whole,
@@ -191,6 +217,7 @@ def measure(model, tokenizer, run: dict, prompts: list[dict], args) -> list[dict
 
 
 def sanity(model, tokenizer) -> dict:
+    """What a run finds likeliest after "The"."""
     logits, _ = common.last_states(model, [tokenizer.encode("The")])
     return {"top5_after_The": [tokenizer.decode([i]) for i in logits[0].topk(5).indices.tolist()]}
 
@@ -217,8 +244,8 @@ def rates(records: list[dict], arms, baseline: str) -> dict:
 
 def published_rates(path: Path) -> dict:
     """The same rates of the published continuations: {condition: {arm: {"echo", "partial_echo", ...}}}."""
-    content = common.read_data(path, "prompts")
-    if "results" not in content:
+    content = read_record(path, Prompts, "prompts").model_dump()
+    if content["results"] is None:
         return {}
     targets = {(p["prompt_id"], p["condition"]): p["targets"] for p in read_prompts(path)}
     found = {}
@@ -233,50 +260,36 @@ def published_rates(path: Path) -> dict:
     }
 
 
-def make_tables(found: dict, arms, baseline: str, published: dict, n: int) -> list[dict]:
+def make_tables(found: dict, arms: list[str], baseline: str, published: dict, n: int) -> list[Table]:
+    """Echo and gibberish in per cent, by condition and arm."""
     rows = []
     for condition, by_rate in found.items():
         for arm in arms:
             if by_rate["echo"][arm] is None:
                 continue
-            cells = [common.cell(by_rate[k][arm], 1, 100) for k in RATES]
-            greedy = [common.cell(by_rate[k][arm], 1, 100) for k in ("greedy_echo", "greedy_gibberish")]
-            rows.append(
-                [
-                    condition,
-                    arm,
-                    *cells,
-                    *greedy,
-                    common.difference_cell(by_rate["partial_echo"][arm], 1, 100),
-                ]
-            )
+            keys = (*RATES, "greedy_echo", "greedy_gibberish")
+            cells = [common.cell(by_rate[k][arm], 1, 100) for k in keys]
+            less = common.difference_cell(by_rate["partial_echo"][arm], 1, 100)
+            rows.append([condition, arm, *cells, less])
         for arm, cell in published.get(condition, {}).items():
             rows.append([condition, f"paper: {arm}", *(f"{100 * cell[k]:.1f}" for k in RATES), "-", "-", ""])
-    header = [
-        "condition",
-        "arm",
-        "echo",
-        "partial",
-        "gibberish",
-        "greedy echo",
-        "gibberish",
-        f"partial less {baseline}'s",
-    ]
+    header = ["condition", "arm", "echo", "partial", "gibberish", "greedy echo", "gibberish"]
     return [
-        {
-            "title": f"Echo of the novel or misspelled word, in per cent ({n} continuations a condition and run)",
-            "header": header,
-            "rows": rows,
-            "left": 2,
-            "note": "Mean ± SD over seeds; last column: paired over seeds, 95%. normal: the ordinary word of the same "
+        Table(
+            f"Echo of the novel or misspelled word, in per cent ({n} continuations a condition and run)",
+            [*header, f"partial less {baseline}'s"],
+            rows,
+            left=2,
+            note="Mean ± SD over seeds; last column: paired over seeds, 95%. normal: the ordinary word of the same "
             "place, as a control. forced_oov: one position made from bytes on kronecker arms, pieces on stock arms.",
-        }
+        )
     ]
 
 
 def draw(found: dict, arms):
-    with report.plt.rc_context(report.FIGURE_STYLE):
-        figure, axes = report.plt.subplots(1, 2, figsize=(10.0, 3.6))
+    """Echo and gibberish as bars by condition, seeds as points."""
+    with figures.plt.rc_context(figures.STYLE):
+        figure, axes = figures.plt.subplots(1, 2, figsize=(10.0, 3.6))
         for ax, key, title in (
             (axes[0], "partial_echo", "Echo, whole or in part (%)"),
             (axes[1], "gibberish_flag", "Gibberish (%)"),
@@ -290,7 +303,7 @@ def draw(found: dict, arms):
                     [100 * e["mean"] if e else 0 for e in entries],
                     0.74 / len(arms),
                     color=colour,
-                    label=arm,
+                    label=figures.label(arm),
                 )
                 for xx, e in zip(x, entries, strict=True):
                     points = [100 * v for v in e["by_seed"].values()] if e else []
@@ -302,54 +315,46 @@ def draw(found: dict, arms):
     return figure
 
 
-def examples_html(records: list[dict], arms, count: int = 4) -> str:
-    """A few continuations side by side: the first run of each arm, the first sample."""
+def examples(records: list[dict], arms, count: int = 4) -> list[dict]:
+    """A few continuations as blocks of the page: the first run of each arm, the first sample."""
     first = {a: min(r["run_seed"] for r in records if r["arm"] == a) for a in arms}
-    wanted = sorted(
-        {r["prompt_id"] for r in records if r["condition"] == "forced_oov"}
-        or {r["prompt_id"] for r in records}
-    )
-    rows = []
-    for number in wanted[:count]:
-        for condition in CONDITIONS:
-            for r in records:
-                if (r["prompt_id"], r["condition"], r["sample"]) == (number, condition, 0) and r[
-                    "run_seed"
-                ] == first[r["arm"]]:
-                    prompt = f"{r['prompt_text']} ({condition.replace('_', ' ')}, {r['arm']})"
-                    rows.append(
-                        f"<p class=soft>{html.escape(prompt)}</p><blockquote>{html.escape(r['completion'])}</blockquote>"
-                    )
-    return f"<details><summary>Some continuations</summary>{''.join(rows)}</details>"
+    with_slot = {r["prompt_id"] for r in records if r["condition"] == "forced_oov"}
+    wanted = sorted(with_slot or {r["prompt_id"] for r in records})[:count]
+    shown = [
+        r
+        for r in records
+        if r["prompt_id"] in wanted and r["sample"] == 0 and r["run_seed"] == first[r["arm"]]
+    ]
+    shown.sort(key=lambda r: (r["prompt_id"], CONDITIONS.index(r["condition"])))
+    quotes = [
+        [f"{r['prompt_text']} ({r['condition'].replace('_', ' ')}, {r['arm']})", r["completion"]]
+        for r in shown
+    ]
+    return [{"details": "Some continuations", "blocks": [{"quotes": quotes}]}]
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="generation.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     common.add_arguments(parser)
-    parser.add_argument(
-        "--prompts", default=str(common.DATA / "generation_prompts.json"), help="prompts (default: our 20)"
-    )
-    parser.add_argument("--samples", type=int, default=4, help="sampled continuations a prompt (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=30)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top_p", type=float, default=0.9)
-    parser.add_argument("--batch_size", type=int, default=256)
+    add = parser.add_argument
+    add("--prompts", default=str(common.DATA / "generation_prompts.json"), help="prompts (default: our 20)")
+    add("--samples", type=whole(1, 10_000), default=4, help="sampled continuations a prompt (%(default)s)")
+    add("--max_new_tokens", type=whole(1, 100_000), default=30, help="tokens of a continuation (%(default)s)")
+    add("--temperature", type=number(1e-4, 100), default=0.7, help="of sampling (%(default)s)")
+    add("--top_p", type=number(0, 1, above=True), default=0.9, help="of sampling (%(default)s)")
+    add("--batch_size", type=whole(1), default=256, help="continuations at a time (%(default)s)")
     args = parser.parse_args(argv)
-    try:
-        if args.samples < 1 or args.max_new_tokens < 1 or args.temperature <= 0:
-            raise common.ProbeError(
-                "--samples and --max_new_tokens have to be at least 1, --temperature above 0"
-            )
+    with sentences():
         prompts = read_prompts(Path(args.prompts))
         published = published_rates(Path(args.prompts))
-        records, checks = [], {}
-        for run, model, tokenizer, _ in common.each_model(common.find_runs(args), args, "generation"):
-            records += measure(model, tokenizer, run, prompts, args)
-            checks[f"{run['arm']}_s{run['seed']}"] = sanity(model, tokenizer)
-        arms = sorted({r["arm"] for r in records}, key=report.arm_sort_key)
-        baseline = common.pick_baseline(arms, args.baseline)
+        checks = {}
+
+        def measure_one(run, model, tokenizer, _) -> list[dict]:
+            checks[f"{run.arm}_s{run.seed}"] = sanity(model, tokenizer)
+            return measure(model, tokenizer, run, prompts, args)
+
+        by_run, arms, baseline = common.measure_runs(args, "generation", measure_one)
+        records = [r for of_run in by_run.values() for r in of_run]
         found = rates(records, arms, baseline)
         result = {
             "results": records,
@@ -357,25 +362,17 @@ def main(argv=None) -> None:
             "settings": records[0]["settings"] | {"samples": args.samples},
             "rates": found,
             "published_rates": published,
-            "provenance": common.provenance(argv),
         }
         n = sum(p["condition"] == "normal" for p in prompts) * args.samples
-        name = "generation_published" if published else "generation"
-        title = "Generation" + (", the paper's prompts" if published else "")
         common.finish(
-            common.out_folder(args, ""),
-            name,
-            title,
-            30 + bool(published),
-            result,
-            make_tables(found, arms, baseline, published, n),
-            draw(found, arms),
+            __file__, argv, common.out_folder(args),
+            "generation_published" if published else "generation",
+            "Generation" + (", the paper's prompts" if published else ""), 30 + bool(published),
+            result, {}, make_tables(found, arms, baseline, published, n), draw(found, arms),
             "Bars: mean over seeds of sampled continuations; points: seeds.",
-            ["Does a misspelled or made-up word of the prompt come back in what the model writes?"],
-            examples_html(records, arms),
-        )
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+            "Does a misspelled or made-up word of the prompt come back in what the model writes?",
+            examples(records, arms),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ The published results take the first token of a word that is several; here a wor
 token (with or without a space before it), and the summary over whole words stands beside the one over all.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -25,22 +24,55 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 import numpy as np
 import torch
 
-from scripts.analysis import report
+from data.records import Record, read_record, validated
+from engine.errors import RunError, sentences
+from scripts.analysis import figures, report
+from scripts.analysis.report import Table
+from scripts.arguments import Parser, whole
 from scripts.probes import common
 
 LEVELS = ("E_raw", "E_post", "L0", "L1")
 NEIGHBOURS = 10
 
 
+class Family(Record):
+    family: str
+    family_root: str
+    exact_family: list[str]
+    probes: list[str]
+
+
+class Families(Record):
+    families: list[Family]
+
+
+class PublishedProbe(Record):
+    probe: str
+
+
+class PublishedFamily(Record):
+    family_root: str
+    exact_family: list[str]
+    per_probe: list[PublishedProbe]
+
+
+class PublishedArm(Record):
+    probes: dict[str, PublishedFamily]
+    overall_aggregate: dict[str, dict[str, float]]
+
+
 def read_families(path: Path) -> tuple[list[dict], dict]:
     """(families, published results or {}) from our file or the published one."""
-    content = common.read_data(path, "word families")
+    content = read_record(path, dict[str, object], "word families")
     if "families" in content:
-        return content["families"], {}
+        return [f.model_dump() for f in read_record(path, Families, "word families").families], {}
     arms = {a: x for a, x in content.items() if isinstance(x, dict) and "probes" in x}
     if not arms:
-        raise common.ProbeError(f"{path} holds neither 'families' nor published 'probes'")
-    probes = next(iter(arms.values()))["probes"]
+        raise RunError(f"{path} holds neither 'families' nor published 'probes'")
+    arms = {
+        a: validated(x, PublishedArm, f"{path}, {a}", "published results").model_dump()
+        for a, x in arms.items()
+    }
     families = [
         {
             "family": name,
@@ -48,7 +80,7 @@ def read_families(path: Path) -> tuple[list[dict], dict]:
             "exact_family": f["exact_family"],
             "probes": [p["probe"] for p in f["per_probe"]],
         }
-        for name, f in probes.items()
+        for name, f in next(iter(arms.values()))["probes"].items()
     ]
     return families, arms
 
@@ -90,7 +122,7 @@ def vocabulary_states(model, ids: np.ndarray, batch_size: int) -> dict[str, torc
     return {level: torch.nn.functional.normalize(x, dim=1) for level, x in centred.items()} | {"norm": norms}
 
 
-def measure(model, tokenizer, run: dict, families: list[dict], bare: bool, args) -> dict:
+def measure(model, tokenizer, run, families: list[dict], bare: bool, args) -> dict:
     """One run in the published schema; `whole` on each probe and the *_whole aggregates are ours."""
     lengths = tokenizer.byte_lengths()
     ids = np.nonzero(lengths[: model.config.vocab_size])[0].astype(np.int64)
@@ -133,7 +165,7 @@ def measure(model, tokenizer, run: dict, families: list[dict], bare: bool, args)
     kronecker = model.config.wte == "kronecker"
     result = {
         "model_info": {
-            "checkpoint_path": str(run["path"]),
+            "checkpoint_path": run.name,
             "vocab_size": model.config.vocab_size,
             "d_model": model.config.n_embd,
             "num_layers": model.config.n_layer,
@@ -199,101 +231,75 @@ def aggregate(probes: dict) -> dict:
     }
 
 
-def make_tables(by_run: dict, arms, baseline: str, published: dict) -> list[dict]:
-    levels = [level for level in LEVELS if all(level in r["overall_aggregate"] for r in by_run.values())]
-    tables = []
+def make_tables(by_run: dict, arms: list[str], baseline: str, published: dict) -> list[Table]:
+    """Scores over all probes and over those that are one token, and the sanity checks."""
+    # E_post equals E_raw: a constant goes when the vectors are centred
+    levels = [x for x in levels_of(by_run) if x != "E_post"]
     first = next(iter(by_run.values()))
     kinds = [("overall_aggregate", f"all {first['all_probes']} probes")]
     if first["whole_probes"] < first["all_probes"] and all(r["overall_whole"] for r in by_run.values()):
         kinds.append(("overall_whole", f"the {first['whole_probes']} probes that are one token"))
+    tables = []
     for kind, words in kinds:
         rows = []
         for arm in arms:
             for level in levels:
-                if level == "E_post":  # equals E_raw: a constant goes when the vectors are centred
-                    continue
-                cells = {
-                    s: common.over_seeds(
-                        {run: r[kind][level][s] for run, r in by_run.items()}, arms, baseline
-                    )
-                    for s in "LMS"
-                }
-                rows.append(
-                    [arm if level == "E_raw" else "", level]
-                    + [common.cell(cells[s][arm], 1, 100) for s in "LMS"]
-                    + [common.difference_cell(cells["S"][arm], 1, 100)]
-                )
-        if kind == "overall_aggregate":
-            for arm, entry in published.items():
-                for level in levels:
-                    if level != "E_post" and level in entry["overall_aggregate"]:
-                        cell = [f"{100 * entry['overall_aggregate'][level][s]:.1f}" for s in "LMS"]
-                        rows.append([f"paper: {arm}" if level == "E_raw" else "", level, *cell, ""])
+                scores = {s: {run: r[kind][level][s] for run, r in by_run.items()} for s in "LMS"}
+                cells = [common.arm_cell(scores[s], arm, 1, 100) for s in "LMS"]
+                less = common.difference_cell(common.over_seeds(scores["S"], arms, baseline)[arm], 1, 100)
+                rows.append([arm if level == "E_raw" else "", level, *cells, less])
+        for arm, entry in published.items() if kind == "overall_aggregate" else ():
+            for level in levels:
+                if level in entry["overall_aggregate"]:
+                    cells = [f"{100 * entry['overall_aggregate'][level][s]:.1f}" for s in "LMS"]
+                    rows.append([f"paper: {arm}" if level == "E_raw" else "", level, *cells, ""])
         tables.append(
-            {
-                "title": f"Of the 10 nearest tokens, per cent: {words}",
-                "header": ["arm", "level", "loose", "root", "strict", f"strict less {baseline}'s (95%)"],
-                "rows": rows,
-                "left": 2,
-                "note": "Mean ± SD over seeds. loose: not the probe in another case or spacing; root: contains the "
+            Table(
+                f"Of the 10 nearest tokens, per cent: {words}",
+                ["arm", "level", "loose", "root", "strict", f"strict less {baseline}'s (95%)"],
+                rows,
+                left=2,
+                note="Mean ± SD over seeds. loose: not the probe in another case or spacing; root: contains the "
                 "family's root; strict: a word of the family.",
-            }
+            )
         )
+    return [*tables, sanity_table(by_run, arms, levels)]
+
+
+def levels_of(by_run: dict) -> list[str]:
+    """The levels that all runs have; a model of one block has no L1."""
+    return [x for x in LEVELS if all(x in r["overall_aggregate"] for r in by_run.values())]
+
+
+def sanity_table(by_run: dict, arms: list[str], levels: list[str]) -> Table:
+    """Does every token find itself, and are random pairs at right angles? An arm a row."""
     rows = []
     for arm in arms:
-        checks = [r["sanity_checks"] for (a, _), r in by_run.items() if a == arm]
-        random_pair = [
-            max(abs(c[f"centered_random_pair_cos_{level}"]) for c in checks)
-            for level in levels
-            if level != "E_post"
-        ]
-        norms = [
-            np.mean([r["model_info"][f"centered_norm_{level}"] for (a, _), r in by_run.items() if a == arm])
-            for level in levels
-            if level != "E_post"
-        ]
-        rows.append(
-            [
-                arm,
-                "yes" if all(c["self_retrieval_pass"] for c in checks) else "NO",
-                *(f"{x:.4f}" for x in random_pair),
-                *(f"{x:.2f}" for x in norms),
-            ]
-        )
-    shown = [level for level in levels if level != "E_post"]
-    tables.append(
-        {
-            "title": "Sanity: each token finds itself, random pairs are at right angles",
-            "header": ["arm", "finds itself", *(f"cos {s}" for s in shown), *(f"norm {s}" for s in shown)],
-            "rows": rows,
-            "left": 1,
-            "note": "cos: largest absolute mean cosine of random pairs over the seeds, centred; norm: mean centred norm.",
-        }
+        mine = [r for (a, _), r in by_run.items() if a == arm]
+        checks = [r["sanity_checks"] for r in mine]
+        found = "yes" if all(c["self_retrieval_pass"] for c in checks) else "NO"
+        cosines = [max(abs(c[f"centered_random_pair_cos_{x}"]) for c in checks) for x in levels]
+        norms = [np.mean([r["model_info"][f"centered_norm_{x}"] for r in mine]) for x in levels]
+        rows.append([arm, found, *(f"{x:.4f}" for x in cosines), *(f"{x:.2f}" for x in norms)])
+    return Table(
+        "Sanity: each token finds itself, random pairs are at right angles",
+        ["arm", "finds itself", *(f"cos {x}" for x in levels), *(f"norm {x}" for x in levels)],
+        rows,
+        note="cos: largest absolute mean cosine of random pairs over the seeds, centred; norm: mean centred norm.",
     )
-    return tables
 
 
-def draw(by_run: dict, arms):
-    with report.plt.rc_context(report.FIGURE_STYLE):
-        figure, axes = report.plt.subplots(1, 3, figsize=(11.0, 3.4), sharey=False)
-        levels = [
-            x for x in LEVELS if x != "E_post" and all(x in r["overall_aggregate"] for r in by_run.values())
-        ]
-        for ax, score, title in zip(
-            axes, "LMS", ("Loose (%)", "Root-substring (%)", "Strict (%)"), strict=True
-        ):
+def draw(by_run: dict, arms: list[str]):
+    """The three scores by level, an arm a line."""
+    levels = [x for x in levels_of(by_run) if x != "E_post"]
+    with figures.plt.rc_context(figures.STYLE):
+        figure, axes = figures.plt.subplots(1, 3, figsize=(11.0, 3.4), sharey=False)
+        titles = {"L": "Loose (%)", "M": "Root-substring (%)", "S": "Strict (%)"}
+        for ax, (score, title) in zip(axes, titles.items(), strict=True):
             for arm in arms:
-                y = np.array(
-                    [
-                        [100 * r["overall_aggregate"][x][score] for x in levels]
-                        for (a, _), r in by_run.items()
-                        if a == arm
-                    ]
-                )
-                style = report.arm_style(arm, arms)
-                ax.plot(levels, y.mean(0), marker="o", label=arm, linewidth=1.8, **style)
-                if len(y) > 1:
-                    ax.fill_between(levels, y.min(0), y.max(0), color=style["color"], alpha=0.18, linewidth=0)
+                mine = [r["overall_aggregate"] for (a, _), r in by_run.items() if a == arm]
+                y = [[100 * r[x][score] for x in levels] for r in mine]
+                figures.band(ax, levels, y, arm, marker="o", **report.arm_style(arm, arms))
             ax.set_title(title)
             ax.margins(x=0.08)
             low, high = ax.get_ylim()  # a flat line is no reason to show a hundredth of a per cent
@@ -303,50 +309,35 @@ def draw(by_run: dict, arms):
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="layers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     common.add_arguments(parser)
     parser.add_argument(
         "--families", default=str(common.DATA / "word_families.json"), help="word families (default: ours)"
     )
-    parser.add_argument("--batch_size", type=int, default=4096, help="tokens at a time (%(default)s)")
+    parser.add_argument("--batch_size", type=whole(1), default=4096, help="tokens at a time (%(default)s)")
     args = parser.parse_args(argv)
-    try:
+    with sentences():
         families, published = read_families(Path(args.families))
-        by_run = {}
-        for run, model, tokenizer, _ in common.each_model(common.find_runs(args), args, "layers"):
-            by_run[run["arm"], run["seed"]] = measure(model, tokenizer, run, families, bool(published), args)
-        arms = sorted({a for a, _ in by_run}, key=report.arm_sort_key)
-        baseline = common.pick_baseline(arms, args.baseline)
+        by_run, arms, baseline = common.measure_runs(
+            args,
+            "layers",
+            lambda run, model, tokenizer, _: measure(model, tokenizer, run, families, bool(published), args),
+        )
         keep = ("sanity_checks", "per_family_aggregate", "overall_aggregate", "overall_whole", "whole_probes")
         result = {
             # in the published place: the first seed of each arm, neighbours and all
             **{a: by_run[min(k for k in by_run if k[0] == a)] for a in arms},
             "by_run": {f"{a}_s{s}": {k: r[k] for k in keep} for (a, s), r in by_run.items()},
-            "provenance": common.provenance(argv, {"seed": args.seed}),
         }
-        name = "layers_published" if published else "layers"
-        title = "Nearest neighbours by layer" + (", the paper's families" if published else "")
-        intro = [
-            "Which tokens lie nearest to a word, in the embedding and after the first two blocks? Strict kin near a "
-            "word means morphology in the geometry; variants of case and spacing mean typography."
-        ]
-        caption = "Line: mean over seeds; band: lowest to highest seed."
-        tables = make_tables(by_run, arms, baseline, published)
         common.finish(
-            common.out_folder(args, ""),
-            name,
-            title,
-            40 + bool(published),
-            result,
-            tables,
-            draw(by_run, arms),
-            caption,
-            intro,
-        )
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+            __file__, argv, common.out_folder(args),
+            "layers_published" if published else "layers",
+            "Nearest neighbours by layer" + (", the paper's families" if published else ""), 40 + bool(published),
+            result, {"seed": args.seed}, make_tables(by_run, arms, baseline, published), draw(by_run, arms),
+            "Line: mean over seeds; band: lowest to highest seed.",
+            "Which tokens lie nearest to a word, in the embedding and after the first two blocks? Strict kin near a "
+            "word means morphology in the geometry; variants of case and spacing mean typography.",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ of cosine with edit distance; nearest tokens of strings without a token in codec
 tokenizers.
 """
 
-import argparse
 import http.client
 import json
 import math
@@ -38,8 +37,14 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from scripts.analysis import report
+from data.records import read_record
+from engine.errors import RunError, sentences
+from scripts.analysis import figures
+from scripts.analysis.report import Table
+from scripts.arguments import Parser
 from scripts.probes import common
+from scripts.probes.generation import Prompts
+from scripts.probes.layers import Families
 
 DTYPES = {
     "F64": torch.float64,
@@ -117,7 +122,7 @@ class Hub:
                     urllib.request.Request(self.base + file, headers=headers), timeout=60
                 ) as r:
                     if "Range" in headers and r.status != 206:
-                        raise common.ProbeError(
+                        raise RunError(
                             f"the server of {self.repo} ignores range requests; download it, give its folder"
                         )
                     data = r.read()
@@ -129,7 +134,7 @@ class Hub:
                 if e.code == 404:
                     return None
                 if e.code in (401, 403):
-                    raise common.ProbeError(
+                    raise RunError(
                         f"{self.repo} is gated or private: accept its licence on its page and set HF_TOKEN"
                     ) from None
                 problem = f"HTTP {e.code}"
@@ -137,9 +142,7 @@ class Hub:
                 problem = str(getattr(e, "reason", e))
             if attempt < 3:
                 time.sleep(0.5 * 4**attempt)
-        raise common.ProbeError(
-            f"cannot read {file} of {self.repo} ({problem}); a local folder works without network"
-        )
+        raise RunError(f"cannot read {file} of {self.repo} ({problem}); a local folder works without network")
 
     def weight_files(self) -> list[str]:
         return ["model.safetensors"]
@@ -177,7 +180,7 @@ def open_model(name: str, revision: str, cache: Path) -> LocalFolder | Hub:
     if path.is_dir():
         return LocalFolder(path)
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise common.ProbeError(f"there is no folder {name}, and it is not a name of the hub (owner/name)")
+        raise RunError(f"there is no folder {name}, and it is not a name of the hub (owner/name)")
     return Hub(name, revision, cache)
 
 
@@ -188,13 +191,11 @@ def read_header(source, file: str) -> tuple[dict, int] | None:
         return None
     n = int.from_bytes(size, "little")
     if len(size) < 8 or not 2 <= n <= 100_000_000:
-        raise common.ProbeError(f"{file} of {source.name} is not a safetensors file")
+        raise RunError(f"{file} of {source.name} is not a safetensors file")
     try:
         header = json.loads(source.read(file, 8, n))
     except ValueError:
-        raise common.ProbeError(
-            f"the header of {file} of {source.name} is damaged; download it again"
-        ) from None
+        raise RunError(f"the header of {file} of {source.name} is damaged; download it again") from None
     header.pop("__metadata__", None)
     return header, 8 + n
 
@@ -211,25 +212,21 @@ def find_table(source, tensor: str | None = None) -> dict:
                 headers[file] = found
                 weight_map.update(dict.fromkeys(found[0], file))
     if not weight_map:
-        raise common.ProbeError(
+        raise RunError(
             f"{source.name} has no model.safetensors and no index; convert its weights to safetensors first"
         )
     name = tensor or choose_table(source, weight_map)
     if name not in weight_map:
         near = ", ".join(sorted(n for n in weight_map if "emb" in n or "wte" in n)[:6])
-        raise common.ProbeError(
-            f"{source.name} has no tensor {name}" + (f"; there are {near}" if near else "")
-        )
+        raise RunError(f"{source.name} has no tensor {name}" + (f"; there are {near}" if near else ""))
     file = weight_map[name]
     found = headers.get(file) or read_header(source, file)
     if found is None or name not in found[0]:
-        raise common.ProbeError(
-            f"{source.name}: the index names {name} in {file}, which is missing or lacks it"
-        )
+        raise RunError(f"{source.name}: the index names {name} in {file}, which is missing or lacks it")
     header, data_start = found
     entry = header[name]
     if entry["dtype"] not in DTYPES or len(entry["shape"]) != 2:
-        raise common.ProbeError(
+        raise RunError(
             f"{name} of {source.name} is {entry['dtype']} {entry['shape']}, not a matrix of floats; name "
             "another tensor (--tensor)"
         )
@@ -258,13 +255,11 @@ def choose_table(source, weight_map: dict) -> str:
                     "tie_word_embeddings", config.get("tie_word_embeddings")
                 )
                 if tied is False:
-                    raise common.ProbeError(
+                    raise RunError(
                         f"{source.name} has a head but no input table of a known name; give it with --tensor"
                     )
             return names[0]
-    raise common.ProbeError(
-        f"no embedding table under a known name in {source.name}; give its name with --tensor"
-    )
+    raise RunError(f"no embedding table under a known name in {source.name}; give its name with --tensor")
 
 
 def load_table(source, info: dict) -> torch.Tensor:
@@ -274,7 +269,7 @@ def load_table(source, info: dict) -> torch.Tensor:
     return torch.from_numpy(flat).view(DTYPES[info["dtype"]]).reshape(info["shape"])
 
 
-def load_tokens(source, cache: Path) -> list[bytes]:
+def load_tokens(source) -> list[bytes]:
     """True bytes of every token, from the model's tokenizer.json."""
     from tokenizers import Tokenizer
 
@@ -282,7 +277,7 @@ def load_tokens(source, cache: Path) -> list[bytes]:
 
     content = source.read("tokenizer.json")
     if content is None:
-        raise common.ProbeError(
+        raise RunError(
             f"{source.name} has no tokenizer.json; save its tokenizer there in the fast format "
             "(transformers' AutoTokenizer(...).save_pretrained)"
         )
@@ -483,9 +478,7 @@ def measure_model(name: str, table: torch.Tensor, tokens: list[bytes], families,
     ids = np.array([i for i in range(min(len(tokens), table.shape[0])) if tokens[i]])
     kept = [tokens[i] for i in ids]
     if len(set(kept)) < 100:
-        raise common.ProbeError(
-            f"{name}: only {len(set(kept))} tokens match rows of the table; wrong tokenizer?"
-        )
+        raise RunError(f"{name}: only {len(set(kept))} tokens match rows of the table; wrong tokenizer?")
     row_of = {}
     for row, token in enumerate(kept):
         row_of.setdefault(token, row)
@@ -585,95 +578,73 @@ def jaccard(a: set, b: set) -> float:
 # ---------------------------------------------------------------------------------------------- output
 
 
-def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[dict]:
-    def mean(values):
-        values = [v for v in values if v is not None]
-        return float(np.mean(values)) if values else None
+def mean(values) -> float | None:
+    """Mean of what is not None."""
+    values = [v for v in values if v is not None]
+    return float(np.mean(values)) if values else None
 
-    def text(value, form="{:+.3f}"):
-        return "-" if value is None else form.format(value)
 
-    rows = []
+def figure_cell(value: float | None, form: str = "{:+.3f}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Table]:
+    """Families and neighbours, fall-off with edit distance, agreement of models, strings without a token."""
+    near, by_distance = [], []
     for name, members in groups.items():
         for kind in SPACES:
-            s = [m["spaces"][kind] for m in members]
-            near = {k: mean(x["neighbours_at_5"][k] for x in s) for k in ("typographic", "kin", "other")}
-            rows.append(
-                [
-                    name if kind == SPACES[0] else "",
-                    kind,
-                    text(mean(x["in_family_cosine"] for x in s)),
-                    text(mean(x["random_pair_cosine"] for x in s)),
-                    *(
-                        text(near[k] and 100 * near[k] if near[k] is not None else None, "{:.0f}%")
-                        for k in near
-                    ),
-                    str(members[0]["spaces"][kind]["probes_used"]),
-                ]
-            )
-    tables = [
-        {
-            "title": "Word families and nearest neighbours",
-            "header": ["model", "table", "in family", "random pair", "typographic", "kin", "other", "probes"],
-            "rows": rows,
-            "left": 2,
-            "note": "Cosines are centred. typographic, kin, other: share of the 5 nearest tokens that are "
-            "the probe in another case or spacing, a word of its family, or neither (the paper counts all "
-            "that is not typographic as morphological).",
-        }
-    ]
-    rows = []
-    for name, members in groups.items():
-        for kind in SPACES:
-            cells = [
+            label = name if kind == SPACES[0] else ""
+            spaces = [m["spaces"][kind] for m in members]
+            cosines = [mean(s[key] for s in spaces) for key in ("in_family_cosine", "random_pair_cosine")]
+            shares = [mean(s["neighbours_at_5"][k] for s in spaces) for k in ("typographic", "kin", "other")]
+            shares = ["-" if x is None else f"{100 * x:.0f}%" for x in shares]
+            near.append([label, kind, *map(figure_cell, cosines), *shares, str(spaces[0]["probes_used"])])
+            means = [
                 mean((m["falloff"].get(kind, {}).get(str(d)) or {}).get("mean") for m in members)
                 for d in range(1, 8)
             ]
-            rows.append([name if kind == SPACES[0] else "", kind, *map(text, cells)])
-    tables.append(
-        {
-            "title": "Cosine of two words by their edit distance",
-            "header": ["model", "table", *map(str, range(1, 7)), "7+"],
-            "rows": rows,
-            "left": 2,
-            "note": "",
-        }
-    )
+            by_distance.append([label, kind, *map(figure_cell, means)])
+    tables = [
+        Table(
+            "Word families and nearest neighbours",
+            ["model", "table", "in family", "random pair", "typographic", "kin", "other", "probes"],
+            near,
+            left=2,
+            note="Cosines are centred. typographic, kin, other: share of the 5 nearest tokens that are "
+            "the probe in another case or spacing, a word of its family, or neither (the paper counts all "
+            "that is not typographic as morphological).",
+        ),
+        Table(
+            "Cosine of two words by their edit distance",
+            ["model", "table", *map(str, range(1, 7)), "7+"],
+            by_distance,
+            left=2,
+        ),
+    ]
     if pairs:
         rows = []
         for p in pairs[:30]:
-            rsa, jac = p.get("rsa") or {}, p.get("jaccard") or {}
-            rows.append(
-                [" / ".join(p["models"]), str(p["shared_words"])]
-                + [text(rsa.get(k), "{:.2f}") for k in SPACES]
-                + [text(jac.get(k), "{:.2f}") for k in SPACES]
-            )
+            found = [p.get(key, {}).get(k) for key in ("rsa", "jaccard") for k in SPACES]
+            cells = [figure_cell(x, "{:.2f}") for x in found]
+            rows.append([" / ".join(p["models"]), str(p["shared_words"]), *cells])
         tables.append(
-            {
-                "title": "Agreement of two models",
-                "header": ["models", "words", *(f"rsa {k}" for k in SPACES), *(f"nn {k}" for k in SPACES)],
-                "rows": rows,
-                "left": 1,
-                "note": "rsa: rank correlation of the cosines of shared words; nn: Jaccard overlap of the 5 "
+            Table(
+                "Agreement of two models",
+                ["models", "words", *(f"rsa {k}" for k in SPACES), *(f"nn {k}" for k in SPACES)],
+                rows,
+                note="rsa: rank correlation of the cosines of shared words; nn: Jaccard overlap of the 5 "
                 "nearest tokens' forms, each in its own vocabulary.",
-            }
+            )
         )
-    oov = results[0]["oov"]
-    tables.append(
-        {
-            "title": f"Strings without a token: nearest in codec space ({results[0]['model']})",
-            "header": ["string", "nearest tokens"],
-            "rows": [[s, ", ".join(repr(t) for t, _ in near[:4])] for s, near in list(oov.items())[:8]],
-            "left": 2,
-            "note": "",
-        }
-    )
-    return tables
+    strings = list(results[0]["oov"].items())[:8]
+    rows = [[s, ", ".join(repr(t) for t, _ in tokens[:4])] for s, tokens in strings]
+    title = f"Strings without a token: nearest in codec space ({results[0]['model']})"
+    return [*tables, Table(title, ["string", "nearest tokens"], rows, left=2)]
 
 
 def draw(groups: dict):
-    with report.plt.rc_context(report.FIGURE_STYLE):
-        figure, (left, right) = report.plt.subplots(
+    with figures.plt.rc_context(figures.STYLE):
+        figure, (left, right) = figures.plt.subplots(
             1, 2, figsize=(10.5, 0.5 * len(groups) + 3.4), width_ratios=[1.1, 1]
         )
         names = list(groups)
@@ -720,7 +691,7 @@ def draw(groups: dict):
             right.plot(
                 range(1, 8), fall(everyone, kind), color=colours[kind], linewidth=2, label=f"{kind}, all"
             )
-        blues = report.plt.get_cmap("Blues")(np.linspace(0.9, 0.4, len(groups)))
+        blues = figures.plt.get_cmap("Blues")(np.linspace(0.9, 0.4, len(groups)))
         for (name, members), shade in zip(groups.items(), blues, strict=True):
             right.plot(
                 range(1, 8), fall(members, "trained"), color=shade, marker=".", linewidth=1.4, label=name
@@ -736,38 +707,35 @@ def run_tables(args):
     """Tables of our own runs, as if they were models: (name, arm, table, token bytes)."""
     from kronecker import token_bytes
 
-    for run, model, tokenizer, _ in common.each_model(common.find_runs(args), args, "table"):
+    for run, model, tokenizer, _ in common.each_model(common.finished_runs(args), args, "table"):
         wte = model.transformer.wte
         with torch.no_grad():
             table = (wte.table() if hasattr(wte, "table") else wte.weight).detach().float().cpu()
-        yield f"{run['arm']}_s{run['seed']}", run["arm"], table, token_bytes(tokenizer.backend)
+        yield f"{run.arm}_s{run.seed}", run.arm, table, token_bytes(tokenizer.backend)
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     common.add_arguments(parser, need_runs=False)
-    parser.add_argument(
-        "--models", nargs="+", default=[], help="model folders, or names on the hub (owner/name)"
-    )
-    parser.add_argument("--tensor", help="the table's name, where it is an unusual one (for all --models)")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
-    parser.add_argument(
-        "--cache", default="out/embeddings", help="where downloaded tables are kept (%(default)s)"
-    )
+    add = parser.add_argument
+    add("--models", nargs="+", default=[], help="model folders, or names on the hub (owner/name)")
+    add("--tensor", help="the table's name, where it is an unusual one (for all --models)")
+    add("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
+    add("--cache", default="out/embeddings", help="where downloaded tables are kept (%(default)s)")
     args = parser.parse_args(argv)
     if not args.models and not args.runs:
         parser.error("give --models or --runs")
-    try:
-        families = common.read_data(common.DATA / "word_families.json", "word families")["families"]
-        prompts = common.read_data(common.DATA / "generation_prompts.json", "prompts")["prompts"]
-        strings = [p["forced_oov"].split("{{")[1].split("}}")[0] for p in prompts]
+    with sentences():
+        families = read_record(common.DATA / "word_families.json", Families, "word families").model_dump()[
+            "families"
+        ]
+        prompts = read_record(common.DATA / "generation_prompts.json", Prompts, "prompts").prompts
+        strings = [p.forced_oov.split("{{")[1].split("}}")[0] for p in prompts]
         results, groups = [], {}
         for name in args.models:
             source = open_model(name, args.revision, Path(args.cache))
             info = find_table(source, args.tensor)
-            tokens = load_tokens(source, Path(args.cache))
+            tokens = load_tokens(source)
             result = measure_model(
                 source.name, load_table(source, info), tokens, families, strings, args.seed
             )
@@ -782,31 +750,19 @@ def main(argv=None) -> None:
             results.append(result)
             groups.setdefault(arm, []).append(result)
         pairs = agreement(results, families, args.seed)
-        tables = make_tables(results, pairs if args.models else [], groups)
-        out = common.out_folder(args, "out/probe_models")
         record = {
             "models": [{k: v for k, v in r.items() if not k.startswith("_")} for r in results],
             "agreement": pairs,
-            "provenance": common.provenance(argv, {"seed": args.seed, "pos_dim": POS_DIM}),
         }
-        intro = [
-            "What lies near what in the input embedding: the trained table, the untrained codec of the same "
-            "vocabulary, and a random table of the same shape. Our own runs appear as arms, means over seeds."
-        ]
         common.finish(
-            out,
-            "models",
-            "Across models",
-            50,
-            record,
-            tables,
-            draw(groups),
+            __file__, argv, common.out_folder(args, "out/probe_models"),
+            "models", "Across models", 50, record, {"seed": args.seed, "pos_dim": POS_DIM},
+            make_tables(results, pairs if args.models else [], groups), draw(groups),
             "Left: share of the 5 nearest tokens that are typographic variants (full colour) or kin (pale). "
             "Right: mean centred cosine of word pairs by edit distance; blue: each trained table.",
-            intro,
-        )
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+            "What lies near what in the input embedding: the trained table, the untrained codec of the same "
+            "vocabulary, and a random table of the same shape. Our own runs appear as arms, means over seeds.",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ of ln_f), log-probability that the clean top-1 loses, and whether the top-1 stay
 seed: McNemar's exact test on top-1, a paired bootstrap over prompts on KL, a t interval over seeds.
 """
 
-import argparse
 import json
 import lzma
 import random
@@ -21,8 +20,13 @@ if not __package__:  # run by its path: the root takes the place of this folder,
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
+import torch
 
-from scripts.analysis import report, stats
+from data.records import Record, read_record, validated
+from engine.errors import RunError, sentences
+from scripts.analysis import figures, report, stats
+from scripts.analysis.report import Table
+from scripts.arguments import Parser, whole
 from scripts.probes import common
 
 KEYBOARD = ["qwertyuiop", "asdfghjkl", "zxcvbnm"]
@@ -38,16 +42,41 @@ METRICS = {  # name in agg: (heading, digits, scale)
 # ---------------------------------------------------------------------------------------------- pairs
 
 
+class TypoPair(Record):
+    category: str
+    clean: str
+    typo: str
+
+
+class TypoPairs(Record):
+    prompt_pairs: list[TypoPair]
+
+
+class Aggregate(Record):
+    overall: dict[str, float]
+    by_category: dict[str, dict[str, float]]
+
+
+class PublishedRecord(Record):
+    category: str
+    top1_matches: bool
+    kl_clean_to_typo: float
+
+
+class PublishedArm(Record):
+    agg: Aggregate
+    per_prompt: list[PublishedRecord]
+
+
 def read_pairs(path: Path) -> tuple[list[dict], dict]:
     """(pairs, published figures or {}): our own file, or the paper's results, which hold both."""
-    content = common.read_data(path, "typo pairs")
-    pairs = content.get("prompt_pairs")
-    if not isinstance(pairs, list) or not all({"category", "clean", "typo"} <= set(p) for p in pairs):
-        raise common.ProbeError(f"{path} has no list 'prompt_pairs' with category, clean and typo")
+    content = read_record(path, TypoPairs, "typo pairs").model_dump()
     published = {
         arm: x for arm, x in content.items() if isinstance(x, dict) and "agg" in x and "per_prompt" in x
     }
-    return pairs, published
+    for arm, x in published.items():
+        validated(x, PublishedArm, f"{path}, {arm}", "published results")
+    return content["prompt_pairs"], published
 
 
 def make_typo(word: str, operation: str, rng: random.Random) -> str:
@@ -81,9 +110,9 @@ def generate_pairs(text: str, n: int, seed: int) -> list[dict]:
     words = text.split()
     rng = random.Random(seed)
     vocabulary = {w.lower() for w in words}
-    pairs, tries = [], 0
-    while len(pairs) < n and tries < 200 * n and len(words) > 20:
-        tries += 1
+    pairs, fruitless = [], 0
+    while len(pairs) < n and fruitless < 2000 and len(words) > 20:
+        fruitless += 1
         length = rng.randrange(8, 17)
         start = rng.randrange(len(words) - length)
         window = words[start : start + length]
@@ -97,12 +126,13 @@ def generate_pairs(text: str, n: int, seed: int) -> list[dict]:
         clean = " ".join(window)
         wrong = " ".join([*window[:at], typo, *window[at + 1 :]])
         pairs.append({"category": operation, "clean": clean, "typo": wrong})
+        fruitless = 0
     if len(pairs) < n:
-        raise common.ProbeError(f"the text gave only {len(pairs)} typo pairs of {n}; give a longer --text")
+        raise RunError(f"the text gave only {len(pairs)} typo pairs of {n}; give a longer --text")
     return pairs
 
 
-def held_out_text(args, run: dict) -> str:
+def held_out_text(args, run) -> str:
     """--text, else the validation tokens the run was evaluated on, decoded."""
     if args.text:
         path = Path(args.text)
@@ -111,14 +141,14 @@ def held_out_text(args, run: dict) -> str:
             with opener(path, "rt", encoding="utf-8") as f:
                 text = f.read(20_000_000)
         except (OSError, UnicodeDecodeError, lzma.LZMAError) as e:
-            raise common.ProbeError(f"cannot read {path} as text ({e})") from None
+            raise RunError(f"cannot read {path} as text ({e})") from None
         if ".jsonl" in path.name:
             lines = text.splitlines()[:-1] or text.splitlines()
             text = "\n".join(json.loads(line)["text"] for line in lines if line.strip())
         return text
     from data.shards import find_shards, open_shard
 
-    _, tokenizer, config = common.load(run, args)
+    _, tokenizer, config = common.load(run.name, args)
     root = Path(__file__).resolve().parents[2]
     folder = Path(config.get("data_dir") or root / "data" / str(config.get("dataset")))
     try:
@@ -126,7 +156,7 @@ def held_out_text(args, run: dict) -> str:
     except (ValueError, OSError):
         shards = []
     if not shards:
-        raise common.ProbeError(f"no validation shard in {folder}; give held-out text with --text FILE")
+        raise RunError(f"no validation shard in {folder}; give held-out text with --text FILE")
     tokens = open_shard(shards[0]).tokens[:2_000_000]
     return tokenizer.decode(tokens.tolist())
 
@@ -144,7 +174,7 @@ def measure(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> list[d
         logp = logits.log_softmax(-1)
         clean, typo = logp[0::2], logp[1::2]
         kl = (clean.exp() * (clean - typo)).sum(-1)
-        cosine = common.torch.nn.functional.cosine_similarity(hidden[0::2], hidden[1::2], dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(hidden[0::2], hidden[1::2], dim=-1)
         top_clean, top_typo = logits[0::2].topk(5), logits[1::2].topk(5)
 
         def five(top, k, tokenizer=tokenizer):
@@ -208,6 +238,7 @@ def summarise(records: list[dict]) -> dict:
 
 
 def aggregate(arm: str, records: list[dict]) -> dict:
+    """The published aggregate of an arm's records, overall and by category."""
     categories = list(dict.fromkeys(r["category"] for r in records))
     return {
         "arm": arm,
@@ -248,95 +279,74 @@ def compare_arms(by_run: dict, arm: str, over: str, seed: int) -> dict | None:
 
 def make_tables(
     by_arm: dict, by_run: dict, untrained: dict, comparisons: list[dict], published: dict, what: str
-) -> list[dict]:
+) -> list[Table]:
+    """Robustness of every arm, arms over one another, and categories."""
     arms = list(by_arm)
+    note = (
+        "Mean ± SD over seeds. KL(clean || typo) at the last position; lower is more robust. "
+        "untrained: the same architecture before its first step, which knows no words: what an arm keeps "
+        "there it owes to its embedding's scale, since the last token is nearly always the same in both prompts."
+    )
+    if not published:
+        note += " The paper (124M, 110 other pairs): top-1 55.5% against 47.3%, KL -7.6%."
     rows = []
     for label, source in (("", by_run), (", untrained", untrained)):
+        summary = {run: summarise(records) for run, records in source.items()}
         for arm in arms if source else ():
-            mine = {s: summarise(r) for (a, s), r in source.items() if a == arm}
-            cells = [
-                common.cell(
-                    common.over_seeds({(arm, s): x[m] for s, x in mine.items()}, [arm], arm)[arm], d, scale
-                )
-                for m, (_, d, scale) in METRICS.items()
-            ]
-            overall = aggregate(arm, [r for (a, _), rs in source.items() if a == arm for r in rs])["overall"]
-            cells += [f"{overall['median_kl']:.3f}", f"{overall['mean_token_inflation']:+.2f}"]
-            rows.append([arm + label, *cells])
+            values = {m: {run: s[m] for run, s in summary.items()} for m in METRICS}
+            cells = [common.arm_cell(values[m], arm, d, scale) for m, (_, d, scale) in METRICS.items()]
+            everything = summarise([r for (a, _), rs in source.items() if a == arm for r in rs])
+            rows.append([arm + label, *cells, *last_cells(everything)])
     for arm, entry in published.items():
         overall = entry["agg"]["overall"]
         cells = [f"{overall[m] * scale:.{d}f}" for m, (_, d, scale) in METRICS.items()]
-        cells += [f"{overall['median_kl']:.3f}", f"{overall['mean_token_inflation']:+.2f}"]
-        rows.append([f"paper: {arm}", *cells])
-    tables = [
-        {
-            "title": f"Spelling robustness over {what}",
-            "header": ["arm", *(h for h, _, _ in METRICS.values()), "median KL", "tokens added"],
-            "rows": rows,
-            "left": 1,
-            "note": "Mean ± SD over seeds. KL(clean || typo) at the last position; lower is more robust. "
-            "untrained: the same architecture before its first step, which knows no words: what an arm keeps "
-            "there it owes to its embedding's scale, since the last token is nearly always the same in both prompts."
-            + (
-                ""
-                if published
-                else " The paper (124M, 110 other pairs): top-1 55.5% against 47.3%, KL -7.6%."
-            ),
-        }
-    ]
+        rows.append([f"paper: {arm}", *cells, *last_cells(overall)])
+    header = ["arm", *(h for h, _, _ in METRICS.values()), "median KL", "tokens added"]
+    tables = [Table(f"Spelling robustness over {what}", header, rows, note=note)]
+    if comparisons:
+        tables.append(comparison_table(comparisons))
     rows = []
-    for c in comparisons:
-        p = [f"{m['p_value']:.2g}" for m in c["mcnemar_by_seed"].values()]
-        t, kl, won = c["top1_difference"], c["kl_difference"], c["categories_won_or_tied"]
-        rows.append(
-            [
-                c["arm"],
-                c["over"],
-                f"{100 * t['mean']:+.1f}"
-                + ("" if t["low"] is None else f" ({100 * t['low']:+.1f} to {100 * t['high']:+.1f})"),
-                " ".join(p[:5]),
-                f"{kl['mean']:+.3f}"
-                + ("" if kl["low"] is None else f" ({kl['low']:+.3f} to {kl['high']:+.3f})"),
-                "-" if c["kl_percent"] is None else f"{c['kl_percent']:+.1f}%",
-                f"{won[0]} of {won[1]}",
-            ]
-        )
-    if rows:
-        tables.append(
-            {
-                "title": "One arm over another, on the same prompts",
-                "header": ["arm", "over", "top-1, points", "McNemar p", "KL, nats", "KL", "won or tied"],
-                "rows": rows,
-                "left": 2,
-                "note": "top-1: t interval over seeds; McNemar: exact, one a seed; KL: bootstrap over prompts of the "
-                "seeds' mean (95%); won or tied: categories, on top-1.",
-            }
-        )
-    categories = list(by_arm[arms[0]]["agg"]["by_category"])
-    rows = []
-    for c in categories:
+    for c in by_arm[arms[0]]["agg"]["by_category"]:
         entries = [by_arm[a]["agg"]["by_category"][c] for a in arms]
         entries += [x["agg"]["by_category"][c] for x in published.values()]
         rows.append([c, *(f"{100 * e['top1_match_rate']:.0f}%  {e['mean_kl']:.2f}" for e in entries)])
-    tables.append(
-        {
-            "title": "By category: top-1 kept, KL",
-            "header": ["category", *arms, *(f"paper: {a}" for a in published)],
-            "rows": rows,
-            "left": 1,
-            "note": "",
-        }
+    header = ["category", *arms, *(f"paper: {a}" for a in published)]
+    return [*tables, Table("By category: top-1 kept, KL", header, rows)]
+
+
+def last_cells(overall: dict) -> list[str]:
+    """Median KL and added tokens of an aggregate."""
+    return [f"{overall['median_kl']:.3f}", f"{overall['mean_token_inflation']:+.2f}"]
+
+
+def comparison_table(comparisons: list[dict]) -> Table:
+    """One arm over another on the same prompts: top-1, McNemar's p of each seed, KL, categories."""
+    rows = []
+    for c in comparisons:
+        p = [f"{m['p_value']:.2g}" for m in c["mcnemar_by_seed"].values()]
+        won = c["categories_won_or_tied"]
+        top1 = common.interval_cell(c["top1_difference"], 1, 100)
+        kl = common.interval_cell(c["kl_difference"])
+        percent = "-" if c["kl_percent"] is None else f"{c['kl_percent']:+.1f}%"
+        rows.append([c["arm"], c["over"], top1, " ".join(p[:5]), kl, percent, f"{won[0]} of {won[1]}"])
+    return Table(
+        "One arm over another, on the same prompts",
+        ["arm", "over", "top-1, points", "McNemar p", "KL, nats", "KL", "won or tied"],
+        rows,
+        left=2,
+        note="top-1: t interval over seeds; McNemar: exact, one a seed; KL: bootstrap over prompts of the "
+        "seeds' mean (95%); won or tied: categories, on top-1.",
     )
-    return tables
 
 
 def draw(by_arm: dict):
+    """Top-1 kept and KL, overall and by category, an arm a colour."""
     arms = list(by_arm)
     categories = list(by_arm[arms[0]]["agg"]["by_category"])
     names = ["overall", *categories]
-    with report.plt.rc_context(report.FIGURE_STYLE):
+    with figures.plt.rc_context(figures.STYLE):
         size = (10.0, 0.36 * len(names) + 1.5)
-        figure, axes = report.plt.subplots(1, 2, figsize=size, sharey=True)
+        figure, axes = figures.plt.subplots(1, 2, figsize=size, sharey=True)
         for ax, key, scale, title in (
             (axes[0], "top1_match_rate", 100, "Top-1 kept (%, right is better)"),
             (axes[1], "mean_kl", 1, "KL(clean || typo) (nats, left is better)"),
@@ -346,7 +356,15 @@ def draw(by_arm: dict):
                 values = [scale * e[key] for e in (agg["overall"], *agg["by_category"].values())]
                 y = np.arange(len(names)) + 0.16 * (k - (len(arms) - 1) / 2)
                 style = report.arm_style(arm, arms)
-                ax.plot(values, y, "o", color=style["color"], label=arm, markersize=6, clip_on=False)
+                ax.plot(
+                    values,
+                    y,
+                    "o",
+                    color=style["color"],
+                    label=figures.label(arm),
+                    markersize=6,
+                    clip_on=False,
+                )
             ax.axhline(0.5, color=report.INK, linewidth=0.8)
             ax.set_title(title)
             ax.grid(axis="y", visible=False)
@@ -357,39 +375,40 @@ def draw(by_arm: dict):
     return figure
 
 
+TITLES = {  # in the order of their places on the page
+    "spelling": "Spelling robustness",
+    "spelling_generated": "Spelling robustness, synthetic typos",
+    "spelling_published": "Spelling robustness, the paper's pairs",
+}
+
+
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="spelling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     common.add_arguments(parser)
-    parser.add_argument(
-        "--pairs", default=str(common.DATA / "spelling_pairs.json"), help="typo pairs (default: our 110)"
-    )
-    parser.add_argument(
-        "--generate", type=int, metavar="N", help="N synthetic typos in held-out text instead"
-    )
-    parser.add_argument("--text", metavar="FILE", help="held-out text for --generate: txt, jsonl, either .xz")
-    parser.add_argument("--no-control", action="store_true", help="do not measure the untrained twins")
-    parser.add_argument("--batch_size", type=int, default=64)
+    add = parser.add_argument
+    add("--pairs", default=str(common.DATA / "spelling_pairs.json"), help="typo pairs (default: our 110)")
+    add("--generate", type=whole(1, 100_000), metavar="N", help="N synthetic typos in held-out text instead")
+    add("--text", metavar="FILE", help="held-out text for --generate: txt, jsonl, either .xz")
+    add("--no-control", action="store_true", help="do not measure the untrained twins")
+    add("--batch_size", type=whole(1), default=64, help="prompts at a time (%(default)s)")
     args = parser.parse_args(argv)
-    try:
-        if args.generate is not None and args.generate < 1:
-            raise common.ProbeError(f"--generate wants a number of pairs, got {args.generate}")
-        runs = common.find_runs(args)
+    with sentences():
         if args.generate:
-            pairs, published = generate_pairs(held_out_text(args, runs[0]), args.generate, args.seed), {}
+            text = held_out_text(args, common.finished_runs(args)[0])
+            pairs, published = generate_pairs(text, args.generate, args.seed), {}
             what, name = f"{len(pairs)} synthetic typos", "spelling_generated"
         else:
             pairs, published = read_pairs(Path(args.pairs))
             what, name = f"{len(pairs)} pairs", "spelling_published" if published else "spelling"
-        by_run, untrained = {}, {}
-        for run, model, tokenizer, config in common.each_model(runs, args, "spelling"):
-            by_run[run["arm"], run["seed"]] = measure(model, tokenizer, pairs, args.batch_size)
+        untrained = {}
+
+        def measure_one(run, model, tokenizer, config) -> list[dict]:
             if not args.no_control:
-                fresh = untrained_twin(model, tokenizer, config, run["seed"])
-                untrained[run["arm"], run["seed"]] = measure(fresh, tokenizer, pairs, args.batch_size)
-        arms = sorted({a for a, _ in by_run}, key=report.arm_sort_key)
-        baseline = common.pick_baseline(arms, args.baseline)
+                fresh = untrained_twin(model, tokenizer, config, run.seed)
+                untrained[run.arm, run.seed] = measure(fresh, tokenizer, pairs, args.batch_size)
+            return measure(model, tokenizer, pairs, args.batch_size)
+
+        by_run, arms, baseline = common.measure_runs(args, "spelling", measure_one)
         by_arm = {}
         for arm in arms:
             records = [{**r, "seed": s} for (a, s), rs in by_run.items() if a == arm for r in rs]
@@ -412,33 +431,15 @@ def main(argv=None) -> None:
             },
             "comparisons": comparisons,
             "published": {a: x["agg"] for a, x in published.items()},
-            "provenance": common.provenance(argv, {"seed": args.seed, "generate": args.generate}),
         }
-        tables = make_tables(by_arm, by_run, untrained, comparisons, published, what)
-        titles = {
-            "spelling": "Spelling robustness",
-            "spelling_generated": "Spelling robustness, synthetic typos",
-            "spelling_published": "Spelling robustness, the paper's pairs",
-        }
-        order = 20 + list(titles).index(name)
-        intro = [
-            "A word of the prompt is misspelled; how far does the prediction of the next token move? A model that "
-            "predicts little is moved little, so the figures of weak models say less than they seem to."
-        ]
-        caption = "Mean over seeds and prompts."
         common.finish(
-            common.out_folder(args, ""),
-            name,
-            titles[name],
-            order,
-            result,
-            tables,
-            draw(by_arm),
-            caption,
-            intro,
-        )
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+            __file__, argv, common.out_folder(args), name, TITLES[name],
+            20 + list(TITLES).index(name), result, {"seed": args.seed, "generate": args.generate},
+            make_tables(by_arm, by_run, untrained, comparisons, published, what), draw(by_arm),
+            "Mean over seeds and prompts.",
+            "A word of the prompt is misspelled; how far does the prediction of the next token move? A model that "
+            "predicts little is moved little, so the figures of weak models say less than they seem to.",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

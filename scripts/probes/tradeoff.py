@@ -8,27 +8,42 @@ model by itself (or after --prefix); its vector at a level is the mean over its 
 probe's words. `separation` is the cosine of kin less that of the byte-alike: above 0, kin are nearer.
 """
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Annotated
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from scripts.analysis import report
+from data.records import Record, read_record
+from engine.errors import RunError, sentences
+from scripts.analysis import figures, report
+from scripts.analysis.report import Table
+from scripts.arguments import Parser
 from scripts.probes import common
 
 KINDS = {"byte_similar": "alike in bytes", "kin": "kin", "synonyms": "synonyms", "random": "random"}
+EXAMPLES = ("compute/commute", "nation/notion")
 
 
-def read_pairs(path: Path, seed: int) -> dict[str, list[tuple[str, str]]]:
-    content = common.read_data(path, "word pairs")
-    kinds = {k: [tuple(p) for p in content.get(k, [])] for k in ("byte_similar", "kin", "synonyms")}
-    if not all(kinds.values()) or not all(len(p) == 2 for pairs in kinds.values() for p in pairs):
-        raise common.ProbeError(f"{path} must hold pairs of words under byte_similar, kin and synonyms")
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+
+
+class WordPairs(Record):
+    byte_similar: list[Pair]
+    kin: list[Pair]
+    synonyms: list[Pair]
+
+
+def read_pairs(path: Path, seed: int) -> dict[str, list]:
+    """Pairs of words by kind, and 300 random pairs of the same words."""
+    kinds = read_record(path, WordPairs, "word pairs").model_dump(include=set(WordPairs.model_fields))
+    if not all(kinds.values()):
+        raise RunError(f"{path} must hold pairs of words under {', '.join(WordPairs.model_fields)}")
     words = sorted({w for pairs in kinds.values() for p in pairs for w in p})
     rng = np.random.default_rng(seed)
     random = [tuple(rng.choice(words, 2, replace=False).tolist()) for _ in range(300)]
@@ -41,9 +56,7 @@ def word_states(model, tokenizer, words: list[str], prefix: str) -> tuple[list[t
     encoded = {w: tokenizer.encode(" " + w) for w in words}
     longest = max(len(e) for e in encoded.values()) + len(before)
     if longest > model.config.block_size:
-        raise common.ProbeError(
-            f"--prefix and a word make {longest} tokens, the context is {model.config.block_size}"
-        )
+        raise RunError(f"--prefix and a word make {longest} tokens, the context is {model.config.block_size}")
     rows = [None] * len(words)
     for length in sorted({len(e) for e in encoded.values()}):
         members = [i for i, w in enumerate(words) if len(encoded[w]) == length]
@@ -56,6 +69,7 @@ def word_states(model, tokenizer, words: list[str], prefix: str) -> tuple[list[t
 
 
 def measure(model, tokenizer, pairs: dict, prefix: str) -> dict:
+    """Cosines of one run by kind of pair and level, of all pairs and of those that are single tokens."""
     words = sorted({w for p in pairs.values() for pair in p for w in pair})
     at = {w: i for i, w in enumerate(words)}
     levels, single = word_states(model, tokenizer, words, prefix)
@@ -86,82 +100,60 @@ def measure(model, tokenizer, pairs: dict, prefix: str) -> dict:
     return result
 
 
-def make_tables(by_run: dict, arms, baseline: str) -> list[dict]:
+def make_tables(by_run: dict, arms: list[str], baseline: str) -> list[Table]:
+    """Cosines by kind and level, and the paper's two examples."""
     levels = min((r["levels"] for r in by_run.values()), key=len)
+
+    def at_level(k: int, of_run) -> dict:
+        return {run: of_run(r)[k] for run, r in by_run.items()}
+
     rows = []
     for arm in arms:
         for k, level in enumerate(levels):
             cells = [
-                common.cell(
-                    common.over_seeds({run: r["cosine"][kind][k] for run, r in by_run.items()}, [arm], arm)[
-                        arm
-                    ]
-                )
-                for kind in KINDS
+                common.arm_cell(at_level(k, lambda r, kind=kind: r["cosine"][kind]), arm) for kind in KINDS
             ]
-            apart = common.over_seeds({run: r["separation"][k] for run, r in by_run.items()}, arms, baseline)[
-                arm
-            ]
-            rows.append([arm if k == 0 else "", level, *cells, common.cell(apart)])
+            apart = common.arm_cell(at_level(k, lambda r: r["separation"]), arm)
+            rows.append([arm if k == 0 else "", level, *cells, apart])
     n = next(iter(by_run.values()))["n"]
+    counted = ", ".join(
+        f"{n[k]['pairs']} pairs {KINDS[k]} ({n[k]['single_token']} of single tokens)" for k in KINDS
+    )
     tables = [
-        {
-            "title": "Cosine of word pairs, centred, by level",
-            "header": ["arm", "level", *KINDS.values(), "separation"],
-            "rows": rows,
-            "left": 2,
-            "note": "Mean ± SD over seeds; "
-            + ", ".join(
-                f"{n[k]['pairs']} pairs {KINDS[k]} ({n[k]['single_token']} of single tokens)" for k in KINDS
-            )
-            + ". separation: kin less alike in bytes.",
-        }
+        Table(
+            "Cosine of word pairs, centred, by level",
+            ["arm", "level", *KINDS.values(), "separation"],
+            rows,
+            left=2,
+            note=f"Mean ± SD over seeds; {counted}. separation: kin less alike in bytes.",
+        )
     ]
     rows = []
-    for pair in ("compute/commute", "nation/notion"):
-        for arm in arms:
-            cells = []
-            for k in range(len(levels)):
-                values = {
-                    run: r["pairs"]["byte_similar"].get(pair, [None] * 99)[k] for run, r in by_run.items()
-                }
-                cells.append(common.cell(common.over_seeds(values, [arm], arm)[arm]))
-            rows.append([pair if arm == arms[0] else "", arm, *cells])
-    tables.append(
-        {
-            "title": "The paper's two examples",
-            "header": ["pair", "arm", *levels],
-            "rows": rows,
-            "left": 2,
-            "note": "",
+    for pair in EXAMPLES:
+        found = {
+            run: r["pairs"]["byte_similar"].get(pair, [None] * len(r["levels"])) for run, r in by_run.items()
         }
-    )
-    return tables
+        for arm in arms:
+            cells = [
+                common.arm_cell({run: row[k] for run, row in found.items()}, arm) for k in range(len(levels))
+            ]
+            rows.append([pair if arm == arms[0] else "", arm, *cells])
+    return [*tables, Table("The paper's two examples", ["pair", "arm", *levels], rows, left=2)]
 
 
-def draw(by_run: dict, arms):
+def draw(by_run: dict, arms: list[str]):
+    """Mean cosine of every kind of pair by level, an arm a panel."""
     colours = {"byte_similar": "#D55E00", "kin": "#009E73", "synonyms": "#0072B2", "random": "#7F7F7F"}
     levels = min((r["levels"] for r in by_run.values()), key=len)
     short = ["emb", *(str(k) for k in range(len(levels) - 1))]
-    with report.plt.rc_context(report.FIGURE_STYLE):
-        figure, axes = report.plt.subplots(
-            1, len(arms), figsize=(2.9 * len(arms) + 1.6, 3.5), sharey=True, squeeze=False
-        )
+    with figures.plt.rc_context(figures.STYLE):
+        size = (2.9 * len(arms) + 1.6, 3.5)
+        figure, axes = figures.plt.subplots(1, len(arms), figsize=size, sharey=True, squeeze=False)
         for ax, arm in zip(axes[0], arms, strict=True):
             for kind, words in KINDS.items():
-                y = np.array([r["cosine"][kind][: len(levels)] for (a, _), r in by_run.items() if a == arm])
-                ax.plot(
-                    short,
-                    y.mean(0),
-                    marker="o",
-                    markersize=4,
-                    color=colours[kind],
-                    label=words,
-                    linewidth=1.8,
-                )
-                if len(y) > 1:
-                    ax.fill_between(short, y.min(0), y.max(0), color=colours[kind], alpha=0.18, linewidth=0)
-            ax.set_title(arm)
+                y = [r["cosine"][kind][: len(levels)] for (a, _), r in by_run.items() if a == arm]
+                figures.band(ax, short, y, words, color=colours[kind], marker="o", markersize=4)
+            ax.set_title(report.visible(arm))
             ax.set_xlabel("after block")
             ax.margins(x=0.08)
         axes[0][0].set_ylabel("cosine, centred")
@@ -170,45 +162,28 @@ def draw(by_run: dict, arms):
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="tradeoff.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     common.add_arguments(parser)
     parser.add_argument(
         "--pairs", default=str(common.DATA / "tradeoff_pairs.json"), help="word pairs (default: ours)"
     )
     parser.add_argument("--prefix", default="", help="text before the word, for instance 'The word'")
     args = parser.parse_args(argv)
-    try:
+    with sentences():
         pairs = read_pairs(Path(args.pairs), args.seed)
-        by_run = {}
-        for run, model, tokenizer, _ in common.each_model(common.find_runs(args), args, "trade-off"):
-            by_run[run["arm"], run["seed"]] = measure(model, tokenizer, pairs, args.prefix)
-        arms = sorted({a for a, _ in by_run}, key=report.arm_sort_key)
-        baseline = common.pick_baseline(arms, args.baseline)
-        result = {
-            "by_run": {f"{a}_s{s}": r for (a, s), r in by_run.items()},
-            "provenance": common.provenance(argv, {"seed": args.seed, "prefix": args.prefix}),
-        }
-        intro = [
-            "A codec of bytes cannot know that compute and commute mean different things; the blocks have to pull such "
-            "pairs apart. In the pictures the orange line should fall and the green one stay."
-        ]
-        caption = "Line: mean over seeds; band: lowest to highest seed."
-        tables = make_tables(by_run, arms, baseline)
-        common.finish(
-            common.out_folder(args, ""),
-            "tradeoff",
-            "Alike in bytes, not in meaning",
-            45,
-            result,
-            tables,
-            draw(by_run, arms),
-            caption,
-            intro,
+        by_run, arms, baseline = common.measure_runs(
+            args, "trade-off", lambda run, model, tokenizer, _: measure(model, tokenizer, pairs, args.prefix)
         )
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        common.finish(
+            __file__, argv, common.out_folder(args), "tradeoff",
+            "Alike in bytes, not in meaning", 45,
+            {"by_run": {f"{a}_s{s}": r for (a, s), r in by_run.items()}},
+            {"seed": args.seed, "prefix": args.prefix},
+            make_tables(by_run, arms, baseline), draw(by_run, arms),
+            "Line: mean over seeds; band: lowest to highest seed.",
+            "A codec of bytes cannot know that compute and commute mean different things; the blocks have to pull "
+            "such pairs apart. In the pictures the orange line should fall and the green one stay.",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

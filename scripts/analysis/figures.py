@@ -1,0 +1,164 @@
+"""The project's figures: one style, one colour an arm, and one way to draw several seeds."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from data.files import write_atomic
+from scripts.analysis import stats
+from scripts.analysis.numbers import count
+from scripts.analysis.report import INK, arm_style, visible
+from scripts.analysis.runs import Run, shared_iters
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "text.parse_math": False,  # a "$" in a name is a dollar
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": "#8a8f98",
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # real text: sharper, smaller, searchable
+    "svg.hashsalt": "kronecker-nanogpt",  # the same figure gives the same file
+    "figure.constrained_layout.use": True,
+}
+
+
+def label(name: str) -> str:
+    """A name for a legend, which leaves out what begins with an underscore."""
+    return " " + visible(name) if name.startswith("_") else visible(name)
+
+
+def band(ax, x, y_SxT, name: str, alpha: float = 0.18, **style) -> None:
+    """The mean over S runs as a line, and lowest to highest as a band where there are several.
+
+    x: T values or names; style: matplotlib's, "color" among them.
+    """
+    y_SxT = np.asarray(y_SxT, dtype=float)
+    ax.plot(x, y_SxT.mean(0), label=label(name), **{"linewidth": 1.8} | style)
+    if len(y_SxT) > 1:
+        ax.fill_between(x, y_SxT.min(0), y_SxT.max(0), color=style["color"], alpha=alpha, linewidth=0)
+
+
+def focus(ax, curves: list, begin: float, pad: float, also=()) -> None:
+    """Let the y axis span what the curves do from x = begin on: the first plunge would flatten all that differs.
+
+    curves: [(x of T, y of S x T)]; pad: room above and below, as a share; also: values to span in any case.
+    """
+    late = [y[:, np.asarray(x) >= begin] for x, y in curves]
+    values = np.concatenate([np.asarray(also, dtype=float), *(part.ravel() for part in late)])
+    if values.size and (values.max() > values.min() or len(also)):
+        room = pad * (values.max() - values.min()) or 0.01
+        ax.set_ylim(values.min() - room, values.max() + room)
+
+
+def save(figure, base: Path) -> None:
+    """Write `base`.svg and `base`.png, and close the figure."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None, "Creator": "kronecker-nanogpt"}
+    for suffix, options in (
+        (".svg", {"metadata": metadata, "transparent": True}),
+        (".png", {"dpi": 160, "facecolor": "white"}),
+    ):
+        content = io.BytesIO()
+        with plt.rc_context(STYLE):  # text and ids of an SVG are made while it is saved
+            figure.savefig(content, format=suffix[1:], **options)
+        write_atomic(base.with_suffix(suffix), content.getvalue())
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def draw_val(ax, c: dict, runs: list[Run]) -> None:
+    """Validation loss by tokens, an arm a line."""
+    curves = []
+    for arm in c["arms"]:
+        mine = [r for r in runs if r.arm == arm]
+        iters = shared_iters(mine, upto=c["at_iter"])
+        y = np.array([[r.series()[i] for i in iters] for r in mine])
+        curves.append((np.array(iters) * c["tokens_per_step"], y))
+        band(ax, *curves[-1], arm, **arm_style(arm, c["arms"]))
+    focus(ax, curves, begin=0.15 * c["tokens"], pad=0.05)
+    ax.set_title("Validation loss (nats/token)")
+    ax.legend()
+
+
+def draw_gain(ax, c: dict, runs: list[Run]) -> None:
+    """Gain of every arm over the baseline by tokens, paired by seed."""
+    by = {(r.arm, r.seed): r for r in runs}
+    base, curves = c["baseline"], []
+    ax.axhline(0, linewidth=1.2, **arm_style(base, c["arms"]))
+    for arm in (a for a in c["arms"] if a != base):
+        pairs = [(by[arm, s], by[base, s]) for s in c["seeds"] if (arm, s) in by and (base, s) in by]
+        if not pairs:
+            continue
+        iters = shared_iters([r for pair in pairs for r in pair], upto=c["at_iter"])
+        y = np.array([[b.series()[i] - a.series()[i] for i in iters] for a, b in pairs])
+        curves.append((np.array(iters) * c["tokens_per_step"], y))
+        band(ax, *curves[-1], arm, **arm_style(arm, c["arms"]))
+    focus(ax, curves, begin=0.1 * c["tokens"], pad=0.08, also=[0.0])
+    ax.set_title(f"Gain over {visible(base)} (nats, up is better)")
+    if len(c["arms"]) > 1:
+        ax.legend()
+
+
+def draw_train(ax, c: dict, runs: list[Run]) -> None:
+    """Training loss by tokens as a running mean, an arm a line."""
+    curves = []
+    for arm in c["arms"]:
+        mine = [r for r in runs if r.arm == arm and r.train]
+        iters = shared_iters(mine, "train/loss") if mine else []
+        if not iters:
+            continue
+        window = max(3, len(iters) // 25)
+        y = np.array([stats.smooth([r.series("train/loss")[i] for i in iters], window) for r in mine])
+        curves.append((np.array(iters) * c["tokens_per_step"], y))
+        band(ax, *curves[-1], arm, alpha=0.15, linewidth=1.4, **arm_style(arm, c["arms"]))
+    focus(ax, curves, begin=0.15 * c["tokens"], pad=0.05)
+    ax.set_title("Training loss, running mean (nats/token)")
+
+
+PANELS = {"val": draw_val, "gain": draw_gain, "train": draw_train}
+
+
+def draw_curves(c: dict, runs: list[Run], folder: Path) -> list[dict]:
+    """curves.png and curves.svg with the three panels, each panel on its own, and their blocks for the page."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.0))
+        for ax, panel in zip(axes, PANELS.values(), strict=True):
+            panel(ax, c, runs)
+            token_axis(ax, c["tokens"])
+        save(figure, folder / "curves")
+        for name, panel in PANELS.items():
+            figure, ax = plt.subplots(figsize=(5.4, 3.7))
+            panel(ax, c, runs)
+            token_axis(ax, c["tokens"])
+            save(figure, folder / "panels" / name)
+    caption = "Line: mean over seeds; band: lowest to highest seed." if len(c["seeds"]) > 1 else "One seed."
+    return [{"figures": [f"panels/{name}.svg" for name in PANELS], "caption": caption}]
+
+
+def token_axis(ax, tokens: int) -> None:
+    """Label the x axis in training tokens, from none to all."""
+    ax.set_xlim(0, max(1, tokens))
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    ax.xaxis.set_major_formatter(lambda v, _: count(v) if v else "0")
+    ax.set_xlabel("training tokens")

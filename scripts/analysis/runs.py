@@ -1,0 +1,256 @@
+"""Runs as the analysis sees them: read from their folders or from wandb, and held to what has to be equal."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from typing_extensions import TypedDict
+
+from data import DataError
+from data.records import STRICT, Record, read_record, read_rows, validated
+from engine.errors import RunError
+from scripts.analysis.report import arms_of
+
+# What has to be equal, over which runs, and what it means when it is not.
+MATCH_PER_SEED = {
+    "data_sha256": "they did not read the same training tokens in the same order",
+    "body_sha256": "their bodies were not the same at step 0",
+}
+MATCH_ALL = {
+    "val_sha256": "they were not evaluated on the same validation windows",
+    "schedule_sha256": "they did not follow the same learning-rate schedule",
+    "tokens_per_step": "their global batches differ",
+}
+MATCH_IF_RECORDED = {"data_fingerprint": "they were trained on different data"}
+# Config keys in which the seeds of one arm may differ without becoming another arm.
+FREE_KEYS = set(
+    "seed out_dir data_dir device compile dry_run init_from eval_only keep max_skipped deterministic batch_size "
+    "gradient_accumulation_steps global_batch_size tracker".split()
+)
+FREE_PREFIXES = ("wandb_", "log_", "ckpt_")
+
+
+class ConfigRecord(Record):
+    max_iters: int
+
+
+class InfoRecord(Record):
+    arm: str
+    seed: int
+    tokens_per_step: int | None = None
+    params: dict[str, int | None] | None = None
+    codec: dict | None = None
+
+
+Row = TypedDict(
+    "Row",
+    {"iter": int}
+    | dict.fromkeys(("train/loss", "val/loss", "val/bpb", "wte/rms", "tok_per_sec"), float | None),
+    total=False,
+)
+Row.__pydantic_config__ = STRICT
+
+
+@dataclass
+class Run:
+    """One training run. Losses are nats a token; rows rise by iter, and the last one of an iter counts."""
+
+    name: str  # the folder, or the run's path on wandb
+    arm: str
+    seed: int
+    config: dict
+    info: dict  # run.json
+    train: list[dict] = field(default_factory=list)  # rows with train/loss
+    val: list[dict] = field(default_factory=list)  # rows with val/loss, those before a divergence
+    state: str = "finished"
+
+    @property
+    def max_iters(self) -> int:
+        return int(self.config["max_iters"])
+
+    def series(self, key: str = "val/loss") -> dict[int, float]:
+        """{iter: value} of a metric, rising by iter."""
+        rows = self.train if any(key in r for r in self.train) else self.val
+        return {r["iter"]: r[key] for r in rows if is_number(r.get(key))}
+
+    def val_at(self, it: int, key: str = "val/loss") -> float | None:
+        """A metric of the evaluation at one iter, or None."""
+        return next((r.get(key) for r in self.val if r["iter"] == it), None)
+
+
+def is_number(value) -> bool:
+    """A finite number; null and what is missing are not."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def shared_iters(runs: list[Run], key: str = "val/loss", upto: float = math.inf) -> list[int]:
+    """The iters at which all the runs have a metric, rising."""
+    return sorted(i for i in set.intersection(*(set(r.series(key)) for r in runs)) if i <= upto)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def find_run_folders(paths) -> list[Path]:
+    """Every folder at or below the paths that holds a run.json, sorted."""
+    found = set()
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise RunError(f"there is no folder {path}; give a run's folder or one that holds runs")
+        found.update(p.parent for p in path.rglob("run.json"))
+    if not found:
+        raise RunError(
+            f"no run.json at or below {', '.join(map(str, paths))}; train first (scripts/matched.py)"
+        )
+    return sorted(found)
+
+
+def default_out(paths) -> Path:
+    """Where results on some runs go: the folder given, or the parent of a run given by itself."""
+    first = Path(paths[0])
+    return first.parent if (first / "run.json").exists() else first
+
+
+def load_folder(path: Path) -> Run:
+    """The run of one folder. Raises DataError or RunError, naming the file and what is wrong with it."""
+    config = read_record(path / "config.json", ConfigRecord, "a run's config")
+    info = read_record(path / "run.json", InfoRecord, "a run's record")
+    metrics = path / "metrics.jsonl"
+    rows = read_rows(metrics, Row, "a run's metrics") if metrics.exists() else []
+    return make_run(str(path), config.model_dump(), info.model_dump(), rows)
+
+
+def make_run(name: str, config: dict, info: dict, rows: list[dict]) -> Run:
+    """A Run of its config, run record and metrics, from wherever they came; its state says how it ended."""
+    config = validated(config, ConfigRecord, f"the config of {name}", "a run's").model_dump()
+    info = validated(info, InfoRecord, f"the record of {name}", "a run's").model_dump()
+    train, val = rows_with(rows, "train/loss"), rows_with(rows, "val/loss")
+    run = Run(name, info["arm"], info["seed"], config, info, [r for r in train if is_number(r["train/loss"])])
+    bad = next((r["iter"] for r in val if not is_number(r["val/loss"])), None)
+    run.val = [r for r in val if bad is None or r["iter"] < bad]
+    reached = run.val[-1]["iter"] if run.val else 0
+    if bad is not None:
+        run.state = f"diverged: val/loss is not finite at iter {bad}"
+    elif reached < run.max_iters and train and not is_number(train[-1]["train/loss"]):
+        lost = run.train[-1]["iter"] if run.train else -1
+        since = next(r["iter"] for r in train if r["iter"] > lost)
+        run.state = f"diverged: train/loss is not finite from iter {since} on"
+    elif not run.val:
+        run.state = "no evaluation yet"
+    elif reached < run.max_iters:
+        run.state = f"unfinished: iter {reached:,} of {run.max_iters:,}"
+    return run
+
+
+def rows_with(rows: list[dict], key: str) -> list[dict]:
+    """Rows that carry `key`, rising by iter; after a resume the later row of an iter counts."""
+    latest = {r["iter"]: r for r in rows if "iter" in r and key in r}
+    return [latest[i] for i in sorted(latest)]
+
+
+def load_wandb(project: str, group: str | None = None, api=None) -> list[Run]:
+    """Runs of a wandb project (`entity/project`); `api` stands in for wandb.Api() in tests."""
+    if project.count("/") != 1 or not all(project.split("/")):
+        raise RunError(f"--wandb wants entity/project, got {project!r}")
+    api = api or wandb_api()
+    runs = []
+    try:
+        for w in api.runs(project, filters={"group": group} if group else None):
+            config = dict(w.config)
+            info = config.pop("run", None)
+            if not isinstance(info, dict):  # the same fields, flattened by whoever logged them
+                info = {k[4:]: v for k, v in config.items() if k.startswith(("run/", "run."))}
+            if not info:
+                continue  # another run of the same project, not made by this one
+            rows = [{k: v for k, v in row.items() if v is not None} for row in w.scan_history()]
+            rows = [{k: math.nan if v == "NaN" else v for k, v in row.items()} for row in rows]
+            runs.append(make_run(f"{project}/{w.name}", config, info, rows))
+    except (RunError, DataError):
+        raise
+    except Exception as e:  # wandb raises its own errors, and requests'
+        raise RunError(f"cannot read {project} from wandb: {first_line(e)}") from None
+    if not runs:
+        of_group = f" in group {group}" if group else ""
+        raise RunError(f"{project} on wandb holds no run made by this project{of_group}")
+    return sorted(runs, key=lambda r: r.name)
+
+
+def wandb_api():
+    """wandb.Api() of who is logged in; never asks at the terminal, as Api() itself would."""
+    try:
+        import wandb
+    except ImportError:
+        raise RunError("reading from wandb needs the package wandb: pip install wandb") from None
+    try:
+        if wandb.login(prompt=False):
+            return wandb.Api(timeout=30)
+    except Exception as e:  # wandb raises its own errors, requests' and ValueError's
+        raise RunError(f"wandb refused ({first_line(e)}); log in with `wandb login`") from None
+    raise RunError("wandb is not logged in; run `wandb login` or set WANDB_API_KEY")
+
+
+def first_line(e: Exception) -> str:
+    """What an error of another package says, at most 200 characters of its first line."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
+# ---------------------------------------------------------------------------------------------- matching
+
+
+def check_match(runs: list[Run]) -> None:
+    """Refuse runs that differ in what has to be equal, naming the field and the two runs."""
+    seen: dict = {}
+    for run in runs:
+        other = seen.setdefault(("twin", run.arm, run.seed), run)
+        if other is not run:
+            raise RunError(
+                f"{other.name} and {run.name} are both arm {run.arm}, seed {run.seed}; give only one of them"
+            )
+    for fields, per_seed in ((MATCH_PER_SEED, True), (MATCH_ALL, False), (MATCH_IF_RECORDED, False)):
+        for name, meaning in fields.items():
+            for run in runs:
+                value = run.info.get(name)
+                if value is None and fields is MATCH_IF_RECORDED:
+                    continue
+                if value is None:
+                    raise RunError(
+                        f"{run.name} records no {name}, so nothing shows that it matches; leave it out"
+                    )
+                other = seen.setdefault((name, run.seed if per_seed else None), run)
+                if other.info[name] != value:
+                    where = f" (seed {run.seed})" if per_seed else ""
+                    raise RunError(
+                        f"runs do not match: {name} differs between {other.name} "
+                        f"({short(other.info[name])}) and {run.name} ({short(value)}){where}: {meaning}"
+                    )
+    lengths = {run.max_iters: run for run in runs}
+    if len(lengths) > 1:
+        (a, ra), (b, rb) = list(lengths.items())[:2]
+        raise RunError(f"runs do not match: max_iters differs between {ra.name} ({a}) and {rb.name} ({b})")
+
+
+def short(value) -> str:
+    """The start of a hash, enough to tell two apart."""
+    return str(value)[:12]
+
+
+def config_notes(runs: list[Run]) -> list[str]:
+    """Sentences on settings that differ between seeds of one arm, and on machines that differ: noted, not refused."""
+    notes = []
+    for arm in arms_of(runs):
+        mine = [r for r in runs if r.arm == arm]
+        for key in sorted(set().union(*(r.config for r in mine))):
+            if key in FREE_KEYS or key.startswith(FREE_PREFIXES):
+                continue
+            values = {json.dumps(r.config.get(key), sort_keys=True, default=str) for r in mine}
+            if len(values) > 1:
+                notes.append(f"The seeds of {arm} differ in {key}: {', '.join(sorted(values))}.")
+    for key, what in (("device", "devices"), ("torch", "torch versions"), ("commit", "commits")):
+        values = sorted({str(r.info.get(key)) for r in runs})
+        if len(values) > 1:
+            notes.append(f"The runs come from different {what}: {', '.join(v[:40] for v in values)}.")
+    dtypes = sorted({str(r.config.get("dtype")) for r in runs})
+    if len(dtypes) > 1:
+        notes.append(f"The runs differ in dtype: {', '.join(dtypes)}.")
+    return notes

@@ -1,0 +1,206 @@
+"""The comparison in words: its tables and sentences, for the terminal, for Markdown and for the page."""
+
+import textwrap
+
+import numpy as np
+
+from kronecker.audit import audit_line
+from scripts.analysis.numbers import count
+from scripts.analysis.report import Table, bullet, escaped
+from scripts.analysis.runs import short
+
+
+def with_sign(x: float | None, digits: int = 4) -> str:
+    """A difference with its sign; "-" where there is none."""
+    return "-" if x is None else f"{x:+.{digits}f}"
+
+
+def span(interval: dict | None, digits: int = 4) -> str:
+    """The ends of an interval of differences; "-" where one value gives none."""
+    if not interval or interval["low"] is None:
+        return "-"
+    return f"{interval['low']:+.{digits}f} to {interval['high']:+.{digits}f}"
+
+
+def tables(c: dict) -> list[Table]:
+    """The comparison's tables: losses, gains, steps to reach another's loss, sizes and speeds."""
+    found = [loss_table(c), gain_table(c), reach_table(c), size_table(c)]
+    return [t for t in found if t.rows]
+
+
+def has_bpb(c: dict) -> bool:
+    return all("val_bpb" in c["final"][a] for a in c["arms"])
+
+
+def loss_table(c: dict) -> Table:
+    """Final validation loss of every arm and seed."""
+    several = len(c["seeds"]) > 1
+    seeds = c["seeds"] if len(c["seeds"]) <= 5 else []
+    rows = []
+    for arm in c["arms"]:
+        f = c["final"][arm]
+        losses = [f["val_loss"].get(str(s)) for s in seeds]
+        row = [arm, *("-" if x is None else f"{x:.4f}" for x in losses)]
+        row += [f"{f['mean']:.4f}", "-" if f["sd"] is None else f"{f['sd']:.4f}"] if several else []
+        row += [f"{f['val_bpb']['mean']:.4f}"] if has_bpb(c) else []
+        rows.append(row)
+    header = ["arm", *(f"seed {s}" for s in seeds)]
+    header += (["mean", "SD"] if several else []) + (["bits/byte"] if has_bpb(c) else [])
+    title = f"Validation loss (nats/token) after {c['at_iter']:,} steps, {count(c['tokens'])} tokens"
+    return Table(title, header, rows)
+
+
+def gain_table(c: dict) -> Table:
+    """Every pair of arms: gain, its interval, and the same in per cent, perplexity and bits per byte."""
+    rows = []
+    for p in c["pairs"]:
+        g = p["gain_nats"]
+        row = [
+            p["arm"],
+            p["over"],
+            with_sign(g["mean"]),
+            "-" if g["sd"] is None else f"{g['sd']:.4f}",
+            span(g),
+        ]
+        row += [f"{p['gain_percent']['mean']:+.2f}%", f"{p['perplexity_ratio']['mean']:.3f}"]
+        row += [with_sign(p["gain_bpb"]["mean"])] if has_bpb(c) else []
+        rows.append(row)
+    header = ["arm", "over", "gain, nats", "SD", "95% interval", "loss", "perplexity"]
+    return Table(
+        "Gain of one arm over another, paired by seed (positive: the arm is better)",
+        header + (["bits/byte"] if has_bpb(c) else []),
+        rows,
+        left=2,
+        note="loss: gain in per cent of the other's loss; perplexity: the arm's over the other's.",
+    )
+
+
+def reach_table(c: dict) -> Table:
+    """When the better arm of a pair comes down to the other's last loss."""
+    rows = []
+    for p in c["pairs"]:
+        for who, other in (("arm", "over"), ("over", "arm")):
+            r, gain = p["reaches"][who], p["gain_nats"]["mean"]
+            ahead = gain > 0 if who == "arm" else gain < 0
+            if ahead and r["step"]:
+                ratios = [f"{c['at_iter'] / s:.2f}x" if s else "never" for s in r["step_by_seed"].values()]
+                each = " ".join(ratios[:6]) if len(ratios) > 1 else "-"
+                rows.append([p[who], p[other], f"{r['step']:,.0f}", f"{r['ratio']:.2f}x", each])
+    return Table(
+        f"Steps to reach another arm's last loss (of {c['at_iter']:,})",
+        ["arm", "reaches", "at step", "fewer", "by seed"],
+        rows,
+        left=2,
+        note="Linear between evaluations. The learning rate has not come down at that step, "
+        "so a schedule cut to it would do better.",
+    )
+
+
+def size_table(c: dict) -> Table:
+    """Parameters, speed beside the baseline, and the drift of the embedding's RMS."""
+
+    def mean(by_seed: dict) -> str:
+        return f"{np.mean(list(by_seed.values())):.4f}"
+
+    rows = []
+    for arm in c["arms"]:
+        params, rms = c["final"][arm].get("params") or {}, c["final"][arm]["rms"]
+        speed = (c["speed"].get(arm) or {}).get("ratio")
+        row = [arm, *(f"{params[k]:,}" if k in params else "-" for k in ("input", "total"))]
+        row.append(f"{params['input_percent_of_stock']:.1f}%" if "input_percent_of_stock" in params else "-")
+        row.append(f"{speed['mean']:.2f}x" if speed else "-")
+        row += [mean(rms["first"]), mean(rms["last"])] if rms else ["-", "-"]
+        row.append(f"{rms['ratio']['mean']:.2f}x" if rms and rms["ratio"] else "-")
+        rows.append(row)
+    return Table(
+        "Parameters, speed, drift of the table's RMS",
+        ["arm", "input side", "total", "of stock", "tokens/s", "rms first", "last", "drift"],
+        rows,
+        note=f"of stock: input side against a learned table; tokens/s: against {c['baseline']}, "
+        "medians of the runs themselves (a benchmark pairs its sides more tightly).",
+    )
+
+
+def findings(c: dict) -> list[str]:
+    """The decomposition, the codec and the paper's figures as sentences."""
+    says = []
+    d = c["decomposition"]
+    if d:
+        parts = [f"{with_sign(d[k]['mean'])} ({span(d[k])})" for k in ("head", "codec", "total")]
+        says.append(
+            f"Where kronecker's gain over bpe_tied comes from: untying the head {parts[0]} nats, "
+            f"then the codec for the table {parts[1]}; together {parts[2]}."
+        )
+    if c["codec"]:
+        says.append("The codec: " + audit_line(c["codec"]).removeprefix("kronecker: ") + ".")
+    p = c["paper"]
+    says.append(
+        f"The paper ({p['scale']}; {p['pair']}): gain {p['gain_nats'][0]} ± {p['gain_nats'][1]} nats, "
+        f"{p['gain_percent'][0]} ± {p['gain_percent'][1]}% of the loss, {p['steps_ratio']}x fewer steps."
+    )
+    return says
+
+
+def all_notes(c: dict) -> list[str]:
+    """The comparison's notes, and every run that was left out with the reason."""
+    return c["notes"] + [f"Left out: {x['run']} ({x['state']})." for x in c["left_out"]]
+
+
+def as_text(c: dict) -> str:
+    """The whole comparison for a terminal, at most 110 columns."""
+    parts = [t.text() for t in tables(c)]
+    parts += [textwrap.fill(s, 108) for s in findings(c)]
+    parts.append("What this can say\n" + "\n".join(bullet(s) for s in c["claims"]))
+    if all_notes(c):
+        parts.append("Notes\n" + "\n".join(bullet(s) for s in all_notes(c)))
+    return "\n\n".join(parts)
+
+
+def as_markdown(c: dict, provenance: list[str]) -> str:
+    """The whole comparison as a page beside curves.svg."""
+
+    def listed(heading: str, items: list[str]) -> str:
+        return f"## {heading}\n\n" + "\n".join(f"- {escaped(s)}" for s in items)
+
+    parts = ["# The arms compared", *(t.markdown() for t in tables(c)), *map(escaped, findings(c))]
+    parts.append("![Validation loss, gain and training loss](curves.svg)")
+    parts.append(listed("What this can say", c["claims"]))
+    if all_notes(c):
+        parts.append(listed("Notes", all_notes(c)))
+    parts.append(listed("Provenance", provenance))
+    return "\n\n".join(parts) + "\n"
+
+
+def provenance(c: dict, command: str, date: str) -> list[str]:
+    """Which runs were compared, made by what, and how one knows that they match."""
+
+    def distinct(key):
+        return ", ".join(sorted({str(r[key]) for r in c["runs"] if r.get(key)})) or "not recorded"
+
+    first = c["runs"][0]
+    return [
+        f"Compared by `{command}` on {date}.",
+        f"{len(c['runs'])} runs, made at commit {distinct('commit')} with torch {distinct('torch')} "
+        f"on {distinct('device')}.",
+        f"Validation windows {short(first['val_sha256'])}, schedule {short(first['schedule_sha256'])}; "
+        "training data and order, and bodies at step 0, are equal across arms for every seed.",
+    ]
+
+
+def section(c: dict, curves: list[dict], provenance: list[str]) -> list[dict]:
+    """The comparison as blocks of the page (see report.write_section)."""
+    blocks = []
+    for i, t in enumerate(tables(c)):
+        blocks.append(t.block())
+        if i == 0:  # the claim stands beside the first table, where a reader would quote from
+            blocks.append({"claim": c["claims"]})
+        if i == 1:
+            blocks += [{"text": findings(c)}, *curves]
+    rows = [
+        [r["arm"], r["seed"], r["state"], short(r["data_sha256"]), short(r["body_sha256"]), r["run"]]
+        for r in c["runs"]
+    ]
+    runs = Table("", ["arm", "seed", "state", "data", "body at step 0", "run"], rows, left=6)
+    plain = [s.replace("`", "") for s in provenance]
+    hidden = [runs.block(), {"text": plain}]
+    return [*blocks, {"text": all_notes(c)}, {"details": "Runs and provenance", "blocks": hidden}]

@@ -1,0 +1,72 @@
+"""The command line of every script but train.py and sample.py: one parser, and one place for what a value may be."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes a module's docstring as it stands; says what is wrong in one sentence, without the usage."""
+
+    def __init__(self, doc: str):
+        name = Path(sys.argv[0]).name
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=name, description=doc, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help lists the arguments)\n")
+
+
+def whole(low: int, high: int = 2**31 - 1):
+    """An argparse type: whole numbers from low to high."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low:,} to {high:,}")
+        return value
+
+    return parse
+
+
+def number(low: float, high: float = math.inf, above: bool = False):
+    """An argparse type: finite numbers from low (or above it) to high."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
+            least = f"above {low:g}" if above else f"from {low:g}"
+            most = "" if high == math.inf else f" to {high:g}" if not above else f", at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {least}{most}")
+        return value
+
+    return parse
+
+
+def device(text: str) -> str:
+    """An argparse type: a device that is here."""
+    import torch
+
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: use cpu, cuda, cuda:N or mps") from None
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (chosen.index or 0) >= here.get(chosen.type, 0):
+        raise argparse.ArgumentTypeError(f"{text} is not here: use --device=cpu")
+    return text
+
+
+def names(text: str) -> list[str]:
+    """An argparse type: names with commas or spaces between them, at least one."""
+    found = text.replace(",", " ").split()
+    if not found:
+        raise argparse.ArgumentTypeError("it names nothing")
+    return found

@@ -1,0 +1,35 @@
+"""Where a figure comes from: command, commit, machine and date, which everything under results/ has to name."""
+
+import datetime
+import shlex
+import sys
+from pathlib import Path
+
+from engine.runs import commit, machine
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(script: str, argv=None) -> str:
+    """The command that runs `script` (a module's __file__) with argv, as one would give it again."""
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", *map(portable, map(str, [script, *words]))])
+
+
+def portable(word: str) -> str:
+    """A word of a command without the folders of this machine; relative paths stay as they are."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        return word
+    path = path.resolve()
+    return flag + equals + (str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name)
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def provenance(script: str, argv=None) -> dict:
+    """{"command", "commit", "machine", "date"} of this process."""
+    return {"command": command(script, argv), "commit": commit(), "machine": machine(), "date": today()}
