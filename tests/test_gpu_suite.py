@@ -12,7 +12,7 @@ import configurator
 from data.tokenizers import load_tokenizer
 from data.verify import verify
 from engine.contract import schedule_sha256
-from scripts import compare
+from scripts.analysis import runs as analysis_runs
 from scripts.bench import train as bench_train
 from scripts.gpu import checks as gpu_checks
 from scripts.gpu import gather as gpu_gather
@@ -213,7 +213,7 @@ def test_probe_figures_and_embedding_table_by_hand():
         "share_of_bandwidth_bound": {"kronecker": 0.25, "embedding": 0.5},
     }  # fmt: skip
     piece = {"piece": "embedding", "device": "x", "results": {"float32": {"rows": [bench]}}}
-    (row,) = gpu_gather.embedding_table([(None, piece)])["rows"]
+    (row,) = gpu_gather.embedding_table([(None, piece)]).rows
     assert row[4:9] == ["0.500", "1.000", "0.50x", "40x", "25%"]
 
 
@@ -239,9 +239,9 @@ def test_speed_table_by_hand():
         "mfu": mfu,
     }
     t = gpu_gather.speed_table([(None, piece)])
-    assert [row[6] for row in t["rows"]] == ["1.312x", "1.387x", "1.000x", "2.000x"]
-    assert t["rows"][1][7] == "1.055x"
-    assert "989 TFLOP/s" in t["note"]
+    assert [row[6] for row in t.rows] == ["1.312x", "1.387x", "1.000x", "2.000x"]
+    assert t.rows[1][7] == "1.055x"
+    assert "989 TFLOP/s" in t.note
 
 
 def test_a_side_that_fails_costs_its_figure_and_no_more(capsys):
@@ -279,5 +279,5 @@ def test_compare_reads_the_runs_as_it_reads_folders(work, results):
     """A run from a piece's JSON is the run that its folder holds."""
     runs = gpu_gather.runs_of(gpu_gather.read_pieces(results), None, [], "train")
     for run in runs:
-        folder = compare.load_folder(work / "runs" / "124m" / f"{run.arm}_s{run.seed}")
+        folder = analysis_runs.load_folder(work / "runs" / "124m" / f"{run.arm}_s{run.seed}")
         assert (run.train, run.val, run.state) == (folder.train, folder.val, folder.state)

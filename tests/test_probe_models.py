@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.errors import RunError
 from kronecker import kronecker_codec, token_bytes
 from scripts.probes import common as probe_common
 from scripts.probes import models as probe_models
@@ -82,7 +83,7 @@ def test_finds_and_reads_the_input_table_alone(kind, tmp_path, tokenizer_file):
     assert table.dtype == wanted.dtype and torch.equal(table, wanted)
     total = sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
     assert source.bytes_read < total  # not the whole model
-    tokens = probe_models.load_tokens(source, tmp_path)
+    tokens = probe_models.load_tokens(source)
     assert b" play" in tokens
 
 
@@ -95,10 +96,10 @@ def test_head_alone_stands_for_a_tied_table(tmp_path):
     info = probe_models.find_table(source)
     assert info["tensor"] == "lm_head.weight" and torch.equal(probe_models.load_table(source, info), head)
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
-    with pytest.raises(probe_common.ProbeError, match="--tensor"):
+    with pytest.raises(RunError, match="--tensor"):
         probe_models.find_table(source)
     assert probe_models.find_table(source, "lm_head.weight")["shape"] == [10, 4]
-    with pytest.raises(probe_common.ProbeError, match="has no tensor"):
+    with pytest.raises(RunError, match="has no tensor"):
         probe_models.find_table(source, "nope")
 
 
@@ -109,17 +110,17 @@ def test_position_tables_are_not_taken(tmp_path):
         {"transformer.wpe.weight": torch.zeros(3, 4), "position_embeddings.weight": torch.zeros(3, 4)},
         tmp_path / "model.safetensors",
     )
-    with pytest.raises(probe_common.ProbeError, match="no embedding table under a known name"):
+    with pytest.raises(RunError, match="no embedding table under a known name"):
         probe_models.find_table(probe_models.LocalFolder(tmp_path))
 
 
 def test_damaged_or_missing_files_say_so(tmp_path):
-    with pytest.raises(probe_common.ProbeError, match=r"no model\.safetensors"):
+    with pytest.raises(RunError, match=r"no model\.safetensors"):
         probe_models.find_table(probe_models.LocalFolder(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(probe_common.ProbeError, match="not a safetensors file"):
+    with pytest.raises(RunError, match="not a safetensors file"):
         probe_models.find_table(probe_models.LocalFolder(tmp_path))
-    with pytest.raises(probe_common.ProbeError, match="no folder"):
+    with pytest.raises(RunError, match="no folder"):
         probe_models.open_model("/nowhere/at all", "main", tmp_path)
 
 
@@ -199,10 +200,10 @@ def test_hub_without_ranges_or_model_says_so(hub, tmp_path, tokenizer_file):
     save_model("tied", hub.root, tokenizer_file)
     hub.ranges = False
     source = probe_models.open_model("someone/model", "main", tmp_path / "cache")
-    with pytest.raises(probe_common.ProbeError, match="ignores range requests"):
+    with pytest.raises(RunError, match="ignores range requests"):
         probe_models.find_table(source)
     (hub.root / "model.safetensors.index.json").unlink()
-    with pytest.raises(probe_common.ProbeError, match=r"no model\.safetensors"):
+    with pytest.raises(RunError, match=r"no model\.safetensors"):
         probe_models.find_table(source)
 
 

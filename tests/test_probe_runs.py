@@ -1,8 +1,10 @@
 """The probes on tiny runs: against values worked out another way, and against the published files' own figures."""
 
+import html
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -11,15 +13,12 @@ import torch
 import model as gpt
 from data.tokenizers import load_tokenizer
 from engine import checkpoint
+from engine.errors import RunError
 from engine.prompts import parse_prompt
 from kronecker import build_byte_buffer
 from sample import load_run
-from scripts.probes import common as probe_common
-from scripts.probes import generation as probe_generation
-from scripts.probes import layers as probe_layers
-from scripts.probes import norms as probe_norms
-from scripts.probes import spelling as probe_spelling
-from scripts.probes import tradeoff as probe_tradeoff
+from scripts.analysis.runs import Run
+from scripts.probes import common, generation, layers, norms, spelling, tradeoff
 
 ARMS = {"bpe_tied": ("stock", True), "bpe_untied": ("stock", False), "kronecker": ("kronecker", False)}
 SEEDS = (1337, 1338)
@@ -39,13 +38,11 @@ def train_tokenizer(path):
 
     words = [
         w
-        for f in json.loads((probe_common.DATA / "word_families.json").read_text())["families"]
+        for f in json.loads((common.DATA / "word_families.json").read_text())["families"]
         for w in f["exact_family"]
     ]
-    words += [
-        w for p in json.loads((probe_common.DATA / "tradeoff_pairs.json").read_text())["kin"] for w in p
-    ]
-    prompts = json.loads((probe_common.DATA / "spelling_pairs.json").read_text())["prompt_pairs"]
+    words += [w for p in json.loads((common.DATA / "tradeoff_pairs.json").read_text())["kin"] for w in p]
+    prompts = json.loads((common.DATA / "spelling_pairs.json").read_text())["prompt_pairs"]
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -126,8 +123,8 @@ def manual_forward(net, ids):
 @pytest.mark.parametrize("arm", ARMS)
 def test_spelling_record_against_a_forward_by_hand(runs_dir, arm):
     net, tokenizer, _ = load_run(runs_dir / f"{arm}_s1337")
-    pairs = json.loads((probe_common.DATA / "spelling_pairs.json").read_text())["prompt_pairs"][:12]
-    records = probe_spelling.measure(net, tokenizer, pairs, batch_size=3)
+    pairs = json.loads((common.DATA / "spelling_pairs.json").read_text())["prompt_pairs"][:12]
+    records = spelling.measure(net, tokenizer, pairs, batch_size=3)
     for p, r in zip(pairs, records, strict=True):
         a, ha = manual_forward(net, tokenizer.encode(p["clean"]))
         b, hb = manual_forward(net, tokenizer.encode(p["typo"]))
@@ -142,7 +139,7 @@ def test_spelling_record_against_a_forward_by_hand(runs_dir, arm):
 
 def test_spelling_of_equal_prompts_is_zero(runs_dir):
     net, tokenizer, _ = load_run(runs_dir / "kronecker_s1337")
-    (r,) = probe_spelling.measure(net, tokenizer, [{"category": "x", "clean": "The eye", "typo": "The eye"}])
+    (r,) = spelling.measure(net, tokenizer, [{"category": "x", "clean": "The eye", "typo": "The eye"}])
     assert r["kl_clean_to_typo"] == pytest.approx(0, abs=1e-6) and r["cosine_hidden"] == pytest.approx(
         1, abs=1e-5
     )
@@ -152,18 +149,18 @@ def test_spelling_of_equal_prompts_is_zero(runs_dir):
 def test_spelling_aggregates_as_published(shared_dir):
     content, path = published(shared_dir, "robustness_results.json")
     for arm in ("bpe", "kron"):
-        ours = probe_spelling.aggregate(arm, content[arm]["per_prompt"])
+        ours = spelling.aggregate(arm, content[arm]["per_prompt"])
         theirs = content[arm]["agg"]
         assert ours["overall"] == pytest.approx(theirs["overall"])
         assert set(ours["by_category"]) == set(theirs["by_category"])
         for c in theirs["by_category"]:
             assert ours["by_category"][c] == pytest.approx(theirs["by_category"][c])
     by_run = {(a, 1): content[a]["per_prompt"] for a in ("bpe", "kron")}
-    c = probe_spelling.compare_arms(by_run, "kron", "bpe", 0)
+    c = spelling.compare_arms(by_run, "kron", "bpe", 0)
     assert c["kl_percent"] == pytest.approx(-7.56, abs=0.01)  # the paper's 7.6%
     assert c["top1_difference"]["mean"] == pytest.approx(0.0818, abs=1e-4)  # its 8.2 points
     assert c["categories_won_or_tied"] == [10, 11]
-    pairs, agg = probe_spelling.read_pairs(path)
+    pairs, agg = spelling.read_pairs(path)
     assert len(pairs) == 110 and set(agg) == {"bpe", "kron"}
 
 
@@ -171,25 +168,19 @@ def test_synthetic_typos():
     rng = random.Random(0)
     for operation, lengths in {"swap": {0}, "drop": {-1}, "double": {1}, "substitute": {0}}.items():
         for _ in range(200):
-            typo = probe_spelling.make_typo("keyboard", operation, rng)
+            typo = spelling.make_typo("keyboard", operation, rng)
             assert typo[0] == "k" and len(typo) - 8 in lengths and typo != "keyboard"
-    assert set(probe_spelling.neighbours("g")) == set("fhtyvb") and set(
-        probe_spelling.neighbours("q")
-    ) == set("wa")
+    assert set(spelling.neighbours("g")) == set("fhtyvb") and set(spelling.neighbours("q")) == set("wa")
     text = "the weather in spring changes quickly when winds from western valleys bring heavy rain " * 20
     text += " ".join("".join(rng.choices("abcdefgh", k=6)) for _ in range(300))
-    pairs = probe_spelling.generate_pairs(text, 40, seed=3)
-    assert (
-        pairs
-        == probe_spelling.generate_pairs(text, 40, seed=3)
-        != probe_spelling.generate_pairs(text, 40, seed=4)
-    )
+    pairs = spelling.generate_pairs(text, 40, seed=3)
+    assert pairs == spelling.generate_pairs(text, 40, seed=3) != spelling.generate_pairs(text, 40, seed=4)
     for p in pairs:
         a, b = p["clean"].split(), p["typo"].split()
         assert len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 1 and a[:-5] == b[:-5]
-    assert {p["category"] for p in pairs} == set(probe_spelling.OPERATIONS)
-    with pytest.raises(probe_common.ProbeError, match="longer --text"):
-        probe_spelling.generate_pairs("too short", 5, seed=0)
+    assert {p["category"] for p in pairs} == set(spelling.OPERATIONS)
+    with pytest.raises(RunError, match="longer --text"):
+        spelling.generate_pairs("too short", 5, seed=0)
 
 
 # ---- generation
@@ -203,7 +194,7 @@ def test_greedy_continuation_is_the_argmax_of_each_step(runs_dir):
     for _ in range(6):
         wanted.append(int(manual_forward(net, wanted)[0].argmax()))
     other = tokenizer.encode("Rabbits like to eat")
-    got = probe_generation.complete(net, [(ids, {}), (other, {})], args, True)
+    got = generation.complete(net, [(ids, {}), (other, {})], args, True)
     assert got[0] == wanted[len(ids) :] and len(got[1]) == 6
 
 
@@ -224,32 +215,30 @@ def test_a_slot_with_a_tokens_own_bytes_is_that_token(runs_dir):
         parse_prompt(f"The {{{{{w}}}}} filter the", tokenizer, 1024) for w in ("zorblescope", "quin")
     )
     args = args_for(max_new_tokens=8)
-    same = probe_generation.complete(net, [(plain, {}), (ids, slots), novel, other], args, True)
+    same = generation.complete(net, [(plain, {}), (ids, slots), novel, other], args, True)
     assert same[0] == same[1]
-    a, b = (probe_generation.complete(net, [x], args, True)[0] for x in (novel, other))
+    a, b = (generation.complete(net, [x], args, True)[0] for x in (novel, other))
     assert [a, b] == same[2:]  # alone as in a batch
 
 
 def test_echo_and_gibberish_rules():
-    assert probe_generation.echoes(["zorblescope"], "of a Zorblescope!") == (True, True)
-    assert probe_generation.echoes(["zorblescope"], "the zorblesc is") == (False, True)
-    assert probe_generation.echoes(["zorblescope"], "the scope is") == (False, False)
-    assert probe_generation.changed_words("The telescpoe is used", "The telescope is used") == ["telescpoe"]
-    assert probe_generation.is_gibberish("a b a c a d a e a") and not probe_generation.is_gibberish(
-        "a b a c a d a"
-    )
-    assert probe_generation.longest_common("kitten", "mittens") == 5
+    assert generation.echoes(["zorblescope"], "of a Zorblescope!") == (True, True)
+    assert generation.echoes(["zorblescope"], "the zorblesc is") == (False, True)
+    assert generation.echoes(["zorblescope"], "the scope is") == (False, False)
+    assert generation.changed_words("The telescpoe is used", "The telescope is used") == ["telescpoe"]
+    assert generation.is_gibberish("a b a c a d a e a") and not generation.is_gibberish("a b a c a d a")
+    assert generation.longest_common("kitten", "mittens") == 5
 
 
 def test_gibberish_rule_gives_the_published_flags(shared_dir):
     content, path = published(shared_dir, "generation_probe_results.json")
     for r in content["results"]:
-        assert probe_generation.is_gibberish(r["completion"]) == r["gibberish_flag"]
-    prompts = probe_generation.read_prompts(path)
+        assert generation.is_gibberish(r["completion"]) == r["gibberish_flag"]
+    prompts = generation.read_prompts(path)
     assert len(prompts) == 44
     forced = [p for p in prompts if p["condition"] == "forced_oov"]
     assert forced[0]["text"] == "{{kubernetes}} is a system for" and forced[0]["targets"] == ["kubernetes"]
-    assert probe_generation.published_rates(path)["misspelled"]["kron"]["echo"] > 0
+    assert generation.published_rates(path)["misspelled"]["kron"]["echo"] > 0
 
 
 # ---- layers
@@ -261,27 +250,27 @@ def test_layer_scores_and_aggregates_as_published(shared_dir):
         probes = content[arm]["probes"]
         for f in probes.values():
             for p in f["per_probe"]:
-                for level in probe_layers.LEVELS:
-                    got = probe_layers.scores(
+                for level in layers.LEVELS:
+                    got = layers.scores(
                         p[level]["top10_strings"], p["probe"], f["family_root"], f["exact_family"]
                     )
                     assert got == pytest.approx({s: p[level][s] for s in "LMS"}), (p["probe"], level)
-        ours = probe_layers.aggregate(probes)
+        ours = layers.aggregate(probes)
         for level, values in content[arm]["overall_aggregate"].items():
             assert ours["overall_aggregate"][level] == pytest.approx(values, abs=2e-4), level
         for family, levels in content[arm]["per_family_aggregate"].items():
             assert set(levels) == set(ours["per_family_aggregate"][family])
             for level, values in levels.items():
                 assert ours["per_family_aggregate"][family][level] == pytest.approx(values, abs=2e-4)
-    families, arms = probe_layers.read_families(path)
+    families, arms = layers.read_families(path)
     assert len(families) == 6 and set(arms) == {"bpe", "kron"}
 
 
 def test_layer_neighbours_against_a_plain_search(runs_dir):
     net, tokenizer, _ = load_run(runs_dir / "kronecker_s1337")
-    families = json.loads((probe_common.DATA / "word_families.json").read_text())["families"]
-    run = {"path": "x", "arm": "kronecker", "seed": 1337}
-    result = probe_layers.measure(net, tokenizer, run, families, False, args_for(batch_size=100))
+    families = json.loads((common.DATA / "word_families.json").read_text())["families"]
+    run = Run("x", "kronecker", 1337, {}, {})
+    result = layers.measure(net, tokenizer, run, families, False, args_for(batch_size=100))
     assert result["sanity_checks"]["self_retrieval_pass"] and result["sanity_checks"]["probe_in_vocab_pass"]
     n = tokenizer.n_vocab
     t = net.transformer
@@ -304,8 +293,8 @@ def test_layer_neighbours_against_a_plain_search(runs_dir):
 
 def test_tradeoff_cosines(runs_dir):
     net, tokenizer, _ = load_run(runs_dir / "kronecker_s1337")
-    pairs = probe_tradeoff.read_pairs(probe_common.DATA / "tradeoff_pairs.json", 0)
-    result = probe_tradeoff.measure(net, tokenizer, pairs, "")
+    pairs = tradeoff.read_pairs(common.DATA / "tradeoff_pairs.json", 0)
+    result = tradeoff.measure(net, tokenizer, pairs, "")
     assert result["levels"] == ["embedding", "block 0", "block 1"]
     words = sorted({w for p in pairs.values() for pair in p for w in pair})
     table = net.wte_table().detach()
@@ -319,7 +308,7 @@ def test_tradeoff_cosines(runs_dir):
 
 
 def test_norms_drift():
-    d = probe_norms.drift([0, 500, 1000], [0.5, 1.0, 2.0])
+    d = norms.drift([0, 500, 1000], [0.5, 1.0, 2.0])
     assert (d["first"], d["last"], d["ratio"], d["highest"]) == (0.5, 2.0, 4.0, 2.0)
     assert d["late_slope_per_1000"] == pytest.approx(1.0)  # +1 over 500 steps, of 2: 100% per 1,000
 
@@ -329,7 +318,7 @@ def test_norms_drift():
 
 @pytest.mark.parametrize("name", ["spelling", "generation", "layers", "tradeoff", "norms"])
 def test_commands_write_json_figure_and_section(runs_dir, name, capsys):
-    module = globals()[f"probe_{name}"]
+    module = globals()[name]
     extra = {"generation": ["--samples", "2", "--max_new_tokens", "4"]}.get(name, [])
     module.main(["--runs", str(runs_dir), *extra])
     printed = capsys.readouterr().out
@@ -339,7 +328,10 @@ def test_commands_write_json_figure_and_section(runs_dir, name, capsys):
     assert result["provenance"]["command"].startswith("python ") and result["provenance"]["date"]
     assert (folder / "probes" / f"{name}.png").stat().st_size > 5000
     section = json.loads((folder / "sections" / f"{name}.json").read_text())
-    assert "<svg" in section["html"] and section["html"] in (folder / "report.html").read_text()
+    page = html.unescape((folder / "report.html").read_text())
+    assert section["title"] in page and all(
+        t["table"]["title"] in page for t in section["blocks"] if "table" in t
+    )
 
 
 def test_spelling_with_generated_typos(runs_dir, tmp_path, capsys):
@@ -347,27 +339,25 @@ def test_spelling_with_generated_typos(runs_dir, tmp_path, capsys):
     text.write_text(
         "the weather in spring changes quickly when winds from western valleys bring heavy rain\n" * 9
     )
-    probe_spelling.main(["--runs", str(runs_dir), "--generate", "24", "--text", str(text)])
+    spelling.main(["--runs", str(runs_dir), "--generate", "24", "--text", str(text)])
     assert "24 synthetic typos" in capsys.readouterr().out
     assert (runs_dir / "compare" / "probes" / "spelling_generated.json").exists()
 
 
 def test_records_have_the_published_keys(shared_dir, runs_dir):
     net, tokenizer, _ = load_run(runs_dir / "kronecker_s1337")
-    run = {"path": "x", "arm": "kronecker", "seed": 1337}
+    run = Run("x", "kronecker", 1337, {}, {})
     theirs, _ = published(shared_dir, "robustness_results.json")
-    (ours,) = probe_spelling.measure(
-        net, tokenizer, [{"category": "c", "clean": "The eye", "typo": "The eey"}]
-    )
+    (ours,) = spelling.measure(net, tokenizer, [{"category": "c", "clean": "The eye", "typo": "The eey"}])
     assert set(theirs["kron"]["per_prompt"][0]) == set(ours)
-    assert set(theirs["kron"]["agg"]["overall"]) == set(probe_spelling.summarise([ours]))
+    assert set(theirs["kron"]["agg"]["overall"]) == set(spelling.summarise([ours]))
     theirs, _ = published(shared_dir, "generation_probe_results.json")
-    prompts = probe_generation.read_prompts(probe_common.DATA / "generation_prompts.json")[:3]
-    ours = probe_generation.measure(net, tokenizer, run, prompts, args_for())[0]
+    prompts = generation.read_prompts(common.DATA / "generation_prompts.json")[:3]
+    ours = generation.measure(net, tokenizer, run, prompts, args_for())[0]
     assert set(theirs["results"][0]) <= set(ours)
     theirs, _ = published(shared_dir, "layered_probe_results.json")
-    families = json.loads((probe_common.DATA / "word_families.json").read_text())["families"]
-    ours = probe_layers.measure(net, tokenizer, run, families, False, args_for(batch_size=500))
+    families = json.loads((common.DATA / "word_families.json").read_text())["families"]
+    ours = layers.measure(net, tokenizer, run, families, False, args_for(batch_size=500))
     assert set(theirs["kron"]) <= set(ours)
     assert set(theirs["kron"]["sanity_checks"]) <= set(ours["sanity_checks"])
     probe = theirs["kron"]["probes"]["run"]["per_probe"][0]
@@ -381,30 +371,65 @@ def test_errors_are_one_sentence(tmp_path, runs_dir):
     empty = tmp_path / "empty"
     empty.mkdir()
     for main, argv in (
-        (probe_spelling.main, ["--runs", str(empty)]),
-        (probe_spelling.main, ["--runs", str(runs_dir), "--pairs", str(bad)]),
-        (probe_spelling.main, ["--runs", str(runs_dir), "--pairs", str(tmp_path / "none.json")]),
-        (probe_spelling.main, ["--runs", str(runs_dir), "--generate", "5"]),
-        (probe_layers.main, ["--runs", str(runs_dir), "--baseline", "none"]),
-        (probe_layers.main, ["--runs", str(runs_dir), "--families", str(bad)]),
-        (probe_tradeoff.main, ["--runs", str(runs_dir), "--prefix", "word " * 100]),
-        (probe_generation.main, ["--runs", str(runs_dir), "--samples", "0"]),
-        (probe_norms.main, ["--runs", str(empty)]),
+        (spelling.main, ["--runs", str(empty)]),
+        (spelling.main, ["--runs", str(runs_dir), "--pairs", str(bad)]),
+        (spelling.main, ["--runs", str(runs_dir), "--pairs", str(tmp_path / "none.json")]),
+        (spelling.main, ["--runs", str(runs_dir), "--generate", "5"]),
+        (layers.main, ["--runs", str(runs_dir), "--baseline", "none"]),
+        (layers.main, ["--runs", str(runs_dir), "--families", str(bad)]),
+        (tradeoff.main, ["--runs", str(runs_dir), "--prefix", "word " * 100]),
+        (norms.main, ["--runs", str(empty)]),
     ):
         with pytest.raises(SystemExit) as e:
             main(argv)
         assert str(e.value).startswith("error: ") and "\n" not in str(e.value), argv
 
 
-def test_unfinished_runs_do_not_pass_for_their_arm(runs_dir, tmp_path, capsys):
-    import shutil
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (generation.main, ["--samples=0"]),
+        (generation.main, ["--top_p=0"]),
+        (generation.main, ["--temperature=nan"]),
+        (generation.main, ["--max_new_tokens=-1"]),
+        (spelling.main, ["--generate=1000000"]),
+        (spelling.main, ["--batch_size=0"]),
+        (layers.main, ["--batch_size=many"]),
+        (norms.main, ["--device=cuda:99"]),
+        (tradeoff.main, ["--device=abacus"]),
+        (norms.main, ["--seed=-1"]),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(main, flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["--runs", "nowhere", *flags])
+    told = capsys.readouterr().err
+    assert (
+        e.value.code == 2
+        and told.startswith(f"error: argument {flags[0].split('=')[0]}")
+        and told.count("\n") == 1
+    )
 
+
+def test_a_model_of_nan_is_refused(runs_dir, tmp_path):
+    folder = tmp_path / "kronecker_s1337"
+    shutil.copytree(runs_dir / "kronecker_s1337", folder)
+    net, _, _ = load_run(folder)
+    state = net.state_dict()
+    next(iter(state.values()))[0, 0] = math.nan
+    shutil.rmtree(folder / "ckpt")
+    checkpoint.save(folder, 2, state, {}, {})
+    with pytest.raises(SystemExit, match=r"error: .*kronecker_s1337.* is not finite"):
+        tradeoff.main(["--runs", str(folder)])
+
+
+def test_unfinished_runs_do_not_pass_for_their_arm(runs_dir, tmp_path, capsys):
     root = tmp_path / "some"
     for name in ("kronecker_s1337", "kronecker_s1338", "bpe_tied_s1337"):
         shutil.copytree(runs_dir / name, root / name)
     rows = (root / "kronecker_s1338" / "metrics.jsonl").read_text().splitlines()
     (root / "kronecker_s1338" / "metrics.jsonl").write_text("\n".join(rows[:2]) + "\n")  # stops at 1 of 2
-    for module, name in ((probe_norms, "norms"), (probe_spelling, "spelling")):
+    for module, name in ((norms, "norms"), (spelling, "spelling")):
         module.main(["--runs", str(root)])
         assert "left out" in capsys.readouterr().err
         result = json.loads((root / "compare" / "probes" / f"{name}.json").read_text())
@@ -417,7 +442,7 @@ def test_unfinished_runs_do_not_pass_for_their_arm(runs_dir, tmp_path, capsys):
 def test_untrained_twin_is_step_zero(runs_dir):
     for arm in ARMS:
         net, tokenizer, config = load_run(runs_dir / f"{arm}_s1338")
-        twin = probe_spelling.untrained_twin(net, tokenizer, config, 1338)
+        twin = spelling.untrained_twin(net, tokenizer, config, 1338)
         body = dict(twin.body_parameters())
         for name, p in net.body_parameters():  # the fixture's body is step 0's, its matrices times 5
             factor = 5 if ".h." in name and p.dim() == 2 else 1

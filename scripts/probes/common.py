@@ -66,21 +66,12 @@ def finished_runs(args, needs_checkpoint: bool = True) -> list[Run]:
 
 def load(path, args):
     """(model, tokenizer, config) of a run's folder, in eval mode on the device asked for."""
-    loaded = load_run(Path(path), device=args.device, which=args.which)
-    model, tokenizer, config = require_finite(loaded, path)
+    model, tokenizer, config = load_run(Path(path), device=args.device, which=args.which)
     if torch.device(args.device).type == "cpu" and model.config.n_embd <= 256:
         # Matmuls this small gain nothing from a second thread, and beside other work on the machine threads
         # that wait for each other made a probe twenty times slower.
         torch.set_num_threads(1)
     return model, tokenizer, config
-
-
-def require_finite(loaded: tuple, path) -> tuple:
-    """What was loaded, unless its weights hold NaN or infinity: no figure of such a model means anything."""
-    bad = next((n for n, p in loaded[0].named_parameters() if not p.isfinite().all()), None)
-    if bad is not None:
-        raise RunError(f"{path}: {bad} is not finite; the run diverged, choose an earlier step with --which")
-    return loaded
 
 
 def each_model(runs: list[Run], args, what: str):

@@ -1,0 +1,142 @@
+"""scripts/analysis/runs.py: what makes a folder or a wandb run a Run, and which runs match."""
+
+import json
+
+import pytest
+from runs_on_disk import load, write_demo, write_run
+
+from data import DataError
+from engine.errors import RunError
+from scripts.analysis import numbers, runs
+
+
+@pytest.fixture
+def runs_dir(tmp_path):
+    return write_demo(tmp_path)
+
+
+@pytest.mark.parametrize("name", [*runs.MATCH_PER_SEED, *runs.MATCH_ALL, *runs.MATCH_IF_RECORDED])
+def test_refuses_runs_that_do_not_match(runs_dir, name):
+    path = runs_dir / "kronecker_s1338" / "run.json"
+    info = json.loads(path.read_text())
+    other = 2000 if name == "tokens_per_step" else "other"
+    path.write_text(json.dumps(info | {name: other}))
+    with pytest.raises(RunError) as e:
+        numbers.compare(load(runs_dir))
+    assert name in str(e.value) and "kronecker_s1338" in str(e.value) and "bpe_" in str(e.value)
+
+
+def test_seed_may_change_data_and_body_but_an_arm_may_not_lack_them(runs_dir):
+    numbers.compare(load(runs_dir))  # seeds have different data_sha256 and body_sha256 here: fine
+    path = runs_dir / "bpe_tied_s1337" / "run.json"
+    info = json.loads(path.read_text())
+    del info["body_sha256"]
+    path.write_text(json.dumps(info))
+    with pytest.raises(RunError, match="records no body_sha256"):
+        numbers.compare(load(runs_dir))
+
+
+def test_metrics_after_resume_and_after_a_kill(tmp_path):
+    folder = write_run(tmp_path, "bpe_tied", 1, 4.0)
+    path = folder / "metrics.jsonl"
+    # a resume logs step 100 again; the kill cut its last line short
+    path.write_text(path.read_text() + json.dumps({"iter": 100, "val/loss": 3.5}) + '\n{"iter": 1')
+    assert runs.load_folder(folder).val_at(100) == 3.5
+    path.write_text('{"iter": 0, broken\n' + path.read_text())
+    with pytest.raises(DataError, match="line 1 of"):
+        runs.load_folder(folder)
+
+
+def test_config_difference_within_an_arm_is_told(tmp_path):
+    write_run(tmp_path, "bpe_tied", 1, 4.0)
+    write_run(tmp_path, "bpe_tied", 2, 4.0, config={"dropout": 0.1})
+    assert any("dropout" in n for n in numbers.compare(load(tmp_path))["notes"])
+
+
+class FakeRun:
+    def __init__(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        self.config = config | {"run": json.loads((folder / "run.json").read_text())}
+        self.name = folder.name
+        self.rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    def scan_history(self):
+        for row in self.rows:  # wandb adds its own keys and fills what a row lacks with None
+            yield row | {"_step": row["iter"], "mfu": None}
+
+
+class FakeApi:
+    def __init__(self, folders):
+        self.folders = folders
+
+    def runs(self, path, filters=None):
+        assert path == "someone/project"
+        other = FakeRun(self.folders[0])
+        other.config = {"lr": 1}  # another's run in the same project
+        return [other, *(FakeRun(f) for f in self.folders)]
+
+
+def test_wandb_gives_the_same_comparison(runs_dir):
+    folders = runs.find_run_folders([runs_dir])
+    from_wandb = numbers.compare(runs.load_wandb("someone/project", api=FakeApi(folders)))
+    from_disk = numbers.compare(load(runs_dir))
+    for key in ("final", "pairs", "speed", "decomposition"):
+        assert from_wandb[key] == from_disk[key]
+
+
+def test_wandb_errors(runs_dir):
+    class Broken:
+        def runs(self, *a, **k):
+            raise RuntimeError("permission denied\nTraceback ...")
+
+    with pytest.raises(RunError, match=r"cannot read someone/project from wandb: permission denied$"):
+        runs.load_wandb("someone/project", api=Broken())
+    with pytest.raises(RunError, match="entity/project"):
+        runs.load_wandb("project", api=Broken())
+
+
+@pytest.mark.parametrize(
+    ("rows", "state"),
+    [
+        ([{"iter": 100, "val/loss": None}], "diverged: val/loss is not finite at iter 100"),
+        (
+            [{"iter": i, "train/loss": None} for i in (60, 70)],
+            "diverged: train/loss is not finite from iter 60 on",
+        ),
+        ([], "unfinished: iter 50 of 100"),
+    ],
+)
+def test_a_diverged_run_is_said_to_be_one(tmp_path, rows, state):
+    folder = write_run(tmp_path, "kronecker", 1, 3.8, upto=50)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    assert runs.load_folder(folder).state == state
+    with pytest.raises(RunError, match=f"kronecker_s1 .{state}"):
+        numbers.compare(load(tmp_path))
+
+
+def test_a_step_that_was_skipped_is_no_divergence(tmp_path):
+    folder = write_run(tmp_path, "kronecker", 1, 3.8)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"iter": 95, "train/loss": null}\n')
+    run = runs.load_folder(folder)
+    assert run.state == "finished" and 95 not in run.series("train/loss")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("run.json", '{"arm": "x"}', "it has no seed"),
+        ("run.json", '{"arm": ["x"], "seed": 1}', "arm is"),
+        ("run.json", "[]", "JSON object"),
+        ("config.json", '{"max_iters": "many"}', "max_iters is"),
+        ("config.json", "{", "damaged"),
+        ("metrics.jsonl", '{"iter": 0, "val/loss": "low"}\n{"iter": 1}\n', "line 1 of"),
+    ],
+)
+def test_records_of_another_shape_are_one_sentence(tmp_path, file, content, told):
+    folder = write_run(tmp_path, "kronecker", 1, 3.8)
+    (folder / file).write_text(content)
+    with pytest.raises(DataError, match=told) as e:
+        runs.load_folder(folder)
+    assert file in str(e.value) and "\n" not in str(e.value)
