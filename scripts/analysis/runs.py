@@ -71,7 +71,7 @@ class Run:
 
     def series(self, key: str = "val/loss") -> dict[int, float]:
         """{iter: value} of a metric, rising by iter."""
-        rows = self.train if any(key in r for r in self.train) else self.val
+        rows = sorted(self.train + self.val, key=lambda r: r["iter"])
         return {r["iter"]: r[key] for r in rows if is_number(r.get(key))}
 
     def val_at(self, it: int, key: str = "val/loss") -> float | None:

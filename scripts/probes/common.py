@@ -227,20 +227,21 @@ def finish(
     tables: list[Table],
     figure,
     caption: str,
-    intro: str,
+    intro: str | list[str],
     extra: list[dict] = (),
 ) -> None:
     """Write the probe's JSON, tables, figure and section of the page; print the tables and where everything lies.
 
     script, argv: what ran (see provenance); order: place of the section; extra: further blocks of it.
     """
+    intro = [intro] if isinstance(intro, str) else intro
     folder = out / "compare" / "probes"
     folder.mkdir(parents=True, exist_ok=True)
     made = provenance(script, argv) | {"settings": settings}
     write_json(folder / f"{name}.json", result | {"provenance": made})
-    write_text(folder / f"{name}.md", as_markdown(title, [intro], tables, made, name))
+    write_text(folder / f"{name}.md", as_markdown(title, intro, tables, made, name))
     figures.save(figure, folder / name)
-    blocks = [{"text": [intro]}, *(t.block() for t in tables)]
+    blocks = [{"text": intro}, *(t.block() for t in tables)]
     blocks += [{"figures": [f"probes/{name}.svg"], "caption": caption}, *extra]
     page = report.write_section(out, name, title, order, blocks)
     for t in tables:
