@@ -121,11 +121,7 @@ def main(config) -> None:
     if config.wte != "kronecker" and config.wte_entropy:
         raise RunError(f"wte_entropy means nothing with wte={config.wte!r}: it belongs to wte='kronecker'")
     flops_token = flops.flops_per_token(model_config)
-    say(
-        plan.describe(
-            config, model_config, params, flops_token, world, config.dtype != "float32", device.type
-        )
-    )
+    say(plan.describe(config, model_config, params, flops_token, world, config.dtype != "float32"))
     if config.dry_run:
         say("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
         return

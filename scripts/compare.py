@@ -3,10 +3,12 @@
     python scripts/compare.py out/demo                      every run below out/demo
     python scripts/compare.py out/a out/b --baseline bpe_untied
     python scripts/compare.py --wandb entity/project        the same from wandb's servers
+    python scripts/compare.py config/experiments/ladder.py  an experiment, from its records alone
 
 Prints the comparison and writes OUT/compare/: comparison.json, comparison.md, curves.png, curves.svg and
 report.html (one file, no outside resources). Runs that do not match are refused: a difference between arms
-means something only when data, order, body at step 0, schedule and validation windows are the same.
+means something only when data, order, body at step 0, schedule and validation windows are the same. An experiment's report
+goes beside its records: README.md, report.json and figures.
 
 Signs: a gain is the other arm's loss minus this arm's, paired by seed; positive means this arm is better.
 """
@@ -18,9 +20,9 @@ if not __package__:  # run by its path: the root takes the place of this folder,
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.files import write_json, write_text
-from engine.errors import sentences
-from scripts import provenance
-from scripts.analysis import figures, numbers, report, words
+from engine.errors import RunError, sentences
+from scripts import experiment, provenance
+from scripts.analysis import fair, fair_report, figures, numbers, report, words
 from scripts.analysis.runs import Run, default_out, find_run_folders, load_folder, load_wandb
 from scripts.arguments import Parser
 
@@ -37,9 +39,26 @@ def write_comparison(c: dict, runs: list[Run], out: Path, command: str) -> Path:
     return report.write_section(out, "comparison", "Comparison", 10, words.section(c, curves, made))
 
 
+def write_experiment(exp: experiment.Experiment, out: Path, made: dict) -> dict:
+    """README.md, report.json and figures in OUT, and its section of the page; the experiment's numbers."""
+    records = experiment.read_records(exp)
+    if not records:
+        raise RunError(
+            f"{exp.name} has no records in {exp.records}: run scripts/matched.py on its file first"
+        )
+    c = fair.numbers(exp, records)
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = fair_report.draw(c, out)
+    write_json(out / "report.json", c | {"provenance": made})
+    write_text(out / "README.md", fair_report.as_markdown(c, made, drawn))
+    return c
+
+
 def main(argv=None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("paths", nargs="*", help="run folders, or folders that hold runs")
+    parser.add_argument(
+        "paths", nargs="*", help="run folders, folders that hold runs, or one experiment's file"
+    )
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs of a wandb project instead")
     parser.add_argument("--wandb-group", metavar="GROUP", help="only the runs of this wandb group")
     parser.add_argument(
@@ -48,11 +67,20 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--allow-unfinished", action="store_true", help="compare at the last step that all have reached"
     )
-    parser.add_argument("--out", help="folder that gets compare/ (default: the first path)")
+    parser.add_argument(
+        "--out", help="folder that gets compare/ (default: the first path), or an experiment's report"
+    )
     args = parser.parse_args(argv)
     if bool(args.paths) == bool(args.wandb):
         parser.error("give run folders, or --wandb entity/project")
     with sentences():
+        if len(args.paths) == 1 and experiment.is_experiment(args.paths[0]):
+            exp = experiment.read(args.paths[0])
+            out = Path(args.out or (experiment.ROOT / exp.records).parent)
+            c = write_experiment(exp, out, provenance.provenance(__file__, argv))
+            report.say(fair_report.as_text(c))
+            report.say(f"\nreport  {out / 'README.md'}")
+            return
         if args.wandb:
             runs = load_wandb(args.wandb, args.wandb_group)
             out = Path(args.out or Path("out") / args.wandb.replace("/", "_"))

@@ -21,13 +21,14 @@ from pathlib import Path
 import configurator
 from data.files import write_text
 from data.records import Record, read_record, validated
+from engine.contract import RULES
 from engine.errors import RunError
 from engine.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 Keys = dict[str, int | float | bool | str]
-# of config.json, what says where a run was made and not what it is
-PLACE = {"out_dir", "data_dir", "device", "init_from", "wandb_project", "wandb_group", "wandb_run_name"}
+# Of config.json, what says where a run was made and not what it is.
+PLACE = {key for key, rule in RULES.items() if not rule.ranks} - {"dataset"} | {"init_from"}
 
 
 class Tuning(Record):
@@ -410,9 +411,12 @@ RESOLVED = {"vocab_size", "wte_init_rms", "global_batch_size", "dtype", "compile
 def check_record(exp: Experiment, run: Run, record: RunRecord) -> None:
     """RunError where a run was made with other keys than the experiment's file says."""
     wanted = configurator.load(command_keys(exp, run), quiet=True)
-    for key in configurator.KEYS:
-        free = key in PLACE or key.startswith(("wandb_", "log_", "ckpt_", "keep")) or key == "batch_size"
-        if free or (key in RESOLVED and key not in wanted.given):
+    for key, rule in RULES.items():
+        if (
+            key in PLACE
+            or not (rule.same or key in wanted.given)
+            or (key in RESOLVED and key not in wanted.given)
+        ):
             continue
         asked = getattr(wanted, key)
         there = record.config.get(key, asked)  # a key that is younger than the record

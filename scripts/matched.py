@@ -220,39 +220,60 @@ def cpu_jobs(args) -> int:
 # ---- the proof that they match
 
 
-def check(args, passed) -> None:
-    """Compare the identities that train.py reports for each run; exits with the fields that differ."""
-    todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
-    found = {}
-    for i, (arm, seed) in enumerate(todo):
-        print(f"\rchecking {i + 1} of {len(todo)}: {arm}, seed {seed}   ", end="", flush=True)
-        ask = subprocess.run(
-            command(args, passed, arm, seed, "--check_only=True"),
-            capture_output=True,
-            text=True,
-        )
+def identities(asked: list[tuple[str, str, int, list[str]]]) -> list[contract.Member]:
+    """What train.py says of runs before it starts them. asked: (name, arm, seed, command)."""
+    members = []
+    for i, (name, arm, seed, words) in enumerate(asked):
+        print(f"\rchecking {i + 1} of {len(asked)}: {name}   ", end="", flush=True)
+        ask = subprocess.run([*words, "--check_only=True"], capture_output=True, text=True)
         if ask.returncode:
             cause = (ask.stderr.strip().splitlines() or [f"exit status {ask.returncode}"])[-1]
-            sys.exit(f"\nerror: {arm}, seed {seed} does not start: {cause.removeprefix('error: ')}")
-        found[arm, seed] = json.loads(ask.stdout.strip().splitlines()[-1])
+            sys.exit(f"\nerror: {name} does not start: {cause.removeprefix('error: ')}")
+        run = json.loads(ask.stdout.strip().splitlines()[-1])
+        members.append(contract.Member(name, arm, seed, run["config"], run))
     print()
-    members = [
-        contract.Member(f"{arm}, seed {seed}", arm, seed, run["config"], run)
-        for (arm, seed), run in found.items()
-    ]
-    wrong = list(contract.differences(members))
-    first = members[0].run
-    for seed in args.seeds:
-        run = found[args.arms[0], seed]
+    return members
+
+
+def prove(members: list[contract.Member], swept=()) -> None:
+    """Print what the runs share; exits with the fields that differ."""
+    for seed, run in {m.seed: m.run for m in reversed(members)}.items():
         print(
             f"seed {seed}: body {run['body_sha256'][:16]}, first and last global batch {run['data_sha256'][:16]}"
         )
+    first = members[0].run
     print(f"schedule {first['schedule_sha256'][:16]}, validation windows {first['val_sha256'][:16]}")
+    wrong = list(contract.differences(members, swept))
     if wrong:
         sys.exit("error: these runs do not match: " + "; ".join(wrong))
+    but = f" but for {' and '.join(swept)}" if swept else ""
     print(
-        f"matched: {len(found)} runs share schedule and validation windows, and each seed's arms body and data"
+        f"matched: {len(members)} runs share schedule{but} and validation windows, and each seed's arms body and data"
     )
+
+
+def check(args, passed) -> None:
+    """Prove that the runs of a recipe will match."""
+    todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
+    prove(
+        identities(
+            [(f"{arm}, seed {seed}", arm, seed, command(args, passed, arm, seed)) for arm, seed in todo]
+        )
+    )
+
+
+def check_experiment(args) -> None:
+    """Prove for each rung and length that the final runs will match, in one setting of every arm."""
+    exp = args.experiment
+    plan = experiment.Plan(exp, experiment.losses_of(experiment.read_records(exp)))
+    places: dict[tuple, dict] = {}
+    for run in plan.runs:
+        if run.stage == "final" and selected(args, run):
+            places.setdefault((run.rung, run.length), {}).setdefault((run.arm, run.seed), run)
+    for (rung, length), runs in places.items():
+        print(f"rung {rung}, length {length}")
+        asked = [(run.name, run.arm, run.seed, experiment_job(args, run).command) for run in runs.values()]
+        prove(identities(asked), swept=("learning_rate", "min_lr"))
 
 
 # ---- experiments
@@ -378,8 +399,11 @@ def main(argv: list[str]) -> int:
     if args.experiment is not None:
         if args.dry_run:
             print(describe_experiment(args))
-            return 0
-        return run_experiment(args)
+        elif args.check:
+            check_experiment(args)
+        else:
+            return run_experiment(args)
+        return 0
     jobs = make_jobs(args, passed)
     if args.check:
         check(args, passed)

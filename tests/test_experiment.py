@@ -12,7 +12,7 @@ import configurator
 import train
 from data import DataError
 from engine.errors import RunError
-from scripts import experiment, matched, pool
+from scripts import compare, experiment, matched, pool
 
 ARMS = configurator.read_file(str(ROOT / "config/experiments/ladder.py"))["arms"]
 FILE = """
@@ -336,3 +336,36 @@ def test_the_ladder_stays_within_its_budget_of_parameters():
         assert counts["kronecker_permuted"]["input"] == codec
         for arm in ("bpe_lowrank", "bpe_hash"):
             assert codec * 0.75 <= counts[arm]["input"] <= codec
+
+
+def test_check_proves_that_final_runs_will_match(finished, capsys):
+    path, folder = finished
+    some = ["--arms=bpe_untied,kronecker", "--seeds=5", "--rungs=b"]
+    assert matched.main([str(path), f"--out={folder / 'checked'}", "--check", *some]) == 0
+    assert "matched: 2 runs share schedule but for learning_rate and min_lr" in capsys.readouterr().out
+    assert not (folder / "checked").exists()
+
+
+def test_compare_rebuilds_the_report_from_the_records_alone(finished, capsys):
+    path, folder = finished
+    compare.main([str(path), f"--out={folder / 'report'}"])
+    page = (folder / "report" / "README.md").read_text()
+    for cell in (
+        "Rung a, 384 tokens: one shared setting for all",
+        "Rung b, 384 tokens: each arm at its own best setting",
+    ):
+        assert cell in page
+    for arm in ARMS:
+        assert f"| {arm} |" in page
+    assert "which the fit has not seen" in page and "scripts/compare.py" in page
+    assert {p.name for p in (folder / "report").glob("*.svg")} == {
+        "learning_rates.svg",
+        "gap.svg",
+        "frequency.svg",
+    }
+    assert "The codec for the table (kronecker over bpe_untied)" in capsys.readouterr().out
+
+
+def test_compare_without_records_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="has no records in"):
+        compare.main([str(write_experiment(tmp_path))])

@@ -10,7 +10,6 @@ from typing_extensions import TypedDict
 from data import DataError
 from data.records import STRICT, Record, read_record, read_rows, validated
 from engine.errors import RunError
-from engine.tracker import first_line
 from scripts.analysis.report import arms_of
 
 # What has to be equal, over which runs, and what it means when it is not.
@@ -184,11 +183,16 @@ def wandb_api():
     except ImportError:
         raise RunError("reading from wandb needs the package wandb: pip install wandb") from None
     try:
-        if wandb.login(prompt=False, verify=False):  # Api() finds out whether the key is good
+        if wandb.login(prompt=False):
             return wandb.Api(timeout=30)
     except Exception as e:  # wandb raises its own errors, requests' and ValueError's
         raise RunError(f"wandb refused ({first_line(e)}); log in with `wandb login`") from None
     raise RunError("wandb is not logged in; run `wandb login` or set WANDB_API_KEY")
+
+
+def first_line(e: Exception) -> str:
+    """What an error of another package says, at most 200 characters of its first line."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 # ---------------------------------------------------------------------------------------------- matching

@@ -1,0 +1,220 @@
+"""scripts/analysis/fair.py and fair_report.py on records made up from known truths."""
+
+import json
+import math
+import random
+
+import pytest
+from conftest import ROOT
+
+import configurator
+from engine.errors import RunError
+from scripts import experiment
+from scripts.analysis import fair, fair_report
+
+BEST_LR, BEST_MULT = 6e-3, {"bpe": 16, "kro": 0.25}
+BODY = {"xs": 100_000, "s": 800_000, "m": 4_700_000}
+BASE = {
+    "bpe_tied": 0.3,
+    "bpe_untied": 0.0,
+    "kronecker": 0.05,
+    "kronecker_permuted": 0.25,
+    "kronecker_rank4": -0.1,
+}
+DAMAGE = 0.03  # what an e-fold of tokens costs the codec
+FIRST = math.log(4096 * 256)
+
+
+def true_gap(tokens: int, body: int) -> float:
+    """Gain of kronecker over bpe_untied at the best settings."""
+    return -0.05 - DAMAGE * (math.log(tokens) - FIRST - 1.5) + 0.01 * math.log(body / BODY["xs"])
+
+
+def loss_of(exp, run, rng, noise):
+    keys = experiment.own_keys(run.arm) | dict(run.setting)
+    tokens, body = 4096 * exp.lengths[run.length]["max_iters"], BODY[run.rung]
+    loss = 7 - 0.3 * (math.log(tokens) - FIRST) + BASE.get(run.arm, 0.1)
+    loss += 0.1 * math.log2(keys["learning_rate"] / BEST_LR) ** 2
+    loss += 0.02 * math.log2(keys["wte_lr_mult"] / BEST_MULT[run.arm[:3]]) ** 2
+    if run.arm == "kronecker":
+        loss += -0.05 - true_gap(tokens, body)
+    return loss + rng.gauss(0, noise)
+
+
+def made_up(noise=0.002, change=lambda run, record: record):
+    """(experiment, {name: record}) of the whole ladder, its losses from a known function."""
+    exp = experiment.read(str(ROOT / "config/experiments/ladder.py"))
+    rng, losses, records = random.Random(0), {}, {}
+    while new := [run for run in experiment.Plan(exp, losses).runs if run.name not in losses]:
+        for run in new:
+            losses[run.name] = loss_of(exp, run, rng, noise)
+            given = configurator.load(experiment.command_keys(exp, run), quiet=True)
+            row = {"iter": given.max_iters, "val/loss": losses[run.name], "val/bpb": losses[run.name] / 3}
+            for side in ("input", "target"):
+                row |= {f"val/by_{side}/{low}": losses[run.name] + 0.1 / low for low in (1, 64)}
+                row |= {f"val/n_{side}/{low}": 100 for low in (1, 64)}
+            about = {
+                "body_sha256": f"{run.rung} {run.seed}",
+                "data_sha256": f"{run.rung} {run.length} {run.seed}",
+                "val_sha256": f"{run.rung} {run.stage}",
+                "data_fingerprint": "one",
+                "tokens_per_step": 4096,
+                "schedule_sha256": "each its own",
+                "params": {
+                    "body": BODY[run.rung],
+                    "input": 1000 if run.arm in ("bpe_tied", "bpe_untied") else 100,
+                    "stock_table": 1000,
+                },
+            }
+            config = {key: getattr(given, key) for key in configurator.KEYS}
+            record = experiment.RunRecord(
+                experiment="ladder", name=run.name, state="finished", config=config, run=about, rows=[row]
+            )
+            records[run.name] = change(run, record)
+    return exp, records
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    exp, records = made_up()
+    return exp, records, fair.numbers(exp, records, resamples=300)
+
+
+def best_cell(c, rung, length):
+    return next(x for x in c["cells"] if (x["rung"], x["length"], x["which"]) == (rung, length, "best"))
+
+
+def test_gains_of_each_cell_are_the_true_ones(ladder):
+    _, _, c = ladder
+    assert c["complete"] and not c["missing"] and not c["edges"]
+    for cell in (x for x in c["cells"] if x["which"] == "best"):
+        truth = true_gap(cell["tokens"], cell["body"])
+        assert cell["gains"]["kronecker"]["mean"] == pytest.approx(truth, abs=0.006)
+        by_hand = [
+            cell["loss"]["bpe_untied"][s] - cell["loss"]["kronecker"][s] for s in cell["loss"]["kronecker"]
+        ]
+        assert cell["gains"]["kronecker"]["mean"] == pytest.approx(sum(by_hand) / len(by_hand))
+        assert cell["settings"]["bpe_untied"] == {"learning_rate": 6e-3, "wte_lr_mult": 16.0}
+    shared = next(x for x in c["cells"] if (x["rung"], x["length"], x["which"]) == ("xs", "1M", "shared"))
+    # one setting for all hides the table's optimum: there the codec looks better than it is
+    assert shared["gains"]["kronecker"]["mean"] > best_cell(c, "xs", "1M")["gains"]["kronecker"]["mean"] + 0.1
+    questions = {q["what"]: q for q in shared["questions"]}
+    assert questions["untying the head"]["mean"] == pytest.approx(0.3, abs=0.01)
+
+
+def test_the_fit_finds_slope_prediction_and_crossing(ladder):
+    _, _, c = ladder
+    fit, held = c["gap"]["fit"], c["gap"]["held_out"]
+    assert fit["cells"] == 5  # of six, one is held out
+    assert fit["ln_tokens"]["mean"] == pytest.approx(-DAMAGE, abs=0.003)
+    assert fit["ln_body"]["mean"] == pytest.approx(0.01, abs=0.002)
+    assert fit["ln_tokens"]["low"] < fit["ln_tokens"]["mean"] < fit["ln_tokens"]["high"]
+    truth = true_gap(4096 * 4096, BODY["xs"])
+    assert held["predicted"]["mean"] == pytest.approx(truth, abs=0.01)
+    assert held["measured"]["mean"] == pytest.approx(truth, abs=0.006)
+    crossings = {x["rung"]: x for x in c["gap"]["crossings"]}
+    assert set(crossings) == {"xs", "s"}  # rung m has one length
+    # gap = 0 where ln(tokens) = FIRST + 1.5 - 0.05 / DAMAGE + ln(body / 1e5) / 3: before the first length on xs
+    assert crossings["xs"]["tokens"] is None
+    at = math.exp(FIRST + 1.5 - 0.05 / DAMAGE + math.log(8) / 3)
+    assert crossings["s"]["tokens"] == pytest.approx(at, rel=0.15)
+    assert crossings["s"]["low"] < crossings["s"]["tokens"] < crossings["s"]["high"]
+
+
+def test_the_interval_of_the_slope_holds_the_truth_as_often_as_it_says(ladder):
+    exp, _, c = ladder
+    held, rng = 0, random.Random(1)
+    for _ in range(40):
+        cells = []
+        for cell in (x for x in c["cells"] if x["which"] == "best"):
+            truth = true_gap(cell["tokens"], cell["body"])
+            seeds = {s: truth + rng.gauss(0, 0.01) for s in cell["gains"]["kronecker"]["by_seed"]}
+            gain = {"mean": sum(seeds.values()) / len(seeds), "low": 0, "high": 0, "by_seed": seeds}
+            cells.append(cell | {"gains": {"kronecker": gain}})
+        slope = fair.gap(exp, cells, resamples=100)["fit"]["ln_tokens"]
+        held += slope["low"] < -DAMAGE < slope["high"]
+    assert 33 <= held <= 40  # 95% of 40 is 38
+
+
+def test_the_rule_calls_a_difference_one(ladder):
+    exp, _, _ = ladder
+    a, b = {"1": 6.0, "2": 6.1, "3": 6.2}, {"1": 6.01, "2": 6.112, "3": 6.208}
+    assert fair.gain(exp, {"a": a, "b": b}, "a", "b")["called"]
+    tiny = {s: x + 0.003 for s, x in a.items()}
+    sure_but_small = fair.gain(exp, {"a": a, "b": tiny}, "a", "b")
+    assert sure_but_small["low"] > 0 and not sure_but_small["called"]
+    noisy = {"1": 6.2, "2": 6.0, "3": 6.25}
+    assert not fair.gain(exp, {"a": a, "b": noisy}, "a", "b")["called"]
+    assert not fair.gain(exp, {"a": {"1": 5.0}, "b": {"1": 6.0}}, "a", "b")[
+        "called"
+    ]  # one seed shows nothing
+    assert fair.gain(exp, {"a": {"1": 5.0}, "b": {"2": 6.0}}, "a", "b") is None
+
+
+def test_the_prize_goes_only_to_arms_within_the_budget(ladder):
+    _, _, c = ladder
+    at = {p["rung"]: p for p in c["prize"]}
+    assert at["xs"]["length"] == "16M" and at["s"]["length"] == "4M"
+    assert at["xs"]["winners"] == ["kronecker_rank4"] and "bpe_tied" not in at["xs"]["arms"]
+
+
+def test_frequency_is_paired_by_seed(ladder):
+    _, _, c = ladder
+    cell = best_cell(c, "xs", "1M")
+    for bucket in cell["frequency"]["target"]["kronecker"]:
+        assert bucket["mean"] == pytest.approx(cell["gains"]["kronecker"]["mean"])
+    assert [b["count"] for b in cell["frequency"]["input"]["kronecker"]] == [1, 64]
+
+
+def test_the_report_says_it_with_intervals(ladder, tmp_path):
+    _, _, c = ladder
+    json.dumps(c, allow_nan=False)
+    text = fair_report.as_text(c)
+    gain = best_cell(c, "xs", "1M")["gains"]["kronecker"]
+    assert f"({gain['low']:+.4f} to {gain['high']:+.4f}, 5 seeds" in " ".join(text.split())
+    assert "the tuned bpe_untied is beaten by kronecker_rank4" in " ".join(text.split())
+    assert "does not cross zero between 1.05M and 16.8M tokens" in " ".join(text.split())
+    figures = fair_report.draw(c, tmp_path)
+    assert [name for name, _ in figures] == ["learning_rates", "gap", "frequency"]
+    assert all((tmp_path / f"{name}.svg").is_file() for name, _ in figures)
+    made = {"command": "python scripts/compare.py x", "commit": "abc", "machine": "m", "date": "2026-01-01"}
+    page = fair_report.as_markdown(c, made, figures)
+    assert "](gap.svg)" in page and "at commit abc" in page
+
+
+def test_runs_that_do_not_match_are_refused():
+    for key in ("body_sha256", "data_fingerprint"):
+
+        def change(run, record, key=key):
+            if run.stage == "final" and run.arm == "bpe_hash" and run.seed == 12:
+                record.run[key] = "another"
+            return record
+
+        exp, records = made_up(change=change)
+        with pytest.raises(RunError, match=f"runs do not match: {key}"):
+            fair.numbers(exp, records, resamples=10)
+
+
+def test_a_run_made_with_other_keys_is_refused():
+    def change(run, record):
+        return (
+            record.model_copy(update={"config": record.config | {"beta2": 0.5}}) if run.seed == 13 else record
+        )
+
+    exp, records = made_up(change=change)
+    with pytest.raises(RunError, match=r"was made with beta2=0.5, but ladder asks for 0.95"):
+        fair.numbers(exp, records, resamples=10)
+
+
+def test_a_ladder_that_has_only_begun_says_so(ladder):
+    exp, records, _ = ladder
+    first = {name: r for name, r in records.items() if name.startswith("tune/") and "mult" not in name}
+    c = fair.numbers(exp, first, resamples=10)
+    assert not c["complete"] and not c["cells"] and c["gap"]["fit"] is None
+    text = " ".join(fair_report.as_text(c).split())
+    assert "The tuning has not ended" in text and "90 of 90" not in text
+    assert "Missing: 45 of 45 final runs of rung xs at 1M tokens" in text
+    partly = {name: r for name, r in records.items() if not name.startswith("final/xs_16M")}
+    c = fair.numbers(exp, partly, resamples=10)
+    assert [(m["rung"], m["length"], m["missing"]) for m in c["missing"]] == [("xs", "16M", 27)]
+    assert c["gap"]["held_out"] is None and c["gap"]["fit"]["cells"] == 5
