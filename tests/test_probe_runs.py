@@ -3,7 +3,6 @@
 import html
 import json
 import math
-import random
 import shutil
 
 import numpy as np
@@ -13,12 +12,11 @@ import torch
 import model as gpt
 from data.tokenizers import load_tokenizer
 from engine import checkpoint
-from engine.errors import RunError
 from engine.prompts import parse_prompt
 from kronecker import build_byte_buffer
 from sample import load_run
 from scripts.analysis.runs import Run
-from scripts.probes import common, generation, layers, norms, spelling, tradeoff
+from scripts.probes import common, generation, layers, norms, spelling, tradeoff, typos
 
 ARMS = {"bpe_tied": ("stock", True), "bpe_untied": ("stock", False), "kronecker": ("kronecker", False)}
 SEEDS = (1337, 1338)
@@ -88,7 +86,9 @@ def runs_dir(tmp_path_factory):
                     if ".h." in name and p.dim() == 2:
                         p.mul_(5)
             (folder / "config.json").write_text(json.dumps(config))
-            (folder / "run.json").write_text(json.dumps({"arm": arm, "seed": seed}))
+            matched = dict.fromkeys(("body_sha256", "data_sha256", "val_sha256", "schedule_sha256"), "")
+            record = {"arm": arm, "seed": seed, "tokens_per_step": 1} | matched
+            (folder / "run.json").write_text(json.dumps(record))
             (folder / "data_meta.json").write_text(json.dumps({"tokenizer": spec}))
             metrics = [
                 {"iter": i, "val/loss": 7.0, "wte/rms": 0.02 * (1 + i), "wte/weight_norm": 1.0}
@@ -160,27 +160,8 @@ def test_spelling_aggregates_as_published(shared_dir):
     assert c["kl_percent"] == pytest.approx(-7.56, abs=0.01)  # the paper's 7.6%
     assert c["top1_difference"]["mean"] == pytest.approx(0.0818, abs=1e-4)  # its 8.2 points
     assert c["categories_won_or_tied"] == [10, 11]
-    pairs, agg = spelling.read_pairs(path)
+    pairs, agg = typos.read_pairs(path)
     assert len(pairs) == 110 and set(agg) == {"bpe", "kron"}
-
-
-def test_synthetic_typos():
-    rng = random.Random(0)
-    for operation, lengths in {"swap": {0}, "drop": {-1}, "double": {1}, "substitute": {0}}.items():
-        for _ in range(200):
-            typo = spelling.make_typo("keyboard", operation, rng)
-            assert typo[0] == "k" and len(typo) - 8 in lengths and typo != "keyboard"
-    assert set(spelling.neighbours("g")) == set("fhtyvb") and set(spelling.neighbours("q")) == set("wa")
-    text = "the weather in spring changes quickly when winds from western valleys bring heavy rain " * 20
-    text += " ".join("".join(rng.choices("abcdefgh", k=6)) for _ in range(300))
-    pairs = spelling.generate_pairs(text, 40, seed=3)
-    assert pairs == spelling.generate_pairs(text, 40, seed=3) != spelling.generate_pairs(text, 40, seed=4)
-    for p in pairs:
-        a, b = p["clean"].split(), p["typo"].split()
-        assert len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 1 and a[:-5] == b[:-5]
-    assert {p["category"] for p in pairs} == set(spelling.OPERATIONS)
-    with pytest.raises(RunError, match="longer --text"):
-        spelling.generate_pairs("too short", 5, seed=0)
 
 
 # ---- generation
@@ -332,16 +313,6 @@ def test_commands_write_json_figure_and_section(runs_dir, name, capsys):
     assert section["title"] in page and all(
         t["table"]["title"] in page for t in section["blocks"] if "table" in t
     )
-
-
-def test_spelling_with_generated_typos(runs_dir, tmp_path, capsys):
-    text = tmp_path / "held_out.txt"
-    text.write_text(
-        "the weather in spring changes quickly when winds from western valleys bring heavy rain\n" * 9
-    )
-    spelling.main(["--runs", str(runs_dir), "--generate", "24", "--text", str(text)])
-    assert "24 synthetic typos" in capsys.readouterr().out
-    assert (runs_dir / "compare" / "probes" / "spelling_generated.json").exists()
 
 
 def test_records_have_the_published_keys(shared_dir, runs_dir):

@@ -73,7 +73,7 @@ def dot_figure(names: list[str], panels: list[tuple[str, dict]]):
     """A row a name, a panel each (title, {arm: [[values of the runs] a row]}): large points are their means."""
     arms = list(panels[0][1])
     with plt.rc_context(STYLE):
-        size = (10.0, (0.24 + 0.1 * len(arms)) * len(names) + 1.5)
+        size = (10.0, (0.2 + 0.07 * len(arms)) * len(names) + 1.5)
         figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True)
         for ax, (title, by_arm) in zip(axes, panels, strict=True):
             for k, (arm, rows) in enumerate(by_arm.items()):
@@ -86,6 +86,7 @@ def dot_figure(names: list[str], panels: list[tuple[str, dict]]):
                 )
             ax.set_title(title)
             ax.grid(axis="y", visible=False)
+            ax.locator_params(axis="x", nbins=5)
         axes[0].set_yticks(range(len(names)), names)
         axes[0].invert_yaxis()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))

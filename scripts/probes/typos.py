@@ -1,0 +1,214 @@
+"""Clean and misspelled prompts: from a file, or drawn from running text with real misspellings and slips of the keyboard."""
+
+import importlib.util
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+from data.records import Record, read_record, validated
+from data.shards import find_shards, open_shard
+from data.sources import check_files, local_blocks, read_payload
+from engine.errors import RunError
+from scripts.probes import common
+
+ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+EDITS = ("insert", "delete", "substitute", "transpose")
+WORD = re.compile(r"[a-z]{4,14}")
+FREQUENCIES = {"256 and more": 256, "64 to 255": 64, "16 to 63": 16, "4 to 15": 4, "1 to 3": 1}
+AFTER = 8  # words of the continuation
+
+
+# ---------------------------------------------------------------------------------------------- lists
+
+
+def installed_file(package: str, path: str, pip_name: str) -> list[str]:
+    """Lines of a data file of an installed package, none of whose code is run."""
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise RunError(
+            f"the list of misspellings comes with the package {pip_name}, which is not installed: "
+            "pip install --no-deps -r requirements-eval.txt"
+        )
+    return (Path(found.origin).parent / path).read_text(encoding="utf-8").split("\n")
+
+
+def codespell() -> dict[str, list[str]]:
+    """{word: misspellings} where codespell's dictionary of real mistakes knows one right word alone."""
+    entries = (
+        line.partition("->") for line in installed_file("codespell_lib", "data/dictionary.txt", "codespell")
+    )
+    return gather((word, wrong) for wrong, _, word in entries if "," not in word)
+
+
+def nlpaug() -> dict[str, list[str]]:
+    """{word: misspellings} of nlpaug's list, which was collected from people's writing."""
+    lines = [line.split() for line in installed_file("nlpaug", "res/word/spelling/spelling_en.txt", "nlpaug")]
+    return gather((line[0], wrong) for line in lines if line for wrong in line[1:])
+
+
+def gather(pairs) -> dict[str, list[str]]:
+    """Both in small letters; what is itself a word of the list is a mistake of another kind, and left out."""
+    pairs = list(dict.fromkeys((word.strip(), wrong.strip()) for word, wrong in pairs))
+    words = {word.lower() for word, _ in pairs}
+    found: dict[str, list[str]] = {}
+    for word, wrong in pairs:
+        if WORD.fullmatch(word) and re.fullmatch("[a-z]+", wrong) and wrong not in words:
+            found.setdefault(word, []).append(wrong)
+    return found
+
+
+LISTS = {"codespell": codespell, "nlpaug": nlpaug}
+SOURCES = (*LISTS, "keyboard")
+
+
+def slip(word: str, edit: str, rng: random.Random) -> str:
+    """One slip of the fingers inside a word; it may give the word itself (two equal letters transposed)."""
+    k = rng.randrange(1, len(word) - 1)  # the first letter is seldom the one that goes wrong
+    if edit == "transpose":
+        return word[:k] + word[k + 1] + word[k] + word[k + 2 :]
+    if edit == "delete":
+        return word[:k] + word[k + 1 :]
+    other = rng.choice(neighbours(word[k]) + word[k]) if edit == "insert" else rng.choice(neighbours(word[k]))
+    return word[:k] + other + word[k + (edit == "substitute") :]
+
+
+def neighbours(letter: str) -> str:
+    """Keys beside a letter: left and right in its row, and the two nearest in the rows above and below."""
+    r = next(r for r, row in enumerate(ROWS) if letter in row)
+    c, near = ROWS[r].index(letter), ""
+    for other, first, last in ((r - 1, c, c + 1), (r, c - 1, c + 1), (r + 1, c - 1, c)):
+        if 0 <= other < len(ROWS):
+            near += ROWS[other][max(0, first) : last + 1].replace(letter, "")
+    return near
+
+
+def edit_of(word: str, wrong: str) -> str:
+    """insert, delete, substitute or transpose, of one letter; else several."""
+    if len(wrong) == len(word) + 1 and any(wrong[:k] + wrong[k + 1 :] == word for k in range(len(wrong))):
+        return "insert"
+    if len(wrong) == len(word) - 1 and any(word[:k] + word[k + 1 :] == wrong for k in range(len(word))):
+        return "delete"
+    if len(wrong) == len(word):
+        at = [k for k in range(len(word)) if word[k] != wrong[k]]
+        if len(at) == 1:
+            return "substitute"
+        if len(at) == 2 and at[1] == at[0] + 1 and word[at[0]] + word[at[1]] == wrong[at[1]] + wrong[at[0]]:
+            return "transpose"
+    return "several"
+
+
+# ---------------------------------------------------------------------------------------------- pairs
+
+
+class TypoPair(Record):
+    category: str
+    clean: str
+    typo: str
+
+
+class TypoPairs(Record):
+    prompt_pairs: list[TypoPair]
+
+
+class Aggregate(Record):
+    overall: dict[str, float]
+    by_category: dict[str, dict[str, float]]
+
+
+class PublishedRecord(Record):
+    category: str
+    top1_matches: bool
+    kl_clean_to_typo: float
+
+
+class PublishedArm(Record):
+    agg: Aggregate
+    per_prompt: list[PublishedRecord]
+
+
+def read_pairs(path: Path) -> tuple[list[dict], dict]:
+    """(pairs, published figures or {}): our own file, or the paper's results, which hold both."""
+    content = read_record(path, TypoPairs, "typo pairs").model_dump()
+    published = {
+        arm: x for arm, x in content.items() if isinstance(x, dict) and "agg" in x and "per_prompt" in x
+    }
+    for arm, x in published.items():
+        validated(x, PublishedArm, f"{path}, {arm}", "published results")
+    return content["prompt_pairs"], published
+
+
+def draw_pairs(text: str, n: int, seed: int, sources=SOURCES) -> list[dict]:
+    """n clean and misspelled prompts from running text, in equal parts from each source.
+
+    A prompt is 8 to 16 words of the text, of which one of the last five is misspelled; its continuation are the
+    next 8. Words are drawn in equal parts from each class of frequency (counted in the text) as far as there are
+    any, so that common words do not make up the sample; a place in the text serves once. Raises ProbeError where
+    the text gives too few.
+    """
+    if unknown := set(sources) - set(SOURCES):
+        raise RunError(
+            f"there is no source {', '.join(unknown)} of misspellings: choose from {', '.join(SOURCES)}"
+        )
+    words = text.split()
+    counts = Counter(w.lower() for w in words)
+    rng = random.Random(seed)
+    used: set[int] = set()
+    pairs = []
+    for number, source in enumerate(sources):
+        known = LISTS[source]() if source in LISTS else None
+        classes: dict[str, list[int]] = {name: [] for name in FREQUENCIES}
+        for i in range(16, len(words) - AFTER - 5):
+            if WORD.fullmatch(words[i]) and (known is None or words[i] in known):
+                classes[frequency(counts[words[i]])].append(i)
+        for places in classes.values():
+            rng.shuffle(places)
+        wanted = n * (number + 1) // len(sources)
+        while len(pairs) < wanted and any(classes.values()):
+            for places in classes.values():
+                if places and len(pairs) < wanted and (i := places.pop()) not in used:
+                    edit = EDITS[len(pairs) % len(EDITS)]
+                    wrong = rng.choice(known[words[i]]) if known else slip(words[i], edit, rng)
+                    start, end = i - rng.randrange(7, 12), i + rng.randrange(1, 6)
+                    window = words[start : end + AFTER]
+                    if wrong in counts or wrong == words[i] or any("<|endoftext|>" in w for w in window):
+                        continue
+                    used.add(i)
+                    pairs.append(
+                        {
+                            "category": source,
+                            "clean": " ".join(words[start:end]),
+                            "typo": " ".join([*words[start:i], wrong, *words[i + 1 : end]]),
+                            "continuation": " " + " ".join(words[end : end + AFTER]),
+                            "edit": edit_of(words[i], wrong),
+                            "frequency": frequency(counts[words[i]]),
+                        }
+                    )
+        if len(pairs) < wanted:
+            raise RunError(f"the text gave only {len(pairs)} pairs of {n}; give a longer --text")
+    return pairs
+
+
+def frequency(count: int) -> str:
+    """The class of a word that the text has so often."""
+    return next(name for name, least in FREQUENCIES.items() if count >= least)
+
+
+def held_out_text(args, run) -> str:
+    """--text, as far as 20 MB of it, else the validation tokens that the run was evaluated on, decoded."""
+    if args.text:
+        files, texts, size = [Path(args.text)], [], 0
+        check_files(files)
+        for block in local_blocks(files, "text"):
+            texts += read_payload(block.payload, "text")[0]
+            size += sum(map(len, texts[-1:]))
+            if size > 20_000_000:
+                break
+        return "\n".join(texts)
+    _, tokenizer, config = common.load(run.name, args)
+    root = Path(__file__).resolve().parents[2]
+    folder = Path(config.get("data_dir") or root / "data" / str(config.get("dataset")))
+    shards = find_shards(folder, "val") if folder.is_dir() else []
+    if not shards:
+        raise RunError(f"no validation shard in {folder}; give held-out text with --text FILE")
+    return tokenizer.decode(open_shard(shards[0]).tokens[:2_000_000].tolist())
