@@ -80,11 +80,13 @@ def load_run(out_dir, device="cpu", which: str = "latest"):
         raise RunError(f"{out_dir} was trained on ids without a tokenizer: there is no text to go from or to")
     tokenizer = load_tokenizer(spec, base_dir=out_dir)
     recorded = configurator.recorded(config, out_dir / "config.json")
-    shape = GPTConfig(**{f.name: getattr(recorded, f.name) for f in fields(GPTConfig)})
+    shape = {f.name: getattr(recorded, f.name) for f in fields(GPTConfig)}
     byte_buffers = None
-    if shape.wte == "kronecker":
-        byte_buffers = kronecker.build_byte_buffer(tokenizer.backend, shape.pos_dim, recorded.byte_extraction)
-    model = GPT(shape, byte_buffers)
+    if recorded.wte == "kronecker":
+        byte_buffers = kronecker.build_byte_buffer(
+            tokenizer.backend, recorded.pos_dim, recorded.byte_extraction
+        )
+    model = make_model(shape, out_dir, byte_buffers)
     weights, _, _ = checkpoint.load(folder, with_optimizer=False)
     pretrained.load(model, weights, folder)
     return model.to(device).eval(), tokenizer, config
@@ -94,9 +96,16 @@ def load_pretrained(source: str, tokenizer: str = "", device="cpu"):
     """(model in eval mode, tokenizer, {}) of GPT-2 or nanoGPT weights; tokenizer: as the key says."""
     weights, shape = pretrained.read(source)
     found = pretrained.tokenizer(source, tokenizer, shape["vocab_size"])
-    model = GPT(GPTConfig(**shape))
+    model = make_model(shape, source)
     pretrained.load(model, weights, source)
     return model.to(device).eval(), found, {}
+
+
+def make_model(shape: dict, source, byte_buffers=None) -> GPT:
+    try:
+        return GPT(GPTConfig(**shape), byte_buffers)
+    except ValueError as e:
+        raise RunError(f"{source} has a shape that cannot be: {e}") from None
 
 
 def continuations(model, prompts: list, config: SampleConfig, generator, end: int | None):

@@ -94,8 +94,10 @@ def read(source: str, given: dict | None = None, with_weights: bool = True) -> t
         weights, shape = read_transformers(download(source))
     else:
         weights, shape = None, shape_of(GPT2Config(model_type="gpt2", **HUB[source]))
-    for name in shape.keys() & given.keys():
-        if given[name] == shape[name] or (name == "vocab_size" and given[name] == 0):  # 0: whatever fits
+    for name in shape:
+        if (
+            name not in given or given[name] == shape[name] or (name == "vocab_size" and given[name] == 0)
+        ):  # 0: whatever fits
             continue
         if name != "block_size" or given[name] > shape[name]:
             raise RunError(
@@ -147,9 +149,8 @@ def tokenizer_beside(path: Path) -> Path | None:
     """The folder of a checkpoint, or that of the data which a nanoGPT one names, if a tokenizer lies there."""
     places = [path] if path.is_dir() else [path.parent] if path.is_file() else []
     if path.is_file():
-        config = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)).get(
-            "config"
-        )
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        config = saved.get("config")
         if isinstance(config, dict) and isinstance(config.get("dataset"), str):
             places.append(Path(data.__file__).parent / plain_name(config["dataset"]))
     known = ("meta.json", "meta.pkl", "tokenizer.json")
@@ -161,7 +162,7 @@ def read_nanogpt(path: Path) -> tuple[dict, dict]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         # compiled and wrapped models left these prefixes; attn.bias is the mask of nanoGPT before SDPA
         weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in saved["model"].items()}
-        weights = {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}
+        weights = {k: v.float() for k, v in weights.items() if not k.endswith(".attn.bias")}
         wte, wpe = weights["transformer.wte.weight"], weights["transformer.wpe.weight"]
         head = weights.get("lm_head.weight", wte)
         tied = head.shape == wte.shape and torch.equal(head, wte)

@@ -256,6 +256,11 @@ def test_a_safetensors_header_of_another_shape(header, tmp_path):
     "saved",
     [
         {"model": {}, "model_args": {"n_layer": 2, "n_head": 2}},
+        {
+            "model": dict.fromkeys(("transformer.wte.weight", "transformer.wpe.weight"), torch.ones(2, 2))
+            | {"x": 1},
+            "model_args": {"n_layer": 2, "n_head": 2},
+        },
         {"model": {"transformer.wte.weight": 1}, "model_args": {}},
         {"model": [], "model_args": []},
         [],
@@ -276,7 +281,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save({"model": Evil(), "model_args": {}}, tmp_path / "ckpt.pt")
     with pytest.raises(RunError, match="is no nanoGPT checkpoint"):
         pretrained.read(str(tmp_path / "ckpt.pt"))
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(RunError, match="is no nanoGPT checkpoint"):
         pretrained.read(str(tmp_path / "plain.pt"))
     assert not (tmp_path / "owned").exists()

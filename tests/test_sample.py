@@ -240,6 +240,11 @@ def edited(runs_dir, folder, name, change):
     ("name", "change", "words"),
     [
         ("config.json", lambda c: c | {"n_layer": "2"}, "n_layer in .*config.json is '2', but"),
+        (
+            "config.json",
+            lambda c: c | {"n_head": 5},
+            "run has a shape that cannot be: n_embd 32 is not a multiple",
+        ),
         ("config.json", lambda c: c | {"n_layer": 3}, "lacks the weights transformer.h.2"),
         (
             "config.json",
