@@ -174,6 +174,26 @@ def load(folder: Path, with_optimizer: bool = True) -> tuple[dict, dict | None, 
     return load_file(folder / FILES[0]), optimizer, read_state(folder).model_dump()
 
 
+def restore(model, optimizer, loaded: tuple[dict, dict, dict]) -> dict:
+    """Put what `load` gave into model and optimizer; the state."""
+    weights, moments, state = loaded
+    model.load_state_dict(weights)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(moments)
+    except ValueError as e:  # weight_decay to or from 0 groups the tensors anew
+        raise RunError(f"the moments belong to other groups of parameters ({e}): keep weight_decay") from None
+    for group, ours in zip(optimizer.param_groups, settings, strict=True):
+        group.update(ours)  # the configuration's word counts, not the checkpoint's
+    return state
+
+
+def keep_as_best(out_dir, step: int, keep: int) -> None:
+    """Let `best` name the checkpoint of a step, and delete the one that it named until now if it is old."""
+    point(out_dir, "best", path_of(out_dir, step).name)
+    prune(out_dir, keep)
+
+
 def recover(out_dir, folder: Path | None) -> None:
     """After a kill: clear away what was half-written, and let `latest` name the checkpoint that is gone on from."""
     for leftover in Path(out_dir).glob("ckpt/.writing_*"):

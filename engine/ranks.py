@@ -28,6 +28,11 @@ class Ranks:
     def master(self) -> bool:
         return self.rank == 0
 
+    def print0(self, *words, **how) -> None:
+        """print() of rank 0; the others are silent."""
+        if self.master:
+            print(*words, **how)
+
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is on one."""
         if self.world == 1:
@@ -36,7 +41,7 @@ class Ranks:
         dist.all_reduce(word, dist.ReduceOp.MAX, group=self.group)
         return bool(word)
 
-    def same(self, value):
+    def broadcast(self, value):
         """Rank 0's value, on every rank."""
         if self.world == 1:
             return value
@@ -57,7 +62,7 @@ class Ranks:
                         f"rank {rank} has {key}={theirs.get(key)!r}, but rank 0 has {everyone[0].get(key)!r}: {advice}"
                     )
 
-    def master_first(self, work):
+    def on_master(self, work):
         """work() of rank 0 alone; what goes wrong there is raised on all ranks, so that none waits for ever."""
         outcome = None
         if self.master:
@@ -65,7 +70,7 @@ class Ranks:
                 outcome = (work(), None)
             except Exception as e:
                 outcome = (None, e)
-        value, error = self.same(outcome)
+        value, error = self.broadcast(outcome)
         if error is not None:
             raise error
         return value
@@ -73,15 +78,14 @@ class Ranks:
 
 def start(device: str) -> Ranks:
     """Join torchrun's group if there is one, and choose the device: cuda, else mps, else cpu."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    if world < 1 or not 0 <= rank < world:
+    world, rank = world_size(), from_environment("RANK", 0)
+    if not 0 <= rank < world:
         raise RunError(f"WORLD_SIZE={world} and RANK={rank} do not fit: start with torchrun, or unset both")
     if device == "auto":
         mps = getattr(torch.backends, "mps", None)
         device = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = f"cuda:{from_environment('LOCAL_RANK', 0)}"
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -107,6 +111,18 @@ def start(device: str) -> Ranks:
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return Ranks(rank, world, chosen, dist.new_group(backend="gloo"))
+
+
+def world_size() -> int:
+    """How many ranks torchrun has started, 1 without it."""
+    return from_environment("WORLD_SIZE", 1)
+
+
+def from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.lstrip("-").isdigit()):
+        raise RunError(f"{name}={text!r} is no whole number: start with torchrun, or unset it")
+    return int(text)
 
 
 def fresh_store(store, rank: int, world: int, patience: float = 300):
@@ -191,6 +207,17 @@ def choose_attention(name: str, config_dtype: str, deterministic: bool, device: 
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel == name)
 
 
+def set_arithmetic(config, device: torch.device):
+    """Choose kernels and number format as the (resolved) configuration asks; the autocast context of the matmuls."""
+    _, autocast = number_format(config.dtype, device)
+    choose_attention(config.attention, config.dtype, config.deterministic, device)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")  # float32 matmuls on CUDA may use TF32
+    return autocast
+
+
 def settle(device: torch.device) -> float:
     """Wait until the device has done what it was given; the seconds that took."""
     began = time.perf_counter()
@@ -206,18 +233,22 @@ def cpu_has_bf16() -> bool:
     return bool(ask and ask())
 
 
-class Signals:
-    """SIGTERM and Ctrl-C become a wish that the loop reads between two steps; a second Ctrl-C ends at once.
+class StopSignal:
+    """SIGTERM and Ctrl-C are remembered for the loop, which looks between two steps; a second Ctrl-C ends at once.
 
     A second SIGTERM does not: under Slurm every process of a job gets one, and torchrun hands on its own.
     """
 
     def __init__(self):
-        self.wish: signal.Signals | None = None
+        self.number: int | None = None
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, self.note)
 
-    def note(self, number, frame) -> None:
-        if self.wish is not None and number == signal.SIGINT:
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name if self.number else "another rank"
+
+    def note(self, number: int, frame) -> None:
+        if self.number is not None and number == signal.SIGINT:
             raise SystemExit(128 + number)
-        self.wish = self.wish or signal.Signals(number)
+        self.number = self.number or number

@@ -152,18 +152,25 @@ def check_nothing_is_erased(out_dir: Path, config) -> None:
         )
 
 
-def begin(out_dir, config, run: dict, folder: Path | None) -> None:
-    """Write config.json and run.json of a start at `folder`, the checkpoint to go on from, or at step 0."""
+def begin(out_dir, config, run: dict, step: int, meta: dict, tokenizer) -> None:
+    """Write the records of a start at a step: run.json, config.json, and data_meta.json with the tokenizer.
+
+    meta: the data as data.meta.describe has it; with it beside the weights a run can be sampled without its data.
+    """
     out_dir = Path(out_dir)
-    step = checkpoint.read_state(folder).step if folder else 0
     run["starts"] = [
         *run.get("starts", []),
         {"time": now(), "step": step}
         | {k: run[k] for k in ("command", "commit", "world", "device", "torch")},
     ]
-    checkpoint.recover(out_dir, folder)
+    checkpoint.recover(out_dir, checkpoint.path_of(out_dir, step) if step else None)
     write_json(out_dir / "run.json", run)  # first: a changed schedule must never stand unsaid
     write_json(out_dir / "config.json", dataclasses.asdict(config))
+    kept = {k: v for k, v in meta.items() if k != "shards"}
+    if tokenizer is not None:
+        tokenizer.save(out_dir)
+        kept["tokenizer"] = tokenizer.spec
+    write_json(out_dir / "data_meta.json", kept)
 
 
 def starts(run: dict) -> list[dict]:
@@ -172,10 +179,21 @@ def starts(run: dict) -> list[dict]:
     return run["starts"] or [last | {k: run[k] for k in ("command", "commit", "world", "device", "torch")}]
 
 
-def note_divergence(out_dir, step: int) -> None:
-    """Write into run.json that the run was given up at a step; the next start takes it out again."""
-    path = Path(out_dir) / "run.json"
-    write_json(path, read_record(path, Run, "a run's record").model_dump() | {"diverged": step})
+def give_up(out_dir, windows: dict[int, list[int]]) -> str:
+    """Record that a run diverged, until its next start; the sentence to end it with.
+
+    windows: the training windows of each step of the last streak that was skipped.
+    """
+    out_dir, step = Path(out_dir), max(windows)
+    write_json(out_dir / "nonfinite.json", {"steps": list(windows), "window_ids": windows})
+    run = read_record(out_dir / "run.json", Run, "a run's record").model_dump()
+    write_json(out_dir / "run.json", run | {"diverged": step})
+    good = checkpoint.newest(out_dir, good=True)
+    return (
+        f"loss or gradient was not finite in {len(windows)} steps in a row up to step {step}: they were skipped; their "
+        f"windows are in {out_dir / 'nonfinite.json'} and the last good checkpoint is {good or 'not yet there'}; "
+        "lower learning_rate or look at the data"
+    )
 
 
 def check_still_there(out_dir, step: int) -> None:

@@ -1,7 +1,9 @@
 """Bad input gets one clear sentence, a non-zero exit, no traceback, and overwrites nothing."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -143,9 +145,9 @@ CASES = [
     ("training data below one window", train, [*NEW, "--block_size=20000", "--eval_tokens=99999"], None, "less than one window"),
     ("validation below one window", train, [*NEW, "--block_size=4000", "--eval_tokens=4000"], None, "no validation window"),
     ("too few eval_tokens", train, [*NEW, "--eval_tokens=3"], None, "no validation window"),
-    ("token id over the vocabulary", train, [*NEW, "--vocab_size=50304"], high_token, "ids up to 60,000"),
+    ("token id over the vocabulary", train, [*NEW, "--vocab_size=50304"], high_token, "set vocab_size to 60,001 or more"),
     ("damaged meta.json", train, NEW, write("data/meta.json", b"{"), "meta.json is damaged"),
-    ("meta.json of something else", train, NEW, write("data/meta.json", b"{}"), "does not describe prepared data"),
+    ("meta.json of something else", train, NEW, write("data/meta.json", b"{}"), "is not the description of prepared data"),
     ("meta.json with an unknown tokenizer", train, NEW, edit_meta(tokenizer={"kind": "martian"}), "martian"),
     ("init_from nothing", train, [*NEW, "--init_from=gpt9"], None, "is nothing known"),
     ("init_from a text file", train, [*NEW, "--init_from={f}/data/meta.json"], None, "is no nanoGPT checkpoint"),
@@ -163,6 +165,13 @@ CASES = [
     ("only torn checkpoints", train, ["--out_dir={f}/run", "--init_from=resume"], torn_checkpoints, "no whole checkpoint"),
     ("damaged config.json", train, AGAIN, write("run/config.json", b"{"), "config.json is damaged"),
     ("run.json is gone", train, AGAIN, remove("run/run.json"), "has no run.json"),
+    ("out_dir that is a file", train, ["--out_dir={f}/data/meta.json"], None, "meta.json: something else is in the way"),
+    ("out_dir that is a device", train, ["--out_dir=/dev/null"], None, "/dev/null: something else is in the way"),
+    ("out_dir that leads nowhere", train, ["--out_dir={f}/link"], lambda f: (f / "link").symlink_to(f / "x"), "something else is in the way"),
+    ("out_dir that leads to itself", train, ["--out_dir={f}/link/x"], lambda f: (f / "link").symlink_to("link"), "leads to itself"),
+    ("out_dir of a long name", train, ["--out_dir={f}/" + "x" * 300], None, "at most 128 characters"),
+    ("out_dir of long parts", train, ["--out_dir={f}/" + "x" * 300 + "/a"], None, "name is too long"),
+    ("arm that is markup", train, [*NEW, "--arm=$x$"], None, "arm is '$x$', but a name is"),
     ("out_dir below a file", train, ["--out_dir={f}/data/meta.json/x"], None, "meta.json"),
     ("sample of no run", sample, ["--out_dir={f}/data"], None, "is no run"),
     ("sample of torn checkpoints", sample, ["--out_dir={f}/run"], torn_checkpoints, "no latest checkpoint"),
@@ -184,7 +193,7 @@ def snapshot(folder) -> dict:
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != ".lock"
+        if p.is_file() and p.name not in (".lock", ".contents.json")  # the latter: hashes of the data
     }
 
 
@@ -230,6 +239,16 @@ def test_the_same_from_the_shell(command, words):
     assert words in done.stderr
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["abc", "1.5", "\u00b2", "1 2"])
+def test_an_environment_that_cannot_be(name, value, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, value)
+    if name == "LOCAL_RANK":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match=f"error: {name}='.*' is no whole number: start with torchrun"):
+        train.cli([f"--data_dir={finished / 'data'}", f"--out_dir={tmp_path}"])
+
+
 @pytest.mark.parametrize(("rank", "world"), [("0", "0"), ("3", "2"), ("-1", "2")])
 def test_a_world_that_cannot_be(rank, world, finished, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", world)
@@ -246,10 +265,21 @@ def test_a_second_process_is_kept_out_of_a_run(finished, tmp_path):
     held.close()
 
 
-def test_a_full_disk_in_a_checkpoint_keeps_the_last_one(finished, tmp_path, monkeypatch):
-    import errno
-    import os
+def test_a_reader_who_leaves_costs_the_printing_alone(finished, tmp_path, monkeypatch):
+    """As `train.py | head -n 1`, where the pipe breaks in the middle of the training."""
+    from engine.metrics import read_metrics
 
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w", buffering=1))
+    os.close(reader)
+    keys = TINY | {"data_dir": finished / "data", "out_dir": tmp_path / "new", "max_iters": 4}
+    train.cli([f"--{k}={v}" for k, v in keys.items()])
+    sys.stdout.close()
+    assert read_metrics(tmp_path / "new")[-1]["iter"] == 4
+    assert (tmp_path / "new" / "latest").read_text() == "step_000004\n"
+
+
+def test_a_full_disk_in_a_checkpoint_keeps_the_last_one(finished, tmp_path, monkeypatch):
     from engine import checkpoint
 
     plain, calls = torch.save, iter(range(99))

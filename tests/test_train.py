@@ -204,9 +204,8 @@ def test_a_non_finite_step_is_skipped_and_counted(train_tiny, tmp_path, monkeypa
     rows = train_tiny(tmp_path, batch_size=8, ckpt_interval=1, keep=99)
     assert [r["skipped"] for r in rows if "train/loss" in r] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2]
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
-    before, _, _ = checkpoint.load(tmp_path / "ckpt/step_000003")
-    after, _, _ = checkpoint.load(tmp_path / "ckpt/step_000004")
-    assert all(torch.equal(before[k], after[k]) for k in before)
+    saved = {folder.name for folder in checkpoint.steps(tmp_path)}  # none while steps are skipped
+    assert saved == {f"step_{step:06d}" for step in (1, 2, 3, 5, 6, 8, 9, 10, 11, 12)}
     assert '"train/loss": null' in (tmp_path / "metrics.jsonl").read_text()
 
 
@@ -220,6 +219,20 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(train_tiny, tmp_path, tiny_dat
     assert written["steps"] == [6, 7, 8]
     assert written["window_ids"]["7"] == TrainBatches(tiny_data, 16, 8, 1337).window_ids(7).tolist()
     assert checkpoint.newest(tmp_path).name == "step_000005"
+    assert json.loads((tmp_path / "run.json").read_text())["diverged"] == 8
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train_tiny, tmp_path, monkeypatch):
+    """Also where checkpoints are more frequent than the steps it may skip, and only one is kept."""
+    keys = {"batch_size": 8, "max_skipped": 5, "ckpt_interval": 1, "keep": 1, "keep_best": False}
+    poison(monkeypatch, set(range(3, 100)))
+    with pytest.raises(RunError, match=r"up to step 7: .*the last good checkpoint is .*step_000003;"):
+        train_tiny(tmp_path, **keys)
+    assert [folder.name for folder in checkpoint.steps(tmp_path)] == ["step_000003"]
+    monkeypatch.undo()
+    rows = train_tiny(tmp_path, **keys, init_from="auto")  # a machine's fault, mended
+    assert [r["iter"] for r in rows if "train/loss" in r] == list(range(12))
+    assert json.loads((tmp_path / "run.json").read_text()).get("diverged") is None
 
 
 def test_dry_run_reads_no_data_and_leaves_nothing(tmp_path, capsys):

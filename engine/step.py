@@ -1,0 +1,66 @@
+"""The optimiser's step, which a loss or gradient that is not finite cannot spoil."""
+
+import hashlib
+import sys
+
+import torch
+
+
+class GuardedStep:
+    """Steps of AdamW: the gradient is clipped, and a step whose loss or gradient is not finite is skipped.
+
+    The host never has to look: AdamW's fused kernel reads `found_inf` on the device itself, and divides by
+    `grad_scale`, which serves for clipping too. float16 losses are scaled; the scale is halved by an overflow
+    and doubled after 2,000 good steps. state: what `state_dict` gave, or {} at the start.
+    """
+
+    def __init__(self, model, optimizer, config, device: torch.device, state: dict):
+        self.parameters, self.optimizer = list(model.parameters()), optimizer
+        self.grad_clip, self.half = config.grad_clip, config.dtype == "float16"
+        self.fused = device.type in ("cuda", "cpu")
+        first = {"skipped": 0, "streak": 0, "good": 0, "loss_scale": 65536.0 if self.half else 1.0}
+        kept = {k: torch.tensor(state.get(k, v), device=device) for k, v in first.items()}
+        self.skipped, self.streak, self.good, self.loss_scale = kept.values()
+
+    def step(self, loss: torch.Tensor) -> torch.Tensor:
+        """Take the step of the gradients of `loss` (its mean over ranks and micro-batches); the gradient's norm."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) / self.loss_scale
+        bad = ~(norm.isfinite() & loss.isfinite())
+        divisor = (
+            self.loss_scale * (norm / self.grad_clip).clamp(min=1) if self.grad_clip else self.loss_scale
+        )
+        if self.fused:
+            self.optimizer.found_inf, self.optimizer.grad_scale = bad.float(), divisor.float()
+            self.optimizer.step()
+        elif not bad:  # no fused kernel that reads these here
+            torch._foreach_div_(grads, divisor)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += bad
+        self.streak = (self.streak + 1) * bad
+        if self.half:
+            self.good = (self.good + 1) * ~bad
+            grown = torch.where(self.good % 2000 == 1999, self.loss_scale * 2, self.loss_scale)
+            self.loss_scale = torch.where(bad, self.loss_scale / 2, grown)
+        return norm
+
+    def state_dict(self) -> dict:
+        """For state.json: steps skipped in all and in a row, good ones since the scale moved, and the scale."""
+        return {
+            "skipped": int(self.skipped),
+            "streak": int(self.streak),
+            "good": int(self.good),
+            "loss_scale": float(self.loss_scale),
+        }
+
+
+def dropout_seed(seed: int, step: int, part: int) -> int:
+    """Seed of the masks of one micro-batch (`part`, over all ranks) of a step: a resume draws the same.
+
+    Python's hash of a tuple of small whole numbers is fixed, but it takes -1 for -2 and numbers modulo 2^61 - 1:
+    seeds that are not small become small ones by SHA-256.
+    """
+    if not 0 <= seed < sys.hash_info.modulus:
+        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:7], "little")
+    return hash((seed, step, part)) & 0x7FFFFFFFFFFFFFFF
