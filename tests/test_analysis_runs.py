@@ -6,6 +6,7 @@ import pytest
 from runs_on_disk import load, write_demo, write_run
 
 from data import DataError
+from engine import contract
 from engine.errors import RunError
 from scripts.analysis import numbers, runs
 
@@ -15,7 +16,7 @@ def runs_dir(tmp_path):
     return write_demo(tmp_path)
 
 
-@pytest.mark.parametrize("name", [*runs.MATCH_PER_SEED, *runs.MATCH_ALL, *runs.MATCH_IF_RECORDED])
+@pytest.mark.parametrize("name", contract.IDENTITY)
 def test_refuses_runs_that_do_not_match(runs_dir, name):
     path = runs_dir / "kronecker_s1338" / "run.json"
     info = json.loads(path.read_text())
@@ -26,13 +27,15 @@ def test_refuses_runs_that_do_not_match(runs_dir, name):
     assert name in str(e.value) and "kronecker_s1338" in str(e.value) and "bpe_" in str(e.value)
 
 
-def test_seed_may_change_data_and_body_but_an_arm_may_not_lack_them(runs_dir):
+def test_seed_may_change_data_and_body_but_a_run_may_not_lack_them(runs_dir):
     numbers.compare(load(runs_dir))  # seeds have different data_sha256 and body_sha256 here: fine
     path = runs_dir / "bpe_tied_s1337" / "run.json"
     info = json.loads(path.read_text())
-    del info["body_sha256"]
-    path.write_text(json.dumps(info))
-    with pytest.raises(RunError, match="records no body_sha256"):
+    path.write_text(json.dumps({k: v for k, v in info.items() if k != "body_sha256"}))
+    with pytest.raises(DataError, match="has no body_sha256"):
+        load(runs_dir)
+    path.write_text(json.dumps(info | {"data_fingerprint": None}))
+    with pytest.raises(RunError, match="records no data_fingerprint"):
         numbers.compare(load(runs_dir))
 
 
@@ -47,10 +50,16 @@ def test_metrics_after_resume_and_after_a_kill(tmp_path):
         runs.load_folder(folder)
 
 
-def test_config_difference_within_an_arm_is_told(tmp_path):
+def test_a_setting_that_differs_within_an_arm_is_refused_and_a_machine_noted(tmp_path):
     write_run(tmp_path, "bpe_tied", 1, 4.0)
-    write_run(tmp_path, "bpe_tied", 2, 4.0, config={"dropout": 0.1})
-    assert any("dropout" in n for n in numbers.compare(load(tmp_path))["notes"])
+    second = write_run(tmp_path, "bpe_tied", 2, 4.0, info={"device": "another"})
+    assert "different devices: another, cpu" in numbers.compare(load(tmp_path))["notes"][0]
+    config = json.loads((second / "config.json").read_text())
+    for key, value in (("dropout", 0.1), ("wte_lr_mult", 3.0)):
+        (tmp_path / "bpe_tied_s1" / "config.json").write_text(json.dumps(config | {key: 0.0}))
+        (second / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(RunError, match=f"{key} differs between"):
+            numbers.compare(load(tmp_path))
 
 
 class FakeRun:
@@ -103,7 +112,7 @@ def test_wandb_errors(runs_dir):
             [{"iter": i, "train/loss": None} for i in (60, 70)],
             "diverged: train/loss is not finite from iter 60 on",
         ),
-        ([], "unfinished: iter 50 of 100"),
+        ([{"iter": 60, "train/loss": 4.0}], "unfinished: iter 50 of 100"),
     ],
 )
 def test_a_diverged_run_is_said_to_be_one(tmp_path, rows, state):
@@ -126,7 +135,7 @@ def test_a_step_that_was_skipped_is_no_divergence(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [
-        ("run.json", '{"arm": "x"}', "it has no seed"),
+        ("run.json", "{}", "it has no arm"),
         ("run.json", '{"arm": ["x"], "seed": 1}', "arm is"),
         ("run.json", "[]", "JSON object"),
         ("config.json", '{"max_iters": "many"}', "max_iters is"),
@@ -140,3 +149,8 @@ def test_records_of_another_shape_are_one_sentence(tmp_path, file, content, told
     with pytest.raises(DataError, match=told) as e:
         runs.load_folder(folder)
     assert file in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_run_that_was_given_up_is_said_to_have_diverged(tmp_path):
+    folder = write_run(tmp_path, "kronecker", 1, 3.8, upto=50, info={"diverged": 57})
+    assert runs.load_folder(folder).state == "diverged: given up at iter 57"

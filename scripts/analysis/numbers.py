@@ -11,7 +11,10 @@ import numpy as np
 from engine.errors import RunError
 from scripts.analysis import stats
 from scripts.analysis.report import arms_of
-from scripts.analysis.runs import MATCH_ALL, MATCH_PER_SEED, Run, check_match, config_notes, shared_iters
+from scripts.analysis.runs import Run, check_match, machine_notes, shared_iters
+
+# The facts by which runs match, in the order in which comparison.json has always told them.
+MATCHED = ("data_sha256", "body_sha256", "val_sha256", "schedule_sha256", "tokens_per_step")
 
 PAPER = {
     "pair": "kronecker over bpe_tied",
@@ -45,7 +48,7 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
     at = iters[-1]
     tokens_per_step = int(kept[0].info["tokens_per_step"])
 
-    notes = config_notes(kept)
+    notes = machine_notes(kept)
     if at < kept[0].max_iters:
         notes.append(
             f"Unfinished runs are in: everything is compared at iter {at:,} of {kept[0].max_iters:,}, "
@@ -82,7 +85,7 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
     result["paper"] = PAPER
     result["claims"] = claims(result, kept)
     result["notes"] = notes
-    made = ("device", "torch", "commit", "started", "command", *MATCH_PER_SEED, *MATCH_ALL)
+    made = ("device", "torch", "commit", "started", "command", *MATCHED)
     result["runs"] = [
         {"run": r.name, "arm": r.arm, "seed": r.seed, "state": r.state} | {k: r.info.get(k) for k in made}
         for r in kept

@@ -1,6 +1,5 @@
 """Runs as the analysis sees them: read from their folders or from wandb, and held to what has to be equal."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,40 +7,11 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from data import DataError
-from data.records import STRICT, Record, read_record, read_rows, validated
+from data.records import STRICT, Record, read_rows, validated
+from engine import contract
 from engine.errors import RunError
-from scripts.analysis.report import arms_of
-
-# What has to be equal, over which runs, and what it means when it is not.
-MATCH_PER_SEED = {
-    "data_sha256": "they did not read the same training tokens in the same order",
-    "body_sha256": "their bodies were not the same at step 0",
-}
-MATCH_ALL = {
-    "val_sha256": "they were not evaluated on the same validation windows",
-    "schedule_sha256": "they did not follow the same learning-rate schedule",
-    "tokens_per_step": "their global batches differ",
-}
-MATCH_IF_RECORDED = {"data_fingerprint": "they were trained on different data"}
-# Config keys in which the seeds of one arm may differ without becoming another arm.
-FREE_KEYS = set(
-    "seed out_dir data_dir device compile dry_run init_from eval_only keep max_skipped deterministic batch_size "
-    "gradient_accumulation_steps global_batch_size tracker".split()
-)
-FREE_PREFIXES = ("wandb_", "log_", "ckpt_")
-
-
-class ConfigRecord(Record):
-    max_iters: int
-
-
-class InfoRecord(Record):
-    arm: str
-    seed: int
-    tokens_per_step: int | None = None
-    params: dict[str, int | None] | None = None
-    codec: dict | None = None
-
+from engine.runs import Run as RunRecord
+from engine.runs import read_run
 
 Row = TypedDict(
     "Row",
@@ -50,6 +20,10 @@ Row = TypedDict(
     total=False,
 )
 Row.__pydantic_config__ = STRICT
+
+
+class Config(Record):
+    max_iters: int
 
 
 @dataclass
@@ -114,17 +88,16 @@ def default_out(paths) -> Path:
 
 def load_folder(path: Path) -> Run:
     """The run of one folder. Raises DataError or RunError, naming the file and what is wrong with it."""
-    config = read_record(path / "config.json", ConfigRecord, "a run's config")
-    info = read_record(path / "run.json", InfoRecord, "a run's record")
+    config, info = read_run(path)
     metrics = path / "metrics.jsonl"
     rows = read_rows(metrics, Row, "a run's metrics") if metrics.exists() else []
-    return make_run(str(path), config.model_dump(), info.model_dump(), rows)
+    return make_run(str(path), config, info, rows)
 
 
 def make_run(name: str, config: dict, info: dict, rows: list[dict]) -> Run:
     """A Run of its config, run record and metrics, from wherever they came; its state says how it ended."""
-    config = validated(config, ConfigRecord, f"the config of {name}", "a run's").model_dump()
-    info = validated(info, InfoRecord, f"the record of {name}", "a run's").model_dump()
+    config = validated(config, Config, f"config.json of {name}", "a run's configuration").model_dump()
+    info = validated(info, RunRecord, f"run.json of {name}", "a run's record").model_dump()
     train, val = rows_with(rows, "train/loss"), rows_with(rows, "val/loss")
     run = Run(name, info["arm"], info["seed"], config, info, [r for r in train if is_number(r["train/loss"])])
     bad = next((r["iter"] for r in val if not is_number(r["val/loss"])), None)
@@ -132,6 +105,8 @@ def make_run(name: str, config: dict, info: dict, rows: list[dict]) -> Run:
     reached = run.val[-1]["iter"] if run.val else 0
     if bad is not None:
         run.state = f"diverged: val/loss is not finite at iter {bad}"
+    elif reached < run.max_iters and info["diverged"] is not None:
+        run.state = f"diverged: given up at iter {info['diverged']:,}"
     elif reached < run.max_iters and train and not is_number(train[-1]["train/loss"]):
         lost = run.train[-1]["iter"] if run.train else -1
         since = next(r["iter"] for r in train if r["iter"] > lost)
@@ -198,36 +173,16 @@ def first_line(e: Exception) -> str:
 # ---------------------------------------------------------------------------------------------- matching
 
 
-def check_match(runs: list[Run]) -> None:
-    """Refuse runs that differ in what has to be equal, naming the field and the two runs."""
+def check_match(runs: list[Run], swept=()) -> None:
+    """Refuse runs that differ in what has to be equal, naming the field and the two runs (see engine/contract.py)."""
     seen: dict = {}
     for run in runs:
-        other = seen.setdefault(("twin", run.arm, run.seed), run)
+        other = seen.setdefault((run.arm, run.seed), run)
         if other is not run:
             raise RunError(
                 f"{other.name} and {run.name} are both arm {run.arm}, seed {run.seed}; give only one of them"
             )
-    for fields, per_seed in ((MATCH_PER_SEED, True), (MATCH_ALL, False), (MATCH_IF_RECORDED, False)):
-        for name, meaning in fields.items():
-            for run in runs:
-                value = run.info.get(name)
-                if value is None and fields is MATCH_IF_RECORDED:
-                    continue
-                if value is None:
-                    raise RunError(
-                        f"{run.name} records no {name}, so nothing shows that it matches; leave it out"
-                    )
-                other = seen.setdefault((name, run.seed if per_seed else None), run)
-                if other.info[name] != value:
-                    where = f" (seed {run.seed})" if per_seed else ""
-                    raise RunError(
-                        f"runs do not match: {name} differs between {other.name} "
-                        f"({short(other.info[name])}) and {run.name} ({short(value)}){where}: {meaning}"
-                    )
-    lengths = {run.max_iters: run for run in runs}
-    if len(lengths) > 1:
-        (a, ra), (b, rb) = list(lengths.items())[:2]
-        raise RunError(f"runs do not match: max_iters differs between {ra.name} ({a}) and {rb.name} ({b})")
+    contract.check_match([contract.Member(r.name, r.arm, r.seed, r.config, r.info) for r in runs], swept)
 
 
 def short(value) -> str:
@@ -235,22 +190,11 @@ def short(value) -> str:
     return str(value)[:12]
 
 
-def config_notes(runs: list[Run]) -> list[str]:
-    """Sentences on settings that differ between seeds of one arm, and on machines that differ: noted, not refused."""
+def machine_notes(runs: list[Run]) -> list[str]:
+    """Sentences on machines and versions that differ between the runs: noted, not refused."""
     notes = []
-    for arm in arms_of(runs):
-        mine = [r for r in runs if r.arm == arm]
-        for key in sorted(set().union(*(r.config for r in mine))):
-            if key in FREE_KEYS or key.startswith(FREE_PREFIXES):
-                continue
-            values = {json.dumps(r.config.get(key), sort_keys=True, default=str) for r in mine}
-            if len(values) > 1:
-                notes.append(f"The seeds of {arm} differ in {key}: {', '.join(sorted(values))}.")
     for key, what in (("device", "devices"), ("torch", "torch versions"), ("commit", "commits")):
         values = sorted({str(r.info.get(key)) for r in runs})
         if len(values) > 1:
             notes.append(f"The runs come from different {what}: {', '.join(v[:40] for v in values)}.")
-    dtypes = sorted({str(r.config.get("dtype")) for r in runs})
-    if len(dtypes) > 1:
-        notes.append(f"The runs differ in dtype: {', '.join(dtypes)}.")
     return notes
