@@ -13,7 +13,8 @@ import pytest
 from data import DataError, plain_text
 from data.meta import characters_meta, describe, read_complete, read_meta, write_meta
 from data.shards import find_shards, header_bytes, is_prepared, open_shard, write_shard
-from data.tokenizers import END_OF_TEXT, byte_of_character, clean_text, load_tokenizer
+from data.tokenizers import END_OF_TEXT, clean_text, load_tokenizer
+from kronecker.tokens import byte_level_alphabet
 
 
 def by_hand(path, magic, version, tokens, code):
@@ -256,7 +257,7 @@ def test_unknown_tokenizers_are_refused_in_a_sentence(tmp_path, monkeypatch):
 def test_byte_alphabet_is_the_one_of_the_tokenizers_library():
     from tokenizers.pre_tokenizers import ByteLevel
 
-    alphabet = byte_of_character()
+    alphabet = {character: byte for byte, character in byte_level_alphabet().items()}
     assert set(alphabet) == set(ByteLevel.alphabet()) and sorted(alphabet.values()) == list(range(256))
     pieces = ByteLevel(add_prefix_space=False).pre_tokenize_str("é\n x\x00\xad")
     assert b"".join(bytes(alphabet[c] for c in piece) for piece, _ in pieces) == "é\n x\x00\xad".encode()
@@ -313,16 +314,10 @@ def test_shakespeare_scripts_write_what_nanogpt_would(tmp_path, gpt2_encoding):
     text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
     (tmp_path / "input.txt").write_text(text)
     characters, tokens = tmp_path / "c", tmp_path / "t"
-    for script, out in (("shakespeare_char", characters), ("shakespeare", tokens)):
-        command = [
-            sys.executable,
-            f"data/{script}/prepare.py",
-            "--input",
-            str(tmp_path / "input.txt"),
-            "--out_dir",
-            str(out),
-        ]
-        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
+    plain_text.main(["--input", str(tmp_path / "input.txt"), "--out_dir", str(tokens)], tmp_path, "", False)
+    command = ["data/shakespeare_char/prepare.py", "--input", "input.txt", "--out_dir", "c"]
+    command[0] = str(Path(__file__).parents[1] / command[0])
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=tmp_path)
     cut = int(len(text) * 0.9)
     stoi = {c: i for i, c in enumerate(sorted(set(text)))}
     assert np.fromfile(characters / "train.bin", np.uint16).tolist() == [stoi[c] for c in text[:cut]]
@@ -340,4 +335,4 @@ def test_without_network_or_input_there_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", dead)
     with pytest.raises(SystemExit, match="--input FILE"):
         plain_text.main(["--out_dir", str(tmp_path)], tmp_path, "doc", characters=True)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["prepare.lock"]

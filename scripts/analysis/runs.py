@@ -12,6 +12,7 @@ from engine import contract
 from engine.errors import RunError
 from engine.runs import Run as RunRecord
 from engine.runs import read_run
+from engine.tracker import first_line
 
 Row = TypedDict(
     "Row",
@@ -158,16 +159,11 @@ def wandb_api():
     except ImportError:
         raise RunError("reading from wandb needs the package wandb: pip install wandb") from None
     try:
-        if wandb.login(prompt=False):
+        if wandb.login(prompt=False, verify=False):  # Api() finds out whether the key is good
             return wandb.Api(timeout=30)
     except Exception as e:  # wandb raises its own errors, requests' and ValueError's
         raise RunError(f"wandb refused ({first_line(e)}); log in with `wandb login`") from None
     raise RunError("wandb is not logged in; run `wandb login` or set WANDB_API_KEY")
-
-
-def first_line(e: Exception) -> str:
-    """What an error of another package says, at most 200 characters of its first line."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 # ---------------------------------------------------------------------------------------------- matching
