@@ -4,23 +4,14 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from typing_extensions import TypedDict
-
 from data import DataError
-from data.records import STRICT, Record, read_rows, validated
+from data.records import Record, validated
 from engine import contract
 from engine.errors import RunError
+from engine.metrics import read_metrics
 from engine.runs import Run as RunRecord
 from engine.runs import read_run
 from engine.tracker import first_line
-
-Row = TypedDict(
-    "Row",
-    {"iter": int}
-    | dict.fromkeys(("train/loss", "val/loss", "val/bpb", "wte/rms", "tok_per_sec"), float | None),
-    total=False,
-)
-Row.__pydantic_config__ = STRICT
 
 
 class Config(Record):
@@ -90,9 +81,7 @@ def default_out(paths) -> Path:
 def load_folder(path: Path) -> Run:
     """The run of one folder. Raises DataError or RunError, naming the file and what is wrong with it."""
     config, info = read_run(path)
-    metrics = path / "metrics.jsonl"
-    rows = read_rows(metrics, Row, "a run's metrics") if metrics.exists() else []
-    return make_run(str(path), config, info, rows)
+    return make_run(str(path), config, info, read_metrics(path))
 
 
 def make_run(name: str, config: dict, info: dict, rows: list[dict]) -> Run:
