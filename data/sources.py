@@ -306,7 +306,7 @@ def _parquet_blocks(path: Path, column: str, start: int):
         raise DataError(f"{path} is not a whole parquet file ({error}): fetch it again") from error
     with file:
         types = {field.name: str(field.type) for field in file.schema_arrow}
-        text = [name for name, kind in types.items() if "string" in kind]
+        text = [name for name, kind in types.items() if re.match("(dictionary<values=|large_)?string", kind)]
         if column not in types:
             raise DataError(
                 f"{path} has no column {column!r}; it has {', '.join(types)}: choose one with --text-column"

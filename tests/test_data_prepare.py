@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -441,6 +442,63 @@ def test_a_source_that_ends_exactly_with_a_shard(tmp_path, bpe):
         val=100,
         shard=n - 100,
     )
+
+
+def test_a_record_that_names_files_elsewhere_deletes_nothing(tmp_path, bpe):
+    """Somebody's folder, whose meta.json lists a file outside, or another file inside, as its shard."""
+    path, out = jsonl(tmp_path / "a.jsonl"), tmp_path / "set"
+    precious = tmp_path / "precious.dat"
+    precious.write_bytes(b"precious")
+    for name, hint in (("../precious.dat", "plain file name"), (str(precious), "plain file name"),
+                       ("notes.txt", "lists notes.txt as this command never would")):  # fmt: skip
+        make(out, bpe, [path], max_shards=1)
+        meta = read_meta(out)
+        meta["shards"] = [meta["shards"][0] | {"file": name, "next": None}]
+        (out / "meta.json").write_text(json.dumps(meta | {"complete": False}))
+        (out / "notes.txt").write_text("mine")
+        for arguments in ({}, {"max_shards": 0}, {"val": 10**6}):
+            with pytest.raises(DataError, match=hint if "val" not in arguments else "."):
+                make(out, bpe, [path], **arguments)
+        assert precious.read_bytes() == b"precious" and (out / "notes.txt").read_text() == "mine"
+        shutil.rmtree(out)
+
+
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path, bpe):
+    out = tmp_path / "set"
+    out.mkdir()
+    (out / "thesis.tmp").write_text("mine")
+    (out / "set_train_000007.bin.tmp").write_text("left behind by a kill")
+    make(out, bpe, [jsonl(tmp_path / "a.jsonl")])
+    assert (out / "thesis.tmp").read_text() == "mine" and len(list(out.glob("*.tmp"))) == 1
+
+
+def test_paths_are_expanded_and_a_folder_below_a_file_is_a_sentence(tmp_path, bpe, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "a.jsonl")
+    shutil.copytree(bpe._path.parent / "hf", tmp_path / "hf")
+    flags = ["--input=~/a.jsonl", "--tokenizer=~/hf", "--val_tokens=100", "--workers=0"]
+    fineweb.main([*flags, "--out_dir=~/made"])
+    assert not (tmp_path / "~").exists() and is_prepared(tmp_path / "made")
+    verify.main(["~/made"])
+    with pytest.raises(SystemExit, match=r"error: .*a part of this path is a file"):
+        fineweb.main([*flags, "--out_dir=~/a.jsonl/made"])
+
+
+def test_a_tokenizer_that_loses_text_stops_before_anything_is_written(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    model = Tokenizer(models.Unigram())
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    model.train_from_iterator(["only plain letters here"] * 9, trainer)
+    model.save(str(tmp_path / "tokenizer.json"))
+    path = jsonl(tmp_path / "a.jsonl", ["only plain letters", "caf\u00e9 \u65e5\u672c"])
+    with pytest.raises(DataError, match=r"does not give the text back: .*; take another, a byte-level one"):
+        make(tmp_path / "o", load_tokenizer(str(tmp_path / "tokenizer.json")), [path], val=2)
+    assert not list((tmp_path / "o").glob("*.bin*")) and not (tmp_path / "o" / "meta.json").exists()
 
 
 def test_two_runs_into_one_folder(tmp_path, bpe):
