@@ -24,6 +24,7 @@ from data.records import Record, read_record, validated
 from engine.contract import RULES
 from engine.errors import RunError
 from engine.metrics import read_metrics
+from model import USUAL_RMS
 
 ROOT = Path(__file__).resolve().parent.parent
 Keys = dict[str, int | float | bool | str]
@@ -319,7 +320,7 @@ def setting_of(arm: str, keys: Mapping[str, float]) -> tuple[tuple[str, float], 
 def own_keys(arm: str) -> dict:
     """What an arm's file says, and the multiplier and scale that it has without saying so."""
     file = configurator.read_file(str(arm_file(arm)))
-    return {"wte_lr_mult": 1.0, "wte_init_rms": 1.0 if file["wte"] == "kronecker" else 0.02} | file
+    return {"wte_lr_mult": 1.0, "wte_init_rms": USUAL_RMS[file["wte"]]} | file
 
 
 # ---- what a run is, as a command and as a record

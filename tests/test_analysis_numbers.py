@@ -107,3 +107,34 @@ def test_one_seed_gives_no_interval(tmp_path):
     c = numbers.compare(load(tmp_path))
     assert c["pairs"][0]["gain_nats"]["low"] is None
     assert any("One seed" in s for s in c["claims"])
+
+
+def test_gain_by_frequency_by_hand(runs_dir):
+    runs = load(runs_dir)
+    assert numbers.compare(runs)["frequency"]["input"] == {
+        "bpe_untied": [],
+        "kronecker": [],
+    }  # older runs lack it
+    for run in runs:
+        loss = {"bpe_tied": 4.0, "bpe_untied": 3.9, "kronecker": 3.5}[run.arm] + 0.1 * (run.seed - 1337)
+        for side in ("input", "target"):
+            run.val[-1] |= {f"val/by_{side}/{n}": loss + n for n in (4, 16)}
+            run.val[-1] |= {f"val/n_{side}/{n}": 10 * n for n in (4, 16)}
+    buckets = numbers.compare(runs)["frequency"]["target"]["kronecker"]
+    assert [(b["count"], b["tokens"], b["n"]) for b in buckets] == [(4, 40, 3), (16, 160, 3)]
+    assert [b["mean"] for b in buckets] == pytest.approx([0.5, 0.5])
+
+
+def test_runs_of_one_name_with_other_keys_are_compared_as_two_arms(runs_dir):
+    runs = load(runs_dir)
+    for run in runs:
+        if run.arm == "kronecker":
+            run.config |= {
+                "wte": "kronecker",
+                "tie_weights": False,
+                "wte_rank": 16 if run.seed == 1339 else 0,
+            }
+    c = numbers.compare(runs)
+    assert c["arms"] == ["bpe_tied", "bpe_untied", "kronecker", "kronecker[wte_rank=16]"]
+    assert c["arm_keys"]["kronecker[wte_rank=16]"]["wte_rank"] == 16
+    assert pair(c, "kronecker", "bpe_tied")["seeds"] == [1337, 1338]

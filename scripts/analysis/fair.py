@@ -13,6 +13,7 @@ import numpy as np
 from engine import contract
 from scripts import experiment
 from scripts.analysis import stats
+from scripts.analysis.numbers import gain_by_frequency
 
 # One question each: (arm, over, what the gain of the one over the other says).
 QUESTIONS = (
@@ -144,7 +145,11 @@ def cell(exp, plan: experiment.Plan, records: dict, final: experiment.Final, whi
     ]
     result["frequency"] = {
         side: {
-            arm: by_frequency(found[arm], found[exp.gap.over], side) for arm in found if arm != exp.gap.over
+            arm: gain_by_frequency(
+                [(last(found[arm][s]), last(found[exp.gap.over][s])) for s in shared], side
+            )
+            for arm in found
+            if arm != exp.gap.over and (shared := [s for s in found[arm] if s in found[exp.gap.over]])
         }
         for side in ("input", "target")
         if exp.gap.over in found
@@ -167,22 +172,6 @@ def gain(exp: experiment.Experiment, loss: dict, arm: str, over: str) -> dict | 
     sure = result["low"] is not None and (result["low"] > 0 or result["high"] < 0)
     result["called"] = bool(sure and abs(result["mean"]) >= exp.smallest_difference)
     return result
-
-
-def by_frequency(mine: dict, theirs: dict, side: str) -> list[dict]:
-    """Gain by bucket of training count of the token read ("input") or predicted ("target"), paired by seed."""
-    seeds = [s for s in mine if s in theirs]
-    if not seeds:
-        return []
-    rows = {s: (last(mine[s]), last(theirs[s])) for s in seeds}
-    lows = sorted(
-        {int(k.split("/")[2]) for a, _ in rows.values() for k in a if k.startswith(f"val/by_{side}/")}
-    )
-    return [
-        {"count": low, "tokens": rows[seeds[0]][0][f"val/n_{side}/{low}"]}
-        | stats.interval(b[f"val/by_{side}/{low}"] - a[f"val/by_{side}/{low}"] for a, b in rows.values())
-        for low in lows
-    ]
 
 
 def missing(exp: experiment.Experiment, plan: experiment.Plan, records: dict) -> list[dict]:

@@ -8,7 +8,7 @@ from scripts import experiment
 from scripts.analysis.figures import STYLE, label, plt, save
 from scripts.analysis.numbers import count
 from scripts.analysis.report import Table, arm_sort_key, arm_style, bullet, escaped
-from scripts.analysis.words import span, with_sign
+from scripts.analysis.words import frequency_table, span, with_sign
 
 WHICH = {"shared": "one shared setting for all", "best": "each arm at its own best setting"}
 
@@ -25,7 +25,9 @@ def tables(c: dict) -> list[Table]:
     over = c["gap"]["over"]
     found = [cell_table(cell, over) for cell in c["cells"]]
     found += [question_table(c), setting_table(c)]
-    found += [frequency_table(cell, over, side) for cell in longest(c) for side in cell["frequency"]]
+    for cell in longest(c):
+        where = f"{place(cell)}, {WHICH[cell['which']]}"
+        found += [frequency_table(by_arm, side, over, where) for side, by_arm in cell["frequency"].items()]
     return [t for t in found if t.rows]
 
 
@@ -97,26 +99,6 @@ def setting_table(c: dict) -> Table:
     rows = [[s["rung"], s["arm"], experiment.setting_name(s["keys"].items())] for s in c["settings"]]
     rows.sort(key=lambda r: (r[0] != "xs", r[0], arm_sort_key(r[1])))
     return Table("Best settings, chosen from the tuning runs alone", ["rung", "arm", "setting"], rows, left=3)
-
-
-def frequency_table(cell: dict, over: str, side: str) -> Table:
-    """Gain of every arm over the reference by frequency of the token read or predicted."""
-    arms = [arm for arm, buckets in cell["frequency"][side].items() if buckets]
-    if not arms:
-        return Table("", [], [])
-    rows = []
-    for k, bucket in enumerate(cell["frequency"][side][arms[0]]):
-        gains = [cell["frequency"][side][arm][k] for arm in arms]
-        rows.append(
-            [f"{bucket['count']:,}", f"{bucket['tokens']:,}", *(with_sign(g["mean"], 3) for g in gains)]
-        )
-    what = {"input": "read", "target": "predicted"}[side]
-    return Table(
-        f"Gain over {over} by training count of the token {what}: {place(cell)}, {WHICH[cell['which']]}",
-        ["count from", "tokens", *arms],
-        rows,
-        left=0,
-    )
 
 
 def longest(c: dict) -> list[dict]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.errors import RunError
 from scripts.analysis import stats
+from scripts.analysis.arms import arm_keys, distinguish
 from scripts.analysis.report import arms_of
 from scripts.analysis.runs import Run, check_match, machine_notes, shared_iters
 
@@ -32,6 +33,7 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
     Raises RunError where no run is finished, where runs do not match, and where there is no baseline.
     """
     kept, left_out = finished(runs, allow_unfinished)
+    distinguish(kept)
     check_match(kept)
     arms = arms_of(kept)
     if baseline not in arms:
@@ -69,6 +71,7 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
         "tokens_per_step": tokens_per_step,
         "tokens": at * tokens_per_step,
         "final": {arm: final([by[arm, s] for s in seeds if (arm, s) in by], at) for arm in arms},
+        "arm_keys": {arm: arm_keys(next(r for r in kept if r.arm == arm).config) for arm in arms},
         "pairs": [],
         "left_out": [{"run": r.name, "arm": r.arm, "seed": r.seed, "state": r.state} for r in left_out],
     }
@@ -79,6 +82,16 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
             result["pairs"].append(pair)
         else:
             notes.append(f"{arm} and {over} share no seed, so they are not compared.")
+    result["frequency"] = {
+        side: {
+            arm: gain_by_frequency(
+                [(by[arm, s].last_row(at), by[baseline, s].last_row(at)) for s in shared], side
+            )
+            for arm in arms
+            if arm != baseline and (shared := [s for s in seeds if (arm, s) in by and (baseline, s) in by])
+        }
+        for side in ("input", "target")
+    }
     result["speed"] = speeds(by, arms, seeds, baseline)
     result["decomposition"] = decomposition(result["pairs"])
     result["codec"] = next((r.info["codec"] for r in kept if r.info.get("codec")), None)
@@ -179,6 +192,20 @@ def reach(mine: list[Run], theirs: list[Run], at: int, iters: list[int]) -> dict
         "step_by_seed": by_seed,
         "ratio_over_seeds": stats.interval(ratios) if ratios and len(ratios) == len(by_seed) else None,
     }
+
+
+def gain_by_frequency(pairs: list[tuple[dict, dict]], side: str) -> list[dict]:
+    """Gain by training count of the token read (side "input") or predicted ("target"), in buckets of powers of 4.
+
+    pairs: the last evaluation's rows of both arms, paired by seed. [{"count": lowest of the bucket, "tokens": validation
+    tokens in it, and the interval of the gain}]; empty where the rows do not have it.
+    """
+    named = {k for rows in pairs for row in rows for k in row if k.startswith(f"val/by_{side}/")}
+    return [
+        {"count": low, "tokens": pairs[0][0][f"val/n_{side}/{low}"]}
+        | stats.interval(b[f"val/by_{side}/{low}"] - a[f"val/by_{side}/{low}"] for a, b in pairs)
+        for low in sorted(int(k.rpartition("/")[2]) for k in named)
+    ]
 
 
 def rms_drift(mine: list[Run], at: int) -> dict | None:

@@ -4,14 +4,22 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from data import DataError
-from data.records import Record, validated
+from data.records import STRICT, Record, read_rows, validated
 from engine import contract
 from engine.errors import RunError
-from engine.metrics import read_metrics
 from engine.runs import Run as RunRecord
 from engine.runs import read_run
-from engine.tracker import first_line
+
+Row = TypedDict(
+    "Row",
+    {"iter": int}
+    | dict.fromkeys(("train/loss", "val/loss", "val/bpb", "wte/rms", "tok_per_sec"), float | None),
+    total=False,
+)
+Row.__pydantic_config__ = STRICT
 
 
 class Config(Record):
@@ -39,6 +47,10 @@ class Run:
         """{iter: value} of a metric, rising by iter."""
         rows = sorted(self.train + self.val, key=lambda r: r["iter"])
         return {r["iter"]: r[key] for r in rows if is_number(r.get(key))}
+
+    def last_row(self, it: int) -> dict:
+        """All figures of the evaluation at one iter."""
+        return next(r for r in self.val if r["iter"] == it)
 
     def val_at(self, it: int, key: str = "val/loss") -> float | None:
         """A metric of the evaluation at one iter, or None."""
@@ -81,7 +93,9 @@ def default_out(paths) -> Path:
 def load_folder(path: Path) -> Run:
     """The run of one folder. Raises DataError or RunError, naming the file and what is wrong with it."""
     config, info = read_run(path)
-    return make_run(str(path), config, info, read_metrics(path))
+    metrics = path / "metrics.jsonl"
+    rows = read_rows(metrics, Row, "a run's metrics") if metrics.exists() else []
+    return make_run(str(path), config, info, rows)
 
 
 def make_run(name: str, config: dict, info: dict, rows: list[dict]) -> Run:
@@ -148,11 +162,16 @@ def wandb_api():
     except ImportError:
         raise RunError("reading from wandb needs the package wandb: pip install wandb") from None
     try:
-        if wandb.login(prompt=False, verify=False):  # Api() finds out whether the key is good
+        if wandb.login(prompt=False):
             return wandb.Api(timeout=30)
     except Exception as e:  # wandb raises its own errors, requests' and ValueError's
         raise RunError(f"wandb refused ({first_line(e)}); log in with `wandb login`") from None
     raise RunError("wandb is not logged in; run `wandb login` or set WANDB_API_KEY")
+
+
+def first_line(e: Exception) -> str:
+    """What an error of another package says, at most 200 characters of its first line."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 # ---------------------------------------------------------------------------------------------- matching

@@ -24,7 +24,12 @@ def span(interval: dict | None, digits: int = 4) -> str:
 
 def tables(c: dict) -> list[Table]:
     """The comparison's tables: losses, gains, steps to reach another's loss, sizes and speeds."""
-    found = [loss_table(c), gain_table(c), reach_table(c), size_table(c)]
+    found = [loss_table(c), gain_table(c), reach_table(c), size_table(c), arm_table(c)]
+    where = f"after {count(c['tokens'])} tokens"
+    found += [
+        frequency_table(c["frequency"].get(side, {}), side, c["baseline"], where)
+        for side in ("input", "target")
+    ]
     return [t for t in found if t.rows]
 
 
@@ -119,6 +124,27 @@ def size_table(c: dict) -> Table:
         note=f"of stock: input side against a learned table; tokens/s: against {c['baseline']}, "
         "medians of the runs themselves (a benchmark pairs its sides more tightly).",
     )
+
+
+def arm_table(c: dict) -> Table:
+    """The keys that make each arm, where they are not at their defaults."""
+    rows = [
+        [arm, ", ".join(f"{k}={v}" for k, v in keys.items()) or "-"] for arm, keys in c["arm_keys"].items()
+    ]
+    return Table("What makes each arm", ["arm", "keys that are not at their defaults"], rows, left=2)
+
+
+def frequency_table(by_arm: dict[str, list], side: str, over: str, where: str) -> Table:
+    """Gain of every arm over another by training count of the token read ("input") or predicted ("target")."""
+    arms = [arm for arm, buckets in by_arm.items() if buckets]
+    rows = []
+    for k, bucket in enumerate(by_arm[arms[0]] if arms else []):
+        gains = [with_sign(by_arm[arm][k]["mean"], 3) for arm in arms]
+        rows.append([f"{bucket['count']:,}", f"{bucket['tokens']:,}", *gains])
+    what = {"input": "read", "target": "predicted"}[side]
+    title = f"Gain over {over} by training count of the token {what}, {where}"
+    note = "count: powers of 4, from this one to the next, in the first 100M training tokens; tokens: of the validation."
+    return Table(title, ["count", "tokens", *arms], rows, left=0, note=note)
 
 
 def findings(c: dict) -> list[str]:
