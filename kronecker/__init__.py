@@ -5,24 +5,30 @@ emb = KroneckerEmbedding(vocab_size=50304, d_model=768, tokenizer=tokenizer, pos
 x = emb(ids)  # like nn.Embedding
 """
 
-from kronecker.codec import codec_output_dim, encode_single, kronecker_codec
-from kronecker.embedding import KroneckerEmbedding
-from kronecker.tokens import (
-    build_byte_buffer,
-    coverage_stats,
-    token_bytes,
-    token_id_to_bytes,
-    utf8_safe_truncate,
-)
+from importlib import import_module
 
-__all__ = [
-    "KroneckerEmbedding",
-    "build_byte_buffer",
-    "codec_output_dim",
-    "coverage_stats",
-    "encode_single",
-    "kronecker_codec",
-    "token_bytes",
-    "token_id_to_bytes",
-    "utf8_safe_truncate",
-]
+# Where each name lives. Its module comes in when it is first asked for, since reading tokens needs no torch, which
+# takes seconds to import. (Type checkers read __init__.pyi.)
+HOMES = {
+    "KroneckerEmbedding": "kronecker.embedding",
+    "build_byte_buffer": "kronecker.tokens",
+    "codec_output_dim": "kronecker.codec",
+    "coverage_stats": "kronecker.tokens",
+    "encode_single": "kronecker.codec",
+    "kronecker_codec": "kronecker.codec",
+    "token_bytes": "kronecker.tokens",
+    "token_id_to_bytes": "kronecker.tokens",
+    "utf8_safe_truncate": "kronecker.tokens",
+}
+__all__ = list(HOMES)
+
+
+def __getattr__(name: str):
+    if name not in HOMES:
+        raise AttributeError(f"module 'kronecker' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | HOMES.keys())

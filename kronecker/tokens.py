@@ -13,10 +13,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # torch is imported where tensors are made: it takes seconds, and reading tokens needs none
+    from torch import Tensor
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 EXTRACTIONS = ("bytes", "decode")
@@ -31,6 +33,8 @@ def build_byte_buffer(tokenizer, pos_dim: int = 32, byte_extraction: str = "byte
     way) they are cut before the character that would cross pos_dim. Ids without a token have length 0.
     Raises TypeError for a tokenizer of an unknown kind, ValueError for an unknown byte_extraction.
     """
+    import torch
+
     pieces = token_bytes(tokenizer, byte_extraction)
     if not pieces:
         raise ValueError("the tokenizer has no tokens, so there is nothing to embed")
@@ -90,6 +94,8 @@ def utf8_safe_truncate(byte_seq: bytes, max_bytes: int) -> bytes:
 
 def coverage_stats(length_buffer: Tensor, pos_dim: int = 32) -> dict:
     """How many tokens reach pos_dim, as a dict with the reference's keys."""
+    import torch
+
     lengths_V = torch.as_tensor(length_buffer)
     n = lengths_V.numel()
     n_at = int((lengths_V >= pos_dim).sum())

@@ -4,10 +4,15 @@ import base64
 import glob
 import json
 import os
+import re
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
+import kronecker
 from kronecker import build_byte_buffer, token_bytes, token_id_to_bytes
 from kronecker.tokens import byte_level_alphabet, read_tekken_file
 
@@ -290,3 +295,26 @@ def test_one_token():
     assert token_id_to_bytes([b"a", b"b"], 1) == b"b"
     with pytest.raises(IndexError, match=r"token id 2 is outside 0\.\.1"):
         token_id_to_bytes([b"a", b"b"], 2)
+
+
+# ---- without torch ----
+
+
+def test_reading_tokens_and_preparing_data_import_no_torch():
+    """It takes seconds, and a preparation would wait for it."""
+    code = (
+        "import sys, kronecker, data.pipeline, data.fineweb_edu.prepare\n"
+        "assert kronecker.token_bytes([b'a']) == [b'a'] and 'torch' not in sys.modules\n"
+        "assert set(kronecker.__all__) < set(dir(kronecker))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_package_has_every_name_that_its_stub_promises():
+    stub = (Path(kronecker.__file__).parent / "__init__.pyi").read_text()
+    promised = {name for name in dir(kronecker) if f'"{name}"' in stub}
+    assert promised == set(kronecker.__all__) and len(re.findall(r'^    "', stub, re.M)) == len(promised)
+    for name in kronecker.__all__:
+        assert getattr(kronecker, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kronecker.nothing  # noqa: B018
