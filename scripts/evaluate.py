@@ -121,8 +121,18 @@ def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda token
         raise RunError(f"{task['name']}: no item fits into block_size {block_size}, or a context is empty")
     greedy = task["metric"] == "greedy"
     nats, likeliest = score(model, pairs, None, args.batch_tokens, autocast, greedy, done)
-    result = {"id": [], "acc": [], "acc_norm": [], "bpb": [], "too_long": len(task["items"]) - len(fits)}
-    result["cut"] = 0
+    if not all(np.isfinite(x).all() for x in nats):
+        raise RunError(
+            f"{task['name']}: a loss is not finite in {args.dtype}; take --dtype=float32 or bfloat16"
+        )
+    result = {
+        "id": [],
+        "acc": [],
+        "acc_norm": [],
+        "bpb": [],
+        "too_long": len(task["items"]) - len(fits),
+        "cut": 0,
+    }
     k = 0
     for item in fits:
         answers = [answer for _, answer in item["choices"]]

@@ -177,6 +177,32 @@ def test_scores_do_not_depend_on_the_batch(gpt2_runs):
         likelihood.score(model, [([1], [2] * 129)])
 
 
+def test_nanogpts_checkpoint_is_the_same_model(gpt2_runs, tmp_path):
+    model, _, _ = load_run(gpt2_runs / "bpe_tied_s1")
+    shape = {
+        k: getattr(model.config, k)
+        for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+    }
+    weights = model.state_dict() | {"lm_head.weight": model.transformer.wte.weight}
+    weights = {f"_orig_mod.{k}": v for k, v in weights.items()}
+    file = tmp_path / "theirs" / "ckpt.pt"
+    file.parent.mkdir()
+    torch.save({"model": weights, "model_args": shape}, file)
+    argv = [
+        "--runs",
+        gpt2_runs / "bpe_tied_s1",
+        file,
+        "--tasks",
+        "sciq",
+        "--limit",
+        "5",
+        "--out",
+        tmp_path / "out",
+    ]
+    items = run(argv)["by_item"]
+    assert items["theirs", None]["sciq"] == items["bpe_tied", 1]["sciq"]
+
+
 def test_wandb_gets_the_figures(gpt2_runs, tmp_path, monkeypatch):
     """The real package, offline; what it wrote is read back by its own reader."""
     pytest.importorskip("wandb")

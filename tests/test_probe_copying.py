@@ -28,6 +28,10 @@ def bits_asked_plainly(
 @pytest.mark.parametrize("condition", copying.CONDITIONS)
 def test_figures_against_the_model_asked_plainly(gpt2_runs, condition):
     model, tokenizer, _ = load_run(gpt2_runs / "kronecker_s1")
+    with torch.no_grad():  # after three steps attention does nearly nothing; make what was read count
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and (".h." in name or name.startswith("lm_head.")):
+                p.mul_(20)
     words = {"ordinary": [("house", "table")], "made-up": [("zorblik", "frambet")]}
     got = copying.measure(model, tokenizer, words, sentences_each=2)[condition]
     pair = words["ordinary" if condition == "ordinary" else "made-up"][0]
@@ -47,6 +51,7 @@ def test_figures_against_the_model_asked_plainly(gpt2_runs, condition):
                 (again if first == second else control).append(bits / len(f" {second}"))
     assert got["again"] == pytest.approx([np.mean(again)], rel=1e-4)
     assert got["control"] == pytest.approx([np.mean(control)], rel=1e-4)
+    assert abs(got["saved"][0]) > 1e-3
     assert got["saved"] == pytest.approx([np.mean(control) - np.mean(again)], abs=1e-4)
 
 

@@ -171,7 +171,7 @@ def draw_pairs(text: str, n: int, seed: int, sources=SOURCES) -> list[dict]:
                     wrong = rng.choice(known[words[i]]) if known else slip(words[i], edit, rng)
                     start, end = i - rng.randrange(7, 12), i + rng.randrange(1, 6)
                     window = words[start : end + AFTER]
-                    if wrong in counts or wrong == words[i] or any("<|endoftext|>" in w for w in window):
+                    if wrong in counts or any("<|endoftext|>" in w for w in window):
                         continue
                     used.add(i)
                     pairs.append(
