@@ -18,9 +18,6 @@ import torch
 import configurator
 import kronecker
 from configurator import SEEDS, key
-from data.meta import TokenizerSchema
-from data.records import Record, read_record
-from data.tokenizers import load_tokenizer
 from engine import checkpoint, pretrained, runs
 from engine import ranks as engine_ranks
 from engine.errors import RunError, sentences
@@ -60,12 +57,6 @@ class SampleConfig:
     compile: bool = key(False, "torch.compile the model")
 
 
-class TrainedOn(Record):
-    """What is read of a run's data_meta.json."""
-
-    tokenizer: TokenizerSchema | str | None
-
-
 def load_run(out_dir, device="cpu", which: str = "latest"):
     """(model in eval mode, tokenizer, config dict) of a run's folder; nothing outside the folder is needed.
 
@@ -74,11 +65,7 @@ def load_run(out_dir, device="cpu", which: str = "latest"):
     out_dir = Path(out_dir)
     config, _ = runs.read_run(out_dir)
     folder = checkpoint.choose(out_dir, str(which))
-    described = read_record(out_dir / "data_meta.json", TrainedOn, "the description of a run's data")
-    spec = described.model_dump(exclude_unset=True)["tokenizer"]
-    if spec is None:
-        raise RunError(f"{out_dir} was trained on ids without a tokenizer: there is no text to go from or to")
-    tokenizer = load_tokenizer(spec, base_dir=out_dir)
+    tokenizer = runs.read_tokenizer(out_dir)
     recorded = configurator.recorded(config, out_dir / "config.json")
     shape = {f.name: getattr(recorded, f.name) for f in fields(GPTConfig)}
     byte_buffers = None
@@ -140,10 +127,8 @@ def main(config: SampleConfig) -> None:
         model, tokenizer, _ = load_pretrained(config.init_from, config.tokenizer, ranks.device)
     if config.stop and tokenizer.eot is None:
         raise RunError(f"--stop waits for end-of-text, which the tokenizer {tokenizer.name} does not have")
-    prompts = [
-        parse_prompt(text, tokenizer, model.config.vocab_size)
-        for text in read_prompts(config.start, config.prompts)
-    ]
+    texts = read_prompts(config.start, config.prompts)
+    prompts = [parse_prompt(text, tokenizer, model.config.vocab_size) for text in texts]
     if any(slots for _, slots in prompts) and model.config.wte != "kronecker":
         raise RunError(
             "a prompt has a slot in double braces, but this arm has a learned table and no such slot: sample a "
@@ -170,10 +155,9 @@ def main(config: SampleConfig) -> None:
                     printed = len(text)
         if config.stream:
             print(f"{text[printed:]}\n---------------")
-        else:
-            done |= {
-                i: shown(jobs[i], tokenizer) + tokenizer.decode(t) for i, t in zip(batch, new, strict=True)
-            }
+            continue
+        for i, tokens in zip(batch, new, strict=True):
+            done[i] = shown(jobs[i], tokenizer) + tokenizer.decode(tokens)
     for i in sorted(done):
         print(f"{done[i]}\n---------------")
 

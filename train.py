@@ -89,7 +89,7 @@ def main(config) -> None:
     autocast = engine_ranks.set_arithmetic(config, device)
     params = count_parameters(shape)
     flops_token = flops.flops_per_token(shape)
-    print0(plan.describe(config, shape, params, flops_token, world, config.dtype != "float32"))
+    print0(plan.describe(config, shape, params, flops_token, world, config.dtype != "float32", device.type))
     if config.dry_run:
         print0("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
         return

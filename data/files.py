@@ -11,6 +11,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from data import DataError
 
 
+def expanded(path) -> Path:
+    """The path that a user typed, with `~` as the shell would have it."""
+    return Path(os.path.expanduser(path))
+
+
 def write_atomic(path, *chunks) -> None:
     """Write byte chunks to `path` through a temporary file beside it, an fsync and a rename."""
     path = Path(path)

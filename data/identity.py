@@ -67,6 +67,13 @@ def read_through(path: Path, eot: int | None = None) -> tuple[ContentSchema, int
     return content, documents
 
 
+def shard_record(path: Path, split: str, eot: int | None = None) -> dict:
+    """A shard's entry in meta.json's list."""
+    content, documents = read_through(path, eot)
+    record = {"file": path.name, "split": split, "tokens": content.tokens, "sha256": content.sha256}
+    return record if eot is None else record | {"documents": documents}
+
+
 @lru_cache(maxsize=4096)
 def _read_once(path: Path, size: int, mtime_ns: int) -> ContentSchema:
     return read_through(path)[0]

@@ -43,8 +43,8 @@ class ShardSchema(Record):
     file: PlainName
     split: Literal["train", "val"]
     tokens: Count
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     documents: Count | None = None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     next: NextSchema | None = None
 
 

@@ -1,131 +1,103 @@
 """From blocks of text to a folder of shards: in parallel, resumable, the same bytes every time.
 
-The stream of tokens is defined by the documents' order alone. Worker processes encode blocks; this process
-puts the results in order, cuts the stream into shards (number 0 has val_tokens, or all that the source holds
-out; the others shard_tokens) and renames each when it is whole. After each shard meta.json says where the next one starts: the position
-of a block in the source, and how many of its tokens belong to shards before. A killed run is taken up
-there, so are shards that were lost later.
+The stream of tokens is defined by the documents' order alone. Threads encode blocks (the libraries that do it leave
+Python's lock); this one reads them, puts the results in order, cuts the stream into shards (number 0 has val_tokens,
+or all that the source holds out; the others shard_tokens) and renames each when it is whole. After each shard
+meta.json says where the next one starts: the position of a block in the source, and how many of its tokens belong to
+shards before. A killed run is taken up there, so are shards that were lost later.
 """
 
 import contextlib
 import errno
 import hashlib
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from importlib.metadata import version
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
 from data import DataError
-from data.fast_bpe import FastEncoder
-from data.files import publish
-from data.files import sha256 as sha256_of
-from data.meta import read_meta, write_meta
+from data.encoder import Encoder
+from data.files import Lock, flush, publish, sha256
+from data.meta import FORMAT, META_NAME, read_meta, write_meta
+from data.progress import Progress
 from data.shards import MAX_TOKENS, dtype_for, header_bytes, open_shard
-from data.sources import Block, read_payload
-from data.tokenizers import load_tokenizer
+from data.sources import SKIP_REASONS, Block, read_payload
 
-SKIP_REASONS = ("empty", "not_text", "not_json", "not_encodable")
-
-
-# ---------------------------------------------------------------------------------------------- workers
-
-_worker: dict = {}
+CHECK_ONE_IN = 100  # of the documents, beside all of the first block, see data.encoder
 
 
-def _start_worker(spec: dict, folder: str, column: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # a parent killed outright cannot say goodbye
-
-        def leave_with_parent():
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=leave_with_parent, daemon=True).start()
-    _worker.update(encoder=FastEncoder(load_tokenizer(spec, folder)), column=column)
+# ---------------------------------------------------------------------------------------------- in parallel
 
 
-def _encode_block(payload: tuple) -> tuple[np.ndarray, dict[str, int], int]:
-    """Tokens of a block, rows skipped by reason, and bytes of text."""
-    encoder: FastEncoder = _worker["encoder"]
-    texts, opens, skipped = read_payload(payload, _worker["column"])
-    skipped["not_encodable"] = 0
-    try:
-        tokens = encoder.encode_parts(texts, opens)
-    except BaseException as error:  # tiktoken panics on megabytes of mixed white space, outside Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        parts = []
-        for text, opening in zip(texts, opens, strict=True):
-            try:
-                parts.append(encoder.encode_parts([text], [opening]))
-            except BaseException as one:
-                if isinstance(one, KeyboardInterrupt | SystemExit | MemoryError):
-                    raise
-                skipped["not_encodable"] += 1
-        tokens = np.concatenate([np.empty(0, encoder.dtype), *parts])
+def encode_block(encoder: Encoder, payload: tuple, column: str, number: int) -> tuple:
+    """Tokens of the `number`-th block read, its rows skipped by reason, and its characters of text."""
+    texts, opens, skipped = read_payload(payload, column)
+
+    def checked(
+        k: int,
+    ) -> bool:  # 37 and 100 have no factor in common, so blocks of one document get their turn
+        return number == 0 or (37 * number + k) % CHECK_ONE_IN == 0
+
+    tokens, skipped["not_encodable"] = encoder.encode(texts, opens, checked)
     return tokens, skipped, sum(map(len, texts))
 
 
-def _encoded(blocks: Iterator[Block], pool: ProcessPoolExecutor | None, ahead: int) -> Iterator[tuple]:
-    """(block, result) in the blocks' order, with at most `ahead` blocks read but not yet handed out."""
-    if pool is None:
-        for block in blocks:
-            yield block, _encode_block(block.payload)
+def in_order(blocks: Iterator[Block], work: Callable, workers: int) -> Iterator[tuple]:
+    """(block, work(payload, number)) in the blocks' order, computed by threads a few blocks ahead; 0: by this one."""
+    if not workers:
+        for number, block in enumerate(blocks):
+            yield block, work(block.payload, number)
         return
-    waiting: deque[tuple[Block, Future]] = deque()
-    for block in blocks:
-        waiting.append((block, pool.submit(_encode_block, block.payload)))
-        block.payload = ()
-        if len(waiting) > ahead:
-            first, future = waiting.popleft()
+    threads, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for number, block in enumerate(blocks):
+            waiting.append((block, threads.submit(work, block.payload, number)))
+            block.payload = ()
+            if len(waiting) > 2 * workers + 2:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
             yield first, future.result()
-    while waiting:
-        first, future = waiting.popleft()
-        yield first, future.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 # --------------------------------------------------------------------------------------------- one shard
 
 
-class _OpenShard:
+class OpenShard:
     """A shard being written beside its name; its tokens pass through and never pile up in memory."""
 
     def __init__(self, path: Path, target: int, dtype: np.dtype):
         self.path, self.target, self.dtype = path, target, dtype
-        self.n_tokens = 0
+        self.n_tokens = self.documents = 0
         self.temporary = path.with_name(path.name + ".tmp")
         self._file = open(self.temporary, "wb")  # noqa: SIM115
         header = header_bytes(target, dtype)
         self._file.write(header)
         self._hash = hashlib.sha256(header)
 
-    def write(self, tokens: np.ndarray) -> None:
-        data = memoryview(np.ascontiguousarray(tokens)).cast("B")
+    def take(self, tokens: np.ndarray, eot: int) -> int:
+        """Write as many of the tokens as there is room for; how many that was."""
+        piece = tokens[: self.target - self.n_tokens]
+        data = memoryview(np.ascontiguousarray(piece)).cast("B") if len(piece) else b""
         self._file.write(data)
         self._hash.update(data)
-        self.n_tokens += len(tokens)
+        self.n_tokens += len(piece)
+        self.documents += int(np.count_nonzero(piece == eot))
+        return len(piece)
 
     def finish(self) -> str:
         """Flush, rename; the file's SHA-256."""
         if self.n_tokens != self.target:  # the last one: its header was a guess
             self._file.seek(0)
             self._file.write(header_bytes(self.n_tokens, self.dtype))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
-        digest = self._hash.hexdigest() if self.n_tokens == self.target else sha256_of(self.temporary)
+        flush(self.temporary)
+        digest = self._hash.hexdigest() if self.n_tokens == self.target else sha256(self.temporary)
         publish(self.temporary, self.path)
         return digest
 
@@ -136,6 +108,12 @@ class _OpenShard:
 
 
 # ------------------------------------------------------------------------------------------------ the set
+
+
+def folder_lock(folder: Path) -> Lock:
+    """Hold a folder until this process is done or dead; DataError if another one has it."""
+    refusal = f"another run is preparing {folder} at this moment: wait for it, or take another --out-dir"
+    return Lock(folder / "prepare.lock", refusal)
 
 
 def prepare_shards(
@@ -150,6 +128,7 @@ def prepare_shards(
     shard_tokens: int = 100_000_000,
     max_shards: int | None = None,
     workers: int = 1,
+    fast: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Make, or finish, the set of shards in `out_dir`; returns its meta.
@@ -157,101 +136,110 @@ def prepare_shards(
     blocks_from(position) gives the source's blocks from a position (None: from the start). source: what
     identifies it; kept in meta.json, and a folder made from anything else is refused. val_tokens: length of
     the validation shard; None: it ends where the source's blocks say "train". max_shards: stop
-    after so many training shards (a later call with more goes on). workers: processes that encode; 0: this
-    one does. Raises DataError, with every whole shard and its record on the disk.
+    after so many training shards (a later call with more goes on). workers: threads that encode; 0: this
+    one does. fast: see data.encoder. Raises DataError, with every whole shard and its record on the disk.
     """
     if tokenizer.eot is None:
         raise DataError(f"the tokenizer {tokenizer.name} has no end-of-text token to open documents with")
-    dtype = dtype_for(tokenizer.n_vocab)
     out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
-        for leftover in out_dir.glob("*.tmp"):
+        for leftover in out_dir.glob(f"{prefix}_*_*.bin.tmp"):
             leftover.unlink()
         meta = {
-            "format": 1,
+            "format": FORMAT,
             "dataset": prefix,
             "complete": False,
             "tokenizer": tokenizer.spec,
             "vocab_size": tokenizer.n_vocab,
             "eot": tokenizer.eot,
-            "dtype": dtype.name,
+            "dtype": dtype_for(tokenizer.n_vocab).name,
             "documents": 0,
             "tokens": {"train": 0, "val": 0},
             "skipped": dict.fromkeys(SKIP_REASONS, 0),
             "made": {"source": source, "val_tokens": val_tokens, "shard_tokens": shard_tokens},
-            "versions": _versions(),
+            "versions": {name: _version(name) for name in ("tiktoken", "tokenizers", "gigatoken")},
             "shards": [],
             "byte_lengths": tokenizer.byte_lengths().tolist(),
         }
-        _take_up(out_dir, meta)
-        shards: list[dict] = meta["shards"]
+        lost = _take_up(out_dir, meta)
         limit = None if max_shards is None else max_shards + 1
-        progress = _Progress(meta, limit, say)
-        if meta["complete"] and _next_span(shards, limit) is None:
+        progress = Progress(meta, limit, say)
+        if meta["complete"] and _next_span(meta["shards"], lost, limit) is None:
             progress.end()
             return meta
         meta["complete"] = False
         tokenizer.save(out_dir)
-        pool = None
+        encoder = Encoder(tokenizer, fast)
+
+        def encoded(position):
+            blocks = blocks_from(position)
+            with contextlib.closing(blocks):
+                yield from in_order(
+                    blocks, lambda payload, number: encode_block(encoder, payload, column, number), workers
+                )
+
         try:
-            while (span := _next_span(shards, limit)) is not None:
-                if pool is None and workers:
-                    pool = ProcessPoolExecutor(
-                        workers,
-                        multiprocessing.get_context("spawn"),  # a fork would inherit the lock and any threads
-                        _start_worker,
-                        (tokenizer.spec, str(out_dir), column),
-                    )
-                elif not workers:
-                    _worker.update(encoder=FastEncoder(tokenizer), column=column)
-                _make_span(out_dir, prefix, dtype, meta, *span, blocks_from, pool, 2 * workers + 2, progress)
-        except BrokenProcessPool as error:
+            while (span := _next_span(meta["shards"], lost, limit)) is not None:
+                _make_span(out_dir, meta, lost, *span, encoded, progress)
+        except MemoryError as error:
             raise DataError(
-                f"a worker process died, most likely for want of memory; {_kept(shards)}. Run the same command "
-                "again, with fewer --workers if it comes back"
+                f"the machine is out of memory; {_kept(meta)}. Run the same command with fewer --workers"
             ) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise DataError(
-                    f"no room left on the disk of {out_dir} ({error.strerror}); {_kept(shards)}. Make "
+                    f"no room left on the disk of {out_dir} ({error.strerror}); {_kept(meta)}. Make "
                     f"room and run the same command again"
                 ) from error
-            raise DataError(f"{error}; {_kept(shards)}. Run the same command again to go on") from error
+            raise DataError(f"{error}; {_kept(meta)}. Run the same command again to go on") from error
         except DataError as error:
-            raise DataError(f"{error}; {_kept(shards)}") from error
-        finally:
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+            raise DataError(f"{error}; {_kept(meta)}") from error
         _finish(out_dir, meta, limit)
         progress.end()
         return meta
 
 
-def _take_up(out_dir: Path, meta: dict) -> None:
-    """Take over the shards of an earlier run of the same kind, marking lost and damaged ones."""
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _take_up(out_dir: Path, meta: dict) -> set[str]:
+    """Take over the shards of an earlier run of the same kind; the names of the lost and damaged ones."""
     old = read_meta(out_dir)
     if old is None:
-        strangers = [path.name for path in sorted(out_dir.glob("*.bin"))]
+        unknown = [path.name for path in sorted(out_dir.glob("*.bin"))]
         # a run killed between its first shard and its first record leaves just that shard
-        if strangers and strangers != [shard_name(meta["dataset"], 0)]:
+        if unknown and unknown != [shard_name(meta["dataset"], 0)]:
             raise DataError(
-                f"{out_dir} holds {strangers[0]} and no meta.json, so it is somebody else's: take another "
-                f"--out-dir"
+                f"{out_dir} holds {unknown[0]} and no meta.json, so it was not made here: take another --out-dir"
             )
-        return
+        return set()
     for key in ("dataset", "made", "tokenizer", "vocab_size"):
         if old.get(key) != meta[key]:
             raise DataError(
                 f"{out_dir} holds a set made with another {key} ({_difference(old.get(key), meta[key])}): "
                 f"give the same options to go on with it, or another --out-dir"
             )
-    meta |= {key: old[key] for key in ("complete", "skipped", "documents", "tokens", "versions")}
-    meta["shards"] = [dict(record) for record in old["shards"]]
-    for record in meta["shards"]:
-        try:
-            record["whole"] = open_shard(out_dir / record["file"]).n_tokens == record["tokens"]
-        except DataError:
-            record["whole"] = False
+    for number, record in enumerate(old.get("shards", [])):
+        ours = record["file"] == shard_name(meta["dataset"], number) and record.get("documents") is not None
+        if not ours or (record.get("next") is None and number + 1 < len(old["shards"])):
+            raise DataError(
+                f"{out_dir / META_NAME} lists {record['file']} as this command never would: delete the folder"
+            )
+    meta |= {key: old[key] for key in ("complete", "skipped", "versions", "shards") if key in old}
+    _count(meta)
+    return {record["file"] for record in meta["shards"] if not is_whole(out_dir, record)}
+
+
+def is_whole(folder: Path, record: dict) -> bool:
+    """Whether a shard of meta.json's list is there, with as many tokens as the list says."""
+    try:
+        return open_shard(folder / record["file"]).n_tokens == record["tokens"]
+    except DataError:
+        return False
 
 
 def _difference(old, new) -> str:
@@ -262,39 +250,46 @@ def _difference(old, new) -> str:
     return f"{old!r} there, {new!r} now"[:300]
 
 
-def _next_span(shards: list[dict], limit: int | None) -> tuple[int, int | None] | None:
+def _next_span(shards: list[dict], lost: set[str], limit: int | None) -> tuple[int, int | None] | None:
     """The first missing shard and where to stop (None: the source's end); None if none is missing."""
-    first = next((k for k, record in enumerate(shards) if not record["whole"]), len(shards))
-    if first == len(shards):
-        ended = bool(shards) and shards[-1]["next"] is None
-        return None if ended or (limit is not None and first >= limit) else (first, limit)
-    return first, next((k for k in range(first, len(shards)) if shards[k]["whole"]), len(shards))
+    missing = [k for k, record in enumerate(shards) if record["file"] in lost]
+    if missing:
+        first = missing[0]
+        return first, next((k for k in range(first, len(shards)) if k not in missing), len(shards))
+    ended = bool(shards) and shards[-1].get("next") is None
+    return None if ended or (limit is not None and len(shards) >= limit) else (len(shards), limit)
 
 
 def shard_name(prefix: str, number: int) -> str:
     return f"{prefix}_{'train' if number else 'val'}_{number:06d}.bin"
 
 
-def _make_span(out_dir, prefix, dtype, meta, first, stop, blocks_from, pool, ahead, progress) -> None:
+def _make_span(
+    out_dir: Path,
+    meta: dict,
+    lost: set[str],
+    first: int,
+    stop: int | None,
+    encoded: Callable,
+    progress: Progress,
+) -> None:
     """Make shards first, first + 1, ... up to stop (None: to the end of the source)."""
-    shards = meta["shards"]
-    made = meta["made"]
+    shards, made, eot = meta["shards"], meta["made"], meta["eot"]
     start = shards[first - 1]["next"] if first else {"position": None, "tokens": 0, "skipped": {}}
     skip = start["tokens"]
     skipped = dict.fromkeys(SKIP_REASONS, 0) | start["skipped"]  # before the block at hand
-    number, shard, documents = first, None, 0
-    blocks = blocks_from(start["position"])
+    number, shard = first, None
 
-    def close(following: dict | None) -> None:
-        nonlocal number, shard, documents
+    def close(following: dict | None) -> bool:
+        """Record the shard that is full; whether it was the last one wanted."""
+        nonlocal number, shard
         record = {
             "file": shard.path.name,
             "split": "train" if number else "val",
             "tokens": shard.n_tokens,
-            "documents": documents,
+            "documents": shard.documents,
             "sha256": shard.finish(),
             "next": following,
-            "whole": True,
         }
         shard = None
         if number < len(shards):
@@ -304,34 +299,36 @@ def _make_span(out_dir, prefix, dtype, meta, first, stop, blocks_from, pool, ahe
                     f"changed; delete {out_dir} and prepare it anew"
                 )
             shards[number] = record
+            lost.discard(record["file"])
         else:
             shards.append(record)
         _record(out_dir, meta)
-        number, documents = number + 1, 0
+        number += 1
+        return number == stop
 
+    stream = encoded(start["position"])
     try:
-        for block, (tokens, block_skipped, n_bytes) in _encoded(blocks, pool, ahead):
+        for block, (tokens, block_skipped, characters) in stream:
             used = min(skip, len(tokens))
             skip -= used
-            progress.block(block, n_bytes, tokens[used:], meta["eot"], skipped)
+            opened = int(np.count_nonzero(tokens[used:] == eot))
+            progress.block(block.done, characters, len(tokens) - used, opened, sum(skipped.values()))
+            before = {reason: count for reason, count in skipped.items() if count}
             if number == 0 and made["val_tokens"] is None and block.split == "train":
                 if shard is None:
                     raise DataError("the validation text has no document: give another")
-                close({"position": block.position, "tokens": 0, "skipped": _nonzero(skipped)})
-                if number == stop:
+                if close({"position": block.position, "tokens": 0, "skipped": before}):
                     return
             while used < len(tokens):
                 if shard is None:
                     target = made["shard_tokens"] if number else made["val_tokens"] or MAX_TOKENS
-                    shard = _OpenShard(out_dir / shard_name(prefix, number), target, dtype)
-                piece = tokens[used : used + shard.target - shard.n_tokens]
-                shard.write(piece)
-                documents += int(np.count_nonzero(piece == meta["eot"]))
-                used += len(piece)
-                if shard.n_tokens == shard.target:
-                    close({"position": block.position, "tokens": used, "skipped": _nonzero(skipped)})
-                    if number == stop:
-                        return
+                    name, dtype = shard_name(meta["dataset"], number), np.dtype(meta["dtype"])
+                    shard = OpenShard(out_dir / name, target, dtype.newbyteorder("<"))
+                used += shard.take(tokens[used:], eot)
+                if shard.n_tokens == shard.target and close(
+                    {"position": block.position, "tokens": used, "skipped": before}
+                ):
+                    return
             for reason, count in block_skipped.items():
                 skipped[reason] += count
             if not shards and shard is None and sum(skipped.values()) >= 1000:
@@ -339,12 +336,7 @@ def _make_span(out_dir, prefix, dtype, meta, first, stop, blocks_from, pool, ahe
         if shard is not None:
             close(None)
         elif not shards:
-            raise DataError(
-                f"no document found: of {sum(skipped.values()):,} rows {skipped['not_json']:,} are no "
-                f"JSON objects, "
-                f"{skipped['not_text']:,} have no text under the chosen column, {skipped['empty']:,} are "
-                f"empty; choose the column with --text-column"
-            )
+            raise DataError(_nothing_found(skipped))
         elif number == len(shards):  # the source ended exactly with a shard
             shards[-1]["next"] = None
         else:
@@ -354,32 +346,37 @@ def _make_span(out_dir, prefix, dtype, meta, first, stop, blocks_from, pool, ahe
     finally:
         if shard is not None:
             shard.abandon()
-        blocks.close()
+        stream.close()
 
 
-def _versions() -> dict[str, str]:
-    """What the tokens may depend on besides the source and the options."""
-    return {name: version(name) for name in ("tiktoken", "tokenizers")} | {
-        "unicode": unicodedata.unidata_version
+def _nothing_found(skipped: dict) -> str:
+    said = {
+        "not_json": "are no JSON objects, one a line",
+        "not_text": "have no text under the chosen column (choose it with --text-column)",
+        "not_utf8": "are no UTF-8 (convert them, e.g. iconv -f latin1 -t utf-8)",
+        "too_long": "are too long",
+        "not_encodable": "are beyond the tokenizer",
+        "empty": "are empty",
     }
+    reasons = [f"{skipped[reason]:,} {what}" for reason, what in said.items() if skipped[reason]]
+    return f"no document found: of {sum(skipped.values()):,} rows " + ", ".join(reasons or ["none is there"])
 
 
-def _nonzero(counts: dict) -> dict:
-    return {reason: count for reason, count in counts.items() if count}
-
-
-def _record(out_dir: Path, meta: dict) -> None:
-    """Bring the totals up to date and write meta.json."""
+def _count(meta: dict) -> None:
+    """Bring the totals up to date."""
     shards = meta["shards"]
     meta["documents"] = sum(record["documents"] for record in shards)
     meta["tokens"] = {
         split: sum(record["tokens"] for record in shards if record["split"] == split)
         for split in ("train", "val")
     }
-    if shards[-1]["next"] is not None:
+    if shards and shards[-1].get("next") is not None:
         meta["skipped"] = dict.fromkeys(SKIP_REASONS, 0) | shards[-1]["next"]["skipped"]
-    saved = [{key: value for key, value in record.items() if key != "whole"} for record in shards]
-    write_meta(out_dir, meta | {"shards": saved})
+
+
+def _record(out_dir: Path, meta: dict) -> None:
+    _count(meta)
+    write_meta(out_dir, meta)
 
 
 def _finish(out_dir: Path, meta: dict, limit: int | None) -> None:
@@ -387,7 +384,7 @@ def _finish(out_dir: Path, meta: dict, limit: int | None) -> None:
     if len(shards) < 2 and limit != 1:
         tokens = shards[0]["tokens"]
         (out_dir / shards[0]["file"]).unlink()  # in the way of a run with another --val-tokens
-        (out_dir / "meta.json").unlink(missing_ok=True)
+        (out_dir / META_NAME).unlink(missing_ok=True)
         raise DataError(
             f"the whole input has {tokens:,} tokens, all of which went into the validation shard: "
             + (
@@ -400,99 +397,6 @@ def _finish(out_dir: Path, meta: dict, limit: int | None) -> None:
     _record(out_dir, meta)
 
 
-def _kept(shards: list[dict]) -> str:
-    return f"{len(shards)} whole shard{'' if len(shards) == 1 else 's'} kept"
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path):
-    """Hold a folder until this process is done or dead; DataError if another one has it."""
-    with open(folder / "prepare.lock", "a+") as file:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise DataError(
-                    f"another run is preparing {folder} at this moment: wait for it, or take another --out-dir"
-                ) from error
-            print(f"note: {folder} cannot be locked ({error.strerror}); run only one preparation there")
-        yield
-
-
-# ----------------------------------------------------------------------------------------------- progress
-
-
-class _Progress:
-    """One line that says how far it is: rewritten on a terminal, every half minute elsewhere."""
-
-    def __init__(self, meta: dict, limit: int | None, say: Callable[[str], None]):
-        self.meta, self.limit, self.say = meta, limit, say
-        self.live = sys.stdout.isatty()
-        self.began = self.shown = time.perf_counter()
-        self.documents = self.tokens = self.characters = 0
-        self.first_done = None
-
-    def block(self, block: Block, characters: int, tokens: np.ndarray, eot: int, skipped: dict) -> None:
-        self.documents += int(np.count_nonzero(tokens == eot))
-        self.tokens += len(tokens)
-        self.characters += characters
-        now = time.perf_counter()
-        if self.first_done is None:
-            self.first_done = block.done
-        if now - self.shown >= (0.5 if self.live else 30):
-            self.shown = now
-            self._show(self._line(now, block.done, sum(skipped.values())))
-
-    def _line(self, now: float, done: float | None, skipped: int) -> str:
-        seconds = now - self.began
-        left = "?"
-        made, shards = self.meta["made"], len(self.meta["shards"])
-        if self.limit is not None:
-            all_tokens = (made["val_tokens"] or 0) + (self.limit - 1) * made["shard_tokens"]
-            here = sum(self.meta["tokens"].values())
-            left = _duration((all_tokens - here) * seconds / max(1, self.tokens))
-        elif done is not None and done > self.first_done:
-            left = _duration((1 - done) * seconds / (done - self.first_done))
-        return (
-            f"{self.documents:,} documents  {self.tokens / 1e6:,.1f}M tokens  "
-            f"{self.tokens / 1e6 / seconds:.2f}M/s  "
-            f"{self.characters / 1e6 / seconds:.1f} MB/s  {shards} shards  {skipped:,} skipped  {left} left"
-        )
-
-    def _show(self, line: str) -> None:
-        if self.live:
-            print("\r\033[K" + line, end="", flush=True)
-        else:
-            self.say(line)
-
-    def end(self) -> None:
-        if self.live and self.shown > self.began:
-            print()
-        seconds = time.perf_counter() - self.began
-        meta = self.meta
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in _nonzero(meta["skipped"]).items())
-        what = (
-            f"{meta['documents']:,} documents, {meta['tokens']['train']:,} training and "
-            f"{meta['tokens']['val']:,} "
-            f"validation tokens in {len(meta['shards'])} shards" + (f"; skipped {skipped}" if skipped else "")
-        )
-        if not self.tokens:
-            self.say(f"already complete, nothing to do: {what}")
-        else:
-            self.say(
-                f"done: {what}; {self.tokens:,} tokens in {seconds:.1f} s, "
-                f"{self.tokens / 1e6 / seconds:.2f}M a second"
-            )
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+def _kept(meta: dict) -> str:
+    n = len(meta["shards"])
+    return f"{n} whole shard{'' if n == 1 else 's'} kept"

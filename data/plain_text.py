@@ -2,16 +2,17 @@
 
 import argparse
 import pickle
-import sys
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 
-from data import DataError
-from data.files import write_atomic
-from data.meta import characters_meta, write_meta
+from data import DataError, console
+from data.files import Lock, expanded, write_atomic
+from data.identity import shard_record
+from data.meta import FORMAT, characters_meta, mark_incomplete, write_meta
 from data.shards import dtype_for
+from data.sources import MARKS
 from data.tokenizers import load_tokenizer
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -32,9 +33,16 @@ def obtain(source: Path | None, url: str, folder: Path) -> str:
                 "give it with --input FILE"
             ) from error
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path} as UTF-8 text: {error}") from error
+        content = path.read_bytes()
+        encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8-sig")
+        text = content.decode(encoding)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is no UTF-8 text ({error}): convert it, e.g. iconv -f latin1 -t utf-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
@@ -49,13 +57,11 @@ def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
         if len(alphabet) > 2**16:
             raise DataError(f"{len(alphabet):,} different characters do not fit into uint16 tokens")
         meta = characters_meta(name, alphabet)
-        numbers = {c: i for i, c in enumerate(alphabet)}
-        plain = {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": numbers}
-        write_atomic(folder / "meta.pkl", pickle.dumps(plain, protocol=4))
+        tokenizer = load_tokenizer(meta["tokenizer"])
     else:
         tokenizer = load_tokenizer("gpt2")
         meta = {
-            "format": 1,
+            "format": FORMAT,
             "dataset": name,
             "complete": True,
             "tokenizer": tokenizer.spec,
@@ -64,12 +70,19 @@ def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
             "dtype": dtype_for(tokenizer.n_vocab).name,
             "byte_lengths": tokenizer.byte_lengths().tolist(),
         }
-    tokenizer = load_tokenizer(meta["tokenizer"])
-    meta["tokens"] = {}
-    for split, part in (("train", text[:cut]), ("val", text[cut:])):
-        ids = np.array(tokenizer.encode(part), "<u2")
-        write_atomic(folder / f"{split}.bin", ids.tobytes())
-        meta["tokens"][split] = len(ids)
+    parts = {"train": text[:cut], "val": text[cut:]}
+    ids = {split: np.array(tokenizer.encode(part), "<u2") for split, part in parts.items()}
+    mark_incomplete(folder, meta)  # files of two makings must not pass for a set
+    if characters:
+        numbers = {c: i for i, c in enumerate(alphabet)}
+        plain = {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": numbers}
+        write_atomic(folder / "meta.pkl", pickle.dumps(plain, protocol=4))
+    else:
+        (folder / "meta.pkl").unlink(missing_ok=True)
+    for split in ids:
+        write_atomic(folder / f"{split}.bin", ids[split].tobytes())
+    meta["tokens"] = {split: len(ids[split]) for split in ids}
+    meta["shards"] = [shard_record(folder / f"{split}.bin", split) for split in ids]
     write_meta(folder, meta)
     return meta
 
@@ -77,18 +90,17 @@ def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
 def main(argv: list[str] | None, folder: Path, doc: str, characters: bool) -> None:
     """The command line that the prepare.py of both Shakespeare folders share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, default=None, metavar="FILE", help="any UTF-8 text instead")
+    parser.add_argument("--input", type=expanded, metavar="FILE", help="any UTF-8 text instead")
     parser.add_argument(
-        "--out_dir", "--out-dir", type=Path, default=folder, help="where it goes (%(default)s)"
+        "--out_dir", "--out-dir", type=expanded, default=folder, help="where it goes (%(default)s)"
     )
     args = parser.parse_args(argv)
-    try:
+    with console.sentences():
         args.out_dir.mkdir(parents=True, exist_ok=True)
-        text = obtain(args.input, SHAKESPEARE, args.out_dir)
-        meta = prepare(args.out_dir, text, args.out_dir.resolve().name, characters)
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(
-        f"{len(text):,} characters, vocabulary of {meta['vocab_size']:,}, {meta['tokens']['train']:,} training and "
-        f"{meta['tokens']['val']:,} validation tokens: {args.out_dir}"
-    )
+        with Lock(args.out_dir / "prepare.lock", f"another run is preparing {args.out_dir} at this moment"):
+            text = obtain(args.input, SHAKESPEARE, args.out_dir)
+            meta = prepare(args.out_dir, text, args.out_dir.resolve().name, characters)
+        print(
+            f"{len(text):,} characters, vocabulary of {meta['vocab_size']:,}, {meta['tokens']['train']:,} training "
+            f"and {meta['tokens']['val']:,} validation tokens: {args.out_dir}"
+        )

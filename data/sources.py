@@ -3,13 +3,16 @@
 Every source is a generator of `Block`s. A block carries the position of its first document, as plain JSON,
 and the same source started there gives the same documents again. How a source is cut into blocks never
 matters for the tokens that come out.
+
+Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark. What is neither is never guessed at: a JSON line is left
+out and counted, a text file is refused.
 """
 
 import bz2
+import codecs
 import gzip
 import json
 import lzma
-import os
 import re
 import sys
 import time
@@ -21,10 +24,30 @@ from pathlib import Path
 from data import DataError
 
 BLOCK_BYTES = 1 << 20
+LONGEST_LINE = 1 << 27  # bytes of a JSON line; what is longer is left out, so that memory has a limit
+LONGEST_PART = 1 << 24  # bytes of a text without a place for a cut, behind which it is cut all the same
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+LINES = (".jsonl", ".json", ".ndjson")
 KINDS = (
     ".jsonl .json .ndjson (one object a line), .txt (a document a file), all also .gz .zst .xz .bz2; .parquet"
 )
+SKIP_REASONS = ("empty", "not_text", "not_json", "not_utf8", "too_long", "not_encodable")
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which begins alike
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+MAGIC = (
+    (".gz", rb"\x1f\x8b"),
+    (".zst", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    (".xz", rb"\xfd7zXZ\0"),
+    (".bz2", rb"BZh[1-9]1AY&SY|BZh[1-9]\x17rE8P\x90"),
+    (".parquet", rb"PAR1"),
+)
+# Where text can be cut without changing its tokens: between a letter of the commonest alphabets and the space or line
+# end behind it. No piece of GPT-2's pattern, nor of its successors', goes across.
+SAFE_CUT = re.compile(rb"(?:[A-Za-z]|\xd0[\xb0-\xbf]|\xd1[\x80-\x8f]|[\xe5-\xe8][\x80-\xbf]{2})(?=[ \n])")
 
 
 @dataclass
@@ -42,82 +65,49 @@ class Block:
 
 def read_payload(payload: tuple, column: str) -> tuple[list[str], list[bool], dict[str, int]]:
     """Texts of a block, which of them open a document, and rows without text, by reason."""
-    kind = payload[0]
-    skipped = {"empty": 0, "not_text": 0, "not_json": 0}
+    kind, content = payload[:2]
+    skipped = dict.fromkeys(SKIP_REASONS, 0)
     if kind == "part":  # of one long document
-        return [payload[1]], [payload[2]], skipped
-    if kind == "texts":
-        rows = payload[1]
-    else:
-        if kind == "range":
-            _, path, begin, end = payload
-            with open(path, "rb") as file:
-                file.seek(begin)
-                lines = file.read(end - begin).split(b"\n")
-        else:
-            lines = payload[1].split(b"\n")
+        return [content], [payload[2]], skipped
+    if kind == "lines":
+        skipped["too_long"] = payload[2]
         rows = []
-        for line in lines:
+        for line in content.split(b"\n"):
             if not line or line.isspace():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode().removeprefix("\ufeff"))
             except UnicodeDecodeError:
-                row = _lenient_json(line)
+                skipped["not_utf8"] += 1
             except (ValueError, RecursionError):
-                row = _NOT_JSON
-            if row is _NOT_JSON:
                 skipped["not_json"] += 1
             else:
                 rows.append(row.get(column) if isinstance(row, dict) else None)
+    else:
+        rows = content
     texts = [text for text in rows if isinstance(text, str) and text]
     skipped["empty"] = sum(1 for text in rows if text == "")
     skipped["not_text"] = len(rows) - len(texts) - skipped["empty"]
     return texts, [True] * len(texts), skipped
 
 
-_NOT_JSON = object()
-
-
-def _lenient_json(line: bytes):
-    try:
-        return json.loads(line.decode("utf-8", "replace"))
-    except ValueError:
-        return _NOT_JSON
-
-
-def local_blocks(files: list[Path], column: str, position=None, held_out: int = 0) -> Iterator[Block]:
+def local_blocks(
+    files: list[Path], column: str, position=None, held_out: int = 0, cut: bool = True
+) -> Iterator[Block]:
     """Blocks of local files, one file after the other. Position: [number of the file, place in it].
 
     held_out: how many of the files, from the first on, are validation text (0: the source does not say).
+    cut: whether long text files may come in parts, cut where the tokens of most tokenizers end.
     """
     sizes = [path.stat().st_size for path in files]
     total = max(1, sum(sizes))
     first, place = position or (0, 0)
     for number in range(first, len(files)):
-        path = files[number]
-        start = place if number == first else 0
         before = sum(sizes[:number])
-        try:
-            for at, payload, progress in _file_blocks(path, column, start):
-                split = ("val" if number < held_out else "train") if held_out else None
-                yield Block([number, at], payload, min(1.0, (before + progress) / total), split)
-        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{path} is damaged or cut short ({error}): fetch it again") from error
-
-
-def _file_blocks(path: Path, column: str, start: int):
-    suffixes = [s.lower() for s in path.suffixes]
-    packed = suffixes[-1] if suffixes and suffixes[-1] in (*COMPRESSED, ".zst") else ""
-    kind = suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
-    if kind == ".parquet":
-        yield from _parquet_blocks(path, column, start)
-    elif kind in (".jsonl", ".json", ".ndjson"):
-        yield from _line_blocks(path, packed, start)
-    elif kind == ".txt":
-        yield from _text_blocks(path, packed, start)
-    else:
-        raise DataError(f"{path} is of no known kind; known are {KINDS}")
+        split = ("val" if number < held_out else "train") if held_out else None
+        for at, payload, progress in _file_blocks(files[number], column, place, cut):
+            yield Block([number, at], payload, min(1.0, (before + progress) / total), split)
+        place = 0
 
 
 def check_files(files: list[Path]) -> None:
@@ -125,86 +115,186 @@ def check_files(files: list[Path]) -> None:
     for path in files:
         if not path.is_file():
             raise DataError(f"no input file {path}")
-        suffixes = [s.lower() for s in path.suffixes]
-        known = {".parquet", ".jsonl", ".json", ".ndjson", ".txt"}
-        if not suffixes or suffixes[-1] not in known | {*COMPRESSED, ".zst"}:
+        kind, packed = _kind(path)
+        if kind not in (".parquet", ".txt", *LINES):
             raise DataError(f"{path} is of no known kind; known are {KINDS}")
+        with open(path, "rb") as file:
+            start = file.read(10)
+        found = next((name for name, magic in MAGIC if re.match(magic, start)), "")
+        named = packed or (kind if kind == ".parquet" else "")
+        if start and found != named:
+            raise DataError(
+                f"{path} is not {named[1:]}, as its name says: fetch it again, or rename it"
+                if named and not found
+                else f"{path} holds {found[1:]}, which its name does not say: let its name end in {found}"
+            )
 
 
-def _open(path: Path, packed: str, start: int):
-    """The unpacked bytes from `start` on, and a file whose tell() shows progress."""
-    raw = open(path, "rb")  # noqa: SIM115
-    if not packed:
-        raw.seek(start)
-        return raw, raw
-    if packed == ".zst":
-        try:
+def _kind(path: Path) -> tuple[str, str]:
+    """(".jsonl", ".gz") of a.jsonl.gz; the second is empty where a file is not packed."""
+    *_, kind, packed = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    return (kind, packed) if packed in (*COMPRESSED, ".zst") else (packed, "")
+
+
+def _file_blocks(path: Path, column: str, start: int, cut: bool):
+    kind, packed = _kind(path)
+    if kind == ".parquet":
+        yield from _parquet_blocks(path, column, start)
+        return
+    with open(path, "rb") as raw:
+        pieces = _utf8_pieces(path, raw, packed, start)
+        blocks = (
+            _line_blocks(path, pieces, start) if kind in LINES else _text_blocks(path, pieces, start, cut)
+        )
+        for at, payload in blocks:
+            # pyarrow closes what it has read to its end
+            yield at, payload, path.stat().st_size if raw.closed else raw.tell()
+
+
+def _unpacked_pieces(path: Path, raw, packed: str) -> Iterator[bytes]:
+    """The contents of a packed file, in pieces of at most BLOCK_BYTES."""
+    try:
+        if packed == ".zst":
             import pyarrow
 
             file = pyarrow.CompressedInputStream(raw, "zstd")
-        except ImportError as error:
-            raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from error
-    else:
-        file = COMPRESSED[packed](raw)
-    while start > 0:
-        skipped = len(file.read(min(start, BLOCK_BYTES)))
-        if not skipped:
+        else:
+            file = COMPRESSED[packed](raw)
+        while data := file.read(BLOCK_BYTES):
+            yield data
+    except ImportError as error:
+        raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from error
+    except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the unpacker's
+            raise
+        if "memory" in str(error):  # zstd --long, xz beyond limits
+            raise DataError(
+                f"{path} was packed with a larger window than is unpacked here ({error}): unpack it first, e.g. with "
+                f"zstd -d --long=31"
+            ) from error
+        raise DataError(
+            f"{path} is damaged or cut short, or has other bytes behind its end ({error}): fetch it again, or unpack "
+            "it by hand and give what comes out"
+        ) from error
+
+
+def _utf8_pieces(path: Path, raw, packed: str, start: int) -> Iterator[bytes]:
+    """The text of a file as UTF-8, from byte `start` of that on, in pieces; UTF-8's own mark stays where it is."""
+    pieces = _unpacked_pieces(path, raw, packed) if packed else iter(lambda: raw.read(BLOCK_BYTES), b"")
+    first = next(pieces, b"")
+    encoding = next((name for mark, name in MARKS if first.startswith(mark)), None)
+    if encoding:
+        pieces = _transcoded(path, first, pieces, encoding)
+        first = next(pieces, b"")
+    elif _looks_like_utf16(first):
+        raise DataError(
+            f"{path} looks like UTF-16 without a byte-order mark: convert it, e.g. iconv -f utf-16le -t utf-8"
+        )
+    elif not packed and start:
+        raw.seek(start)
+        yield from pieces
+        return
+    while start > len(first):
+        start -= len(first)
+        first = next(pieces, None)
+        if first is None:
             raise DataError(f"{path} became shorter than it was when its preparation began")
-        start -= skipped
-    return file, raw
+    yield first[start:]
+    yield from pieces
 
 
-def _line_blocks(path: Path, packed: str, start: int):
-    file, raw = _open(path, packed, start)
-    with raw:
-        at = start
-        if not packed:  # workers read it themselves
-            size = os.fstat(raw.fileno()).st_size
-            while at < size:
-                raw.seek(min(size, at + BLOCK_BYTES))
-                raw.readline()
-                end = raw.tell()
-                yield at, ("range", str(path), at, end), end
-                at = end
-            return
-        buffer = b""
-        while True:
-            cut = buffer.find(b"\n", BLOCK_BYTES) + 1
-            data = b"" if cut else file.read(BLOCK_BYTES)
-            if data:
-                buffer += data
+def _transcoded(path: Path, first: bytes, pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        yield decoder.decode(first).encode()
+        for piece in pieces:
+            yield decoder.decode(piece).encode()
+        decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        raise DataError(f"{path} begins like {encoding} text but is none ({error})") from error
+
+
+def _looks_like_utf16(start: bytes) -> bool:
+    """Whether every other byte is zero, as in UTF-16 of Latin text."""
+    a, b = (start[k:4096:2].count(0) / max(1, len(start[k:4096:2])) for k in (0, 1))
+    return max(a, b) > 0.5 and min(a, b) < 0.1
+
+
+def _line_blocks(path: Path, pieces: Iterator[bytes], start: int):
+    """Whole lines, up to the first that ends beyond BLOCK_BYTES; one longer than LONGEST_LINE is left out and counted.
+
+    Where a block ends depends on where it starts alone, so that an interrupted preparation gives the same record.
+    """
+    at, buffer, searched, kept, dropped = start, bytearray(), 0, b"", 0
+
+    def block(end: int):  # of the buffer's first bytes, of which the last line may be too long
+        line = buffer.rfind(b"\n", 0, end - 1) + 1
+        long = end - line > LONGEST_LINE
+        return at, ("lines", bytes(buffer[: line if long else end]), int(long))
+
+    for data in pieces:
+        if dropped:  # inside a line that is too long
+            end = data.find(b"\n") + 1
+            dropped += end or len(data)
+            if not end:
                 continue
-            cut = cut or len(buffer)
-            if not cut:
-                return
-            yield at, ("lines", buffer[:cut]), raw.tell()
-            at, buffer = at + cut, buffer[cut:]
+            yield at, ("lines", kept, 1)
+            at, dropped, data = at + len(kept) + dropped, 0, data[end:]
+        elif at == 0 and not buffer and data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            raise DataError(
+                f"{path} begins with '[': one JSON array, where one object a line is needed; "
+                "jq -c '.[]' FILE > FILE.jsonl makes that of it"
+            )
+        buffer += data
+        while end := buffer.find(b"\n", max(BLOCK_BYTES, searched)) + 1:
+            yield block(end)
+            at, searched = at + end, 0
+            del buffer[:end]
+        searched = len(buffer)
+        if searched > BLOCK_BYTES + LONGEST_LINE:
+            line = buffer.rfind(b"\n", 0, BLOCK_BYTES) + 1
+            kept, dropped, searched = bytes(buffer[:line]), searched - line, 0
+            buffer.clear()
+    if dropped:
+        yield at, ("lines", kept, 1)
+    elif buffer:
+        yield block(len(buffer))
 
 
-def _text_blocks(path: Path, packed: str, start: int):
-    """One document; a long one in parts cut where tokens are sure to end."""
-    file, raw = _open(path, packed, start)
-    with raw:
-        at, buffer, searched = start, b"", 0
-        while True:
-            cut = 0
-            while not cut and searched + BLOCK_BYTES < len(buffer):
-                searched += BLOCK_BYTES
-                cuts = [match.end() for match in SAFE_CUT.finditer(buffer, searched - 4096, searched + 1)]
-                cut = cuts[-1] if cuts else 0
-            data = b"" if cut else file.read(BLOCK_BYTES)
-            if data:
-                buffer += data
-                continue
-            cut = cut or len(buffer)
-            if not cut:
-                return
-            yield at, ("part", buffer[:cut].decode("utf-8", "replace"), at == 0), raw.tell()
-            at, buffer, searched = at + cut, buffer[cut:], 0
+def _text_blocks(path: Path, pieces: Iterator[bytes], start: int, cut: bool):
+    """One document; a long one in parts cut where tokens are sure to end.
+
+    As with lines, where a part ends depends on where it starts alone.
+    """
+    at, buffer, searched = start, bytearray(), 0
+    for data in pieces:
+        buffer += data
+        while cut and searched + BLOCK_BYTES < len(buffer):
+            searched += BLOCK_BYTES
+            cuts = [match.end() for match in SAFE_CUT.finditer(buffer, searched - 4096, searched + 1)]
+            if not cuts and searched >= LONGEST_PART:
+                cuts = [searched - next((k for k in range(4) if buffer[searched - k] & 0xC0 != 0x80), 0)]
+            if cuts:
+                yield at, ("part", _decoded(path, buffer[: cuts[-1]], at), at == 0)
+                at, searched = at + cuts[-1], 0
+                del buffer[: cuts[-1]]
+        if len(buffer) > LONGEST_LINE:
+            raise DataError(
+                f"{path} is one document of more than {LONGEST_LINE >> 20} MiB, which this tokenizer cannot take in "
+                "parts: give it as JSON lines, or in smaller files"
+            )
+    if text := _decoded(path, buffer, at):
+        yield at, ("part", text, at == 0)
 
 
-# Where fast_bpe.safe_cut would cut, in UTF-8.
-SAFE_CUT = re.compile(rb"(?:[A-Za-z]|\xd0[\xb0-\xbf]|\xd1[\x80-\x8f]|[\xe5-\xe8][\x80-\xbf]{2})(?=[ \n])")
+def _decoded(path: Path, text: bytearray, at: int) -> str:
+    try:
+        return text.decode("utf-8-sig" if at == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is no UTF-8 text (byte 0x{text[error.start]:02x} at {at + error.start:,}): convert it, e.g. "
+            "iconv -f latin1 -t utf-8"
+        ) from error
 
 
 def _parquet_blocks(path: Path, column: str, start: int):
@@ -215,30 +305,33 @@ def _parquet_blocks(path: Path, column: str, start: int):
     except Exception as error:  # pyarrow.ArrowInvalid and OSError of several kinds
         raise DataError(f"{path} is not a whole parquet file ({error}): fetch it again") from error
     with file:
-        if column not in file.schema_arrow.names:
+        types = {field.name: str(field.type) for field in file.schema_arrow}
+        text = [name for name, kind in types.items() if re.match("(dictionary<values=|large_)?string", kind)]
+        if column not in types:
             raise DataError(
-                f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}: "
-                "choose one with --text-column"
+                f"{path} has no column {column!r}; it has {', '.join(types)}: choose one with --text-column"
             )
-        rows = max(1, file.metadata.num_rows)
-        at = 0
-        groups = file.metadata.num_row_groups
+        if column not in text:
+            raise DataError(
+                f"the column {column!r} of {path} holds {types[column]}, not text; "
+                + (f"{', '.join(text)} would: choose with --text-column" if text else "no other column does")
+            )
+        n_rows, row, groups = max(1, file.metadata.num_rows), 0, file.metadata.num_row_groups
         first = 0
-        while first < groups and at + file.metadata.row_group(first).num_rows <= start:
-            at += file.metadata.row_group(first).num_rows
+        while first < groups and row + file.metadata.row_group(first).num_rows <= start:
+            row += file.metadata.row_group(first).num_rows
             first += 1
         texts, begin, size = [], start, 0
-        batches = file.iter_batches(128, row_groups=list(range(first, groups)), columns=[column])
-        for batch in batches:
+        for batch in file.iter_batches(128, row_groups=list(range(first, groups)), columns=[column]):
             for text in batch.column(0).to_pylist():
-                at += 1
-                if at <= start:
+                row += 1
+                if row <= start:
                     continue
                 texts.append(text)
                 size += len(text) if isinstance(text, str) else 0
                 if size >= BLOCK_BYTES:
-                    yield begin, ("texts", texts), path.stat().st_size * at / rows
-                    texts, begin, size = [], at, 0
+                    yield begin, ("texts", texts), path.stat().st_size * row / n_rows
+                    texts, begin, size = [], row, 0
         if texts:
             yield begin, ("texts", texts), path.stat().st_size
 

@@ -6,21 +6,26 @@ A tokenizer has
     .n_vocab .eot     number of ids; id of end-of-text, or None
     .encode(text)     ids of *ordinary* text: a literal "<|endoftext|>" in it never becomes the special token
     .decode(ids)      text; an id without a token, or half a character, shows as U+FFFD and never raises
-    .token_bytes()    the true bytes of every id (None: special or no token at all)
+    .token_bytes()    the true bytes of every id; unlike kronecker.token_bytes, which gives special tokens their
+                      literal text (they too are embedded), None for these and for ids without a token: in text
+                      they stand for nothing
     .byte_lengths()   their lengths, uint16 (n_vocab,), 0 where there are none
     .backend          the library's own object: tiktoken.Encoding, tokenizers.Tokenizer, or list[bytes]
+    .unk              id of what stands for text that the tokenizer lacks, or None
     .save(folder)     writes what `load_tokenizer(spec, folder)` will need there
 """
 
 import contextlib
 import json
-import shutil
+import os
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from data import DataError
+from data.files import plain_name, write_atomic
+from kronecker.tokens import byte_level_alphabet, token_bytes
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -46,6 +51,7 @@ def load_tokenizer(spec, base_dir=None):
     spec: a dict from `meta.json`, or a plain name: tiktoken's ("gpt2", "cl100k_base"), "gpt2"-like first; the
     path of a `tokenizer.json` or of a folder that holds one; a Hugging Face hub name.
     base_dir: the folder that holds the files which a dict spec mentions (a prepared set's, or a run's).
+    Only tokenizer.json files are read and no code that comes with a tokenizer is ever run.
     Raises DataError where it cannot be had.
     """
     if spec is None:
@@ -53,18 +59,21 @@ def load_tokenizer(spec, base_dir=None):
     if isinstance(spec, str | Path):
         return _load_by_name(str(spec))
     kind = spec.get("kind")
+    needed = {"tiktoken": "name", "chars": "itos", "hf": "file", "bytebpe": "file"}.get(kind)
+    if needed is None or not spec.get(needed):
+        raise DataError(
+            f"{str(spec)[:80]} names no tokenizer: a kind (tiktoken, hf, bytebpe, chars) and its {needed or 'name'}"
+        )
     if kind == "tiktoken":
         return TiktokenTokenizer(_tiktoken(spec["name"]), spec)
     if kind == "chars":
         return CharTokenizer(spec["itos"])
-    if kind in ("bytebpe", "hf"):
-        path = Path(base_dir or ".") / spec["file"]
-        if kind == "bytebpe":
-            return ByteBPETokenizer(path, spec)
-        if not path.is_file() and base_dir is None:
-            return _load_by_name(spec["name"])
-        return HFTokenizer(path, spec)
-    raise DataError(f"unknown kind of tokenizer: {kind!r} (known: tiktoken, hf, bytebpe, chars)")
+    path = Path(base_dir or ".") / plain_name(spec["file"])
+    if kind == "bytebpe":
+        return ByteBPETokenizer(path, spec)
+    if not path.is_file() and base_dir is None:
+        return _load_by_name(spec.get("name") or str(path))
+    return HFTokenizer(path, spec)
 
 
 def _load_by_name(name: str):
@@ -72,7 +81,7 @@ def _load_by_name(name: str):
 
     if name in tiktoken.list_encoding_names():
         return TiktokenTokenizer(_tiktoken(name), {"kind": "tiktoken", "name": name})
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         path = path / FILE_NAME
         if not path.is_file():
@@ -117,7 +126,18 @@ def _first_line(error) -> str:
 
 
 class _Tokenizer:
-    """What all kinds share: reading ids back through the true bytes of tokens."""
+    """What all kinds share: reading ids back through the true bytes of tokens.
+
+    A kind sets backend, spec, name, n_vocab, eot, and _special_text: id of each special token -> its text.
+    """
+
+    unk: int | None = None
+    _special_text: dict[int, bytes]
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes | None]:
+        known = token_bytes(self.backend)
+        return [None if not piece or i in self._special_text else piece for i, piece in enumerate(known)]
 
     def token_bytes(self) -> list[bytes | None]:
         return self._token_bytes
@@ -146,13 +166,6 @@ class TiktokenTokenizer(_Tokenizer):
         self._special_text = {i: text.encode() for text, i in encoding._special_tokens.items()}
         self.encode = encoding.encode_ordinary
 
-    @cached_property
-    def _token_bytes(self) -> list[bytes | None]:
-        table: list[bytes | None] = [None] * self.n_vocab
-        for token, rank in self.backend._mergeable_ranks.items():
-            table[rank] = token
-        return table
-
 
 class ByteBPETokenizer(TiktokenTokenizer):
     """A small byte-level BPE trained by `tokenizers`, encoded by tiktoken, with end-of-text as its last id.
@@ -165,9 +178,19 @@ class ByteBPETokenizer(TiktokenTokenizer):
         import tiktoken
 
         self._path = Path(path)
-        vocab = _read_json(self._path)["model"]["vocab"]
-        alphabet = byte_of_character()
-        ranks = {bytes(alphabet[c] for c in token): rank for token, rank in vocab.items()}
+        alphabet = {character: byte for byte, character in byte_level_alphabet().items()}
+        description = _read_json(self._path)
+        try:
+            vocab = description["model"]["vocab"]
+            ranks = {bytes(alphabet[c] for c in token): rank for token, rank in vocab.items()}
+            if sorted(ranks.values()) != list(range(len(vocab))) or any(
+                bytes([b]) not in ranks for b in range(256)
+            ):
+                raise ValueError("some bytes or ids are missing")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(
+                f"{path} is no byte-level BPE of this project ({error}): prepare the data again, or copy it there"
+            ) from error
         name = spec.get("name", "bytebpe")
         encoding = tiktoken.Encoding(
             name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
@@ -175,7 +198,7 @@ class ByteBPETokenizer(TiktokenTokenizer):
         super().__init__(encoding, {"kind": "bytebpe", "name": name, "file": FILE_NAME})
 
     def save(self, folder) -> None:
-        _copy(self._path, Path(folder) / FILE_NAME)
+        write_atomic(Path(folder) / FILE_NAME, self._path.read_bytes())
 
 
 class HFTokenizer(_Tokenizer):
@@ -198,24 +221,19 @@ class HFTokenizer(_Tokenizer):
         vocab = self.backend.get_vocab(with_added_tokens=True)
         self.n_vocab = max(vocab.values()) + 1
         added = self.backend.get_added_tokens_decoder()
-        special = {i: token.content for i, token in added.items() if token.special}
-        self._special_text = {i: text.encode() for i, text in special.items()}
+        self._special_text = {i: token.content.encode() for i, token in added.items() if token.special}
+        model = description["model"]
+        self.unk = vocab.get(model.get("unk_token"), model.get("unk_id"))
         self.eot = spec["eot"] if "eot" in spec else self._find_eot(vocab)
-        self.name = spec["name"]
+        self.name = spec.get("name") or "hf"
         self.spec = {"kind": "hf", "name": self.name, "file": FILE_NAME, "eot": self.eot}
-        self._plain = {i: token.content for i, token in added.items() if not token.special}
-        self._byte_level = '"ByteLevel"' in json.dumps(
-            [description.get("decoder"), description.get("pre_tokenizer")]
-        )
-        if (description.get("decoder") or {}).get("type") == "WordPiece":
-            raise DataError(f"{path} is a WordPiece tokenizer, which loses spaces; take a byte-level one")
 
     def _find_eot(self, vocab: dict) -> int | None:
         config = self._path.with_name("tokenizer_config.json")
         names = list(END_NAMES)
-        if config.is_file():
-            token = _read_json(config).get("eos_token")
-            names.insert(0, token.get("content") if isinstance(token, dict) else token)
+        if config.is_file() and isinstance(settings := _read_json(config), dict):
+            token = settings.get("eos_token")
+            names.insert(0, str(token.get("content") if isinstance(token, dict) else token))
         return next((vocab[name] for name in names if name in vocab), None)
 
     def encode(self, text: str) -> list[int]:
@@ -223,23 +241,13 @@ class HFTokenizer(_Tokenizer):
 
     @cached_property
     def _token_bytes(self) -> list[bytes | None]:
-        alphabet = byte_of_character()
-        table: list[bytes | None] = [None] * self.n_vocab
-        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
-            if i in self._special_text:
-                continue
-            if i in self._plain:
-                table[i] = token.encode()
-            elif self._byte_level and all(c in alphabet for c in token):
-                table[i] = bytes(alphabet[c] for c in token)
-            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                table[i] = bytes([int(token[3:5], 16)])
-            else:
-                table[i] = token.replace("\u2581", " ").encode()
-        return table
+        try:
+            return super()._token_bytes
+        except TypeError as error:
+            raise DataError(f"the tokenizer {self.name}: {error}") from error
 
     def save(self, folder) -> None:
-        _copy(self._path, Path(folder) / FILE_NAME)
+        write_atomic(Path(folder) / FILE_NAME, self._path.read_bytes())
 
 
 class CharTokenizer(_Tokenizer):
@@ -271,20 +279,6 @@ def clean_text(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def byte_of_character() -> dict[str, int]:
-    """The byte behind each of the 256 characters by which byte-level BPE files write bytes.
-
-    Printable Latin-1 stands for itself; the other 68 bytes follow, in order, from U+0100 on.
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
-
-
 def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -292,10 +286,3 @@ def _read_json(path: Path) -> dict:
         raise DataError(f"no tokenizer file {path}: prepare the data again, or copy it there") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error})") from error
-
-
-def _copy(source: Path, target: Path) -> None:
-    if source.resolve() != target.resolve():
-        temporary = target.with_name(target.name + ".tmp")
-        shutil.copyfile(source, temporary)
-        temporary.replace(target)

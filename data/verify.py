@@ -2,9 +2,8 @@
 
     python -m data.verify data/fineweb_edu
 
-Checksums and document counts are compared where there is a meta.json; --quick leaves them out. Shards without one
-(published sets, nanoGPT's train.bin) are checked against --tokenizer, GPT-2's unless told otherwise.
-Exits with 1 and one sentence a fault.
+Everything is compared with meta.json where there is one. Folders without (published sets, nanoGPT's train.bin) are
+checked against --tokenizer, GPT-2's unless another is named. Exits with 1 and one sentence a fault.
 """
 
 import argparse
@@ -13,92 +12,88 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
+if __package__ in (None, ""):  # run as a file: let `import data` find the project
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import DataError
-from data.files import sha256 as sha256_of
+from data import DataError, console
+from data.files import expanded
+from data.identity import read_through
 from data.meta import read_meta
 from data.shards import find_shards, open_shard
 from data.tokenizers import load_tokenizer
 
 
-def check_shard(path: Path, record: dict | None, n_vocab: int, eot: int | None, quick: bool) -> dict:
-    """Facts of one shard: tokens, documents, highest id, and `faults`, a list of sentences."""
-    faults = []
+def check_shard(
+    path: Path, record: dict | None, n_vocab: int, eot: int | None
+) -> tuple[int, int, int, list[str]]:
+    """(tokens, documents, highest id, faults in one sentence each) of one shard, read from end to end."""
     try:
-        shard = open_shard(path)
+        content, documents = read_through(path, eot)
     except DataError as error:
-        return {"tokens": 0, "documents": 0, "highest": 0, "faults": [str(error)]}
-    highest = documents = 0
-    tokens = shard.tokens
-    for start in range(0, len(tokens), 1 << 22):
-        piece = tokens[start : start + (1 << 22)]
-        highest = max(highest, int(piece.max()))
-        documents += int(np.count_nonzero(piece == eot)) if eot is not None else 0
-    if highest >= n_vocab:
-        faults.append(f"{path} has the token id {highest:,}, but the vocabulary ends at {n_vocab - 1:,}")
+        return 0, 0, 0, [str(error)]
+    faults = []
+    if content.highest >= n_vocab:
+        faults.append(
+            f"{path} has the token id {content.highest:,} at position {content.at:,}, but the vocabulary ends at "
+            f"{n_vocab - 1:,}"
+        )
     if record is not None:
-        if record["tokens"] != len(tokens):
-            faults.append(f"{path} has {len(tokens):,} tokens, meta.json says {record['tokens']:,}")
-        if record.get("documents") != documents:
+        if record["tokens"] != content.tokens:
+            faults.append(f"{path} has {content.tokens:,} tokens, meta.json says {record['tokens']:,}")
+        if record.get("documents") not in (None, documents):
             faults.append(f"{path} has {documents:,} documents, meta.json says {record['documents']:,}")
-        if not quick and sha256_of(path) != record["sha256"]:
+        if record["sha256"] != content.sha256:
             faults.append(
                 f"{path} is not what was written: its SHA-256 differs from meta.json's; make it again"
             )
-    return {"tokens": len(tokens), "documents": documents, "highest": highest, "faults": faults}
+    return content.tokens, documents, content.highest, faults
 
 
-def verify(folder: Path, tokenizer_name: str = "gpt2", quick: bool = False, say=print) -> list[str]:
+def verify(folder: Path, tokenizer_name: str = "gpt2", say=print) -> list[str]:
     """Check a folder, saying what is there; returns the faults, one sentence each."""
-    meta = read_meta(folder)
-    tokenizer = load_tokenizer(meta["tokenizer"] if meta else tokenizer_name, folder)
-    n_vocab = meta["vocab_size"] if meta else tokenizer.n_vocab
-    records = {record["file"]: record for record in (meta or {}).get("shards", [])}
+    meta = read_meta(folder) or {}
     paths = find_shards(folder, "val") + find_shards(folder, "train")
-    faults = []
     if not paths:
         return [f"{folder} holds no shards"]
-    if not find_shards(folder, "train"):
-        faults.append(f"{folder} has no training shards")
-    if not find_shards(folder, "val"):
-        faults.append(f"{folder} has no validation shard")
-    if meta is not None and not meta.get("complete", True):
+    tokenizer = load_tokenizer(meta.get("tokenizer", tokenizer_name), folder)
+    n_vocab = meta.get("vocab_size", tokenizer.n_vocab)
+    records = {record["file"]: record for record in meta.get("shards", [])}
+    faults = [
+        f"{folder} has no {name} shards"
+        for split, name in (("train", "training"), ("val", "validation"))
+        if not find_shards(folder, split)
+    ]
+    if not meta.get("complete", True):
         faults.append(f"{folder} is not finished: run its prepare.py again with the same options")
-    if meta is not None and len(meta.get("byte_lengths", [])) != n_vocab:
+    if meta and len(meta.get("byte_lengths", [])) != n_vocab:
         faults.append(
             f"{folder}/meta.json has {len(meta.get('byte_lengths', []))} byte lengths for {n_vocab} ids"
         )
-    for name in records:
-        if not (folder / name).is_file():
-            faults.append(f"{folder / name} is missing")
     if records:
-        faults += [f"{path} is not in meta.json" for path in paths if path.name not in records]
+        others = {
+            path.name for path in folder.glob("*.bin") if not path.name.startswith(".")
+        } - records.keys()
+        faults += [f"{folder / name} is not in meta.json, so nothing reads it" for name in sorted(others)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # reading and hashing leave Python's lock
         results = threads.map(
-            lambda path: check_shard(path, records.get(path.name), n_vocab, tokenizer.eot, quick), paths
+            lambda path: check_shard(path, records.get(path.name), n_vocab, tokenizer.eot), paths
         )
-        totals = [0, 0]
-        for path, result in zip(paths, results, strict=True):
-            faults += result["faults"]
-            totals = [totals[0] + result["tokens"], totals[1] + result["documents"]]
+        all_tokens = all_documents = 0
+        for path, (tokens, documents, highest, found) in zip(paths, results, strict=True):
+            faults += found
+            all_tokens, all_documents = all_tokens + tokens, all_documents + documents
             say(
-                f"{path.name:32} {result['tokens']:>13,} tokens  {result['documents']:>9,} documents  "
-                f"ids to {result['highest']:>6,}  {'FAULT' if result['faults'] else 'ok'}"
+                f"{path.name:32} {tokens:>13,} tokens  {documents:>9,} documents  "
+                f"ids to {highest:>6,}  {'FAULT' if found else 'ok'}"
             )
-    first = open_shard(paths[0]) if not faults else None
-    if (
-        first is not None
-        and records
-        and first.n_tokens
-        and first.tokens[0] != tokenizer.eot
-        and tokenizer.eot
-    ):
-        faults.append(f"{paths[0]} does not begin with end-of-text")
-    say(f"{len(paths)} shards, {totals[0]:,} tokens, {totals[1]:,} documents, tokenizer {tokenizer.name}")
-    if first is not None and first.n_tokens:
-        for name, path in (("first", paths[0]), ("last", paths[-1])):
-            sample = open_shard(path).tokens[:60] if name == "first" else open_shard(path).tokens[-60:]
+    say(
+        f"{len(paths)} shards, {all_tokens:,} tokens, {all_documents:,} documents, tokenizer {tokenizer.name}"
+    )
+    if not faults and all_tokens:
+        first, last = open_shard(paths[0]).tokens, open_shard(paths[-1]).tokens
+        if "documents" in records.get(paths[0].name, {}) and first[0] != tokenizer.eot:
+            faults.append(f"{paths[0]} does not begin with end-of-text")
+        for name, sample in (("first", first[:60]), ("last", last[-60:])):
             say(f"{name} tokens: {tokenizer.decode(sample.tolist())!r}")
     return faults
 
@@ -107,19 +102,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=expanded, metavar="DIR")
     parser.add_argument("--tokenizer", default="gpt2", help="of shards without meta.json (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="leave out the checksums")
     args = parser.parse_args(argv)
-    try:
-        faults = verify(args.folder, args.tokenizer, args.quick)
-    except (DataError, OSError) as error:
-        faults = [str(error)]
-    for fault in faults:
-        print(f"fault: {fault}", file=sys.stderr)
-    if faults:
-        sys.exit(f"error: {len(faults)} fault{'' if len(faults) == 1 else 's'} in {args.folder}")
-    print("all is well")
+    with console.sentences():
+        faults = verify(args.folder, args.tokenizer)
+        for fault in faults:
+            print(f"fault: {fault}", file=sys.stderr)
+        if faults:
+            raise DataError(f"{len(faults)} fault{'' if len(faults) == 1 else 's'} in {args.folder}")
+        print("all is well")
 
 
 if __name__ == "__main__":

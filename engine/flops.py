@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from engine.loss import logits_bytes
+
 # Dense bf16 TFLOP/s by the vendors' data sheets, without sparsity; matched in this order against the name.
 PEAK_TFLOPS = {
     "H200": 989,
@@ -44,15 +46,17 @@ def peak_flops(device: torch.device) -> tuple[float, str] | None:
     return None
 
 
-def memory_estimate(config, params: dict[str, int], batch_size: int, low_precision: bool) -> dict[str, float]:
+def memory_estimate(
+    config, params: dict[str, int], micro_batch: int, low_precision: bool, device_type: str
+) -> dict[str, float]:
     """GB (10^9 bytes) a rank needs: weights, gradients and AdamW's moments in fp32, and saved activations.
 
     Activations: about 16 tensors of (tokens, C) a block are kept for the backward pass (inputs of the
-    norms, q, k, v, attention's and the MLP's outputs), and the logits of one chunk or, on a GPU, of all.
+    norms, q, k, v, attention's and the MLP's outputs), and what the chosen loss takes for logits.
     """
     width = 2 if low_precision else 4
-    tokens = batch_size * config.block_size
+    tokens = micro_batch * config.block_size
     state = 16 * params["total"]
     activations = tokens * config.n_layer * 16 * config.n_embd * width
-    logits = tokens * config.vocab_size * (width + 4)
+    logits = logits_bytes(tokens, config.vocab_size, config.n_embd, config.loss, device_type, width)
     return {"state": state / 1e9, "activations": activations / 1e9, "logits": logits / 1e9}

@@ -29,7 +29,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_x = []
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up in it
         loss = x.new_zeros((), dtype=torch.float32)
-        rows = -(-n // -(-n // chunk_rows(x, vocab)))  # chunks of one size
+        rows = -(-n // -(-n // chunk_rows(x.device.type, vocab)))  # chunks of one size
         buffer = logits_buffer(x, rows, vocab)
         for chunk, target in zip(x_low.split(rows), targets[:, None].split(rows), strict=True):
             logits = logits_of(chunk, weight_low, buffer)
@@ -64,12 +64,11 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, how: str = "auto") -> Tensor:
     """Cross-entropy in nats of x (N, n_embd) @ weight.T (V, n_embd) against targets (N,)."""
-    chunked = how == "chunked" or (how == "auto" and x.device.type == "cpu")
-    if reduction == "mean" and torch.is_grad_enabled() and chunked:
+    if reduction == "mean" and torch.is_grad_enabled() and is_chunked(how, x.device.type):
         return ChunkedLinearCrossEntropy.apply(x, weight, targets, matmul_dtype(x))
     if torch.is_grad_enabled():  # one piece: the compiler fuses the rest on a GPU
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
-    rows = min(chunk_rows(x, weight.size(0)), len(x))
+    rows = min(chunk_rows(x.device.type, weight.size(0)), len(x))
     x, weight = x.to(matmul_dtype(x)), weight.to(matmul_dtype(x))
     buffer, losses = logits_buffer(x, rows, weight.size(0)), []
     for chunk, target in zip(x.split(rows), targets[:, None].split(rows), strict=True):
@@ -95,8 +94,12 @@ def logits_of(x: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor
     return torch.mm(x, weight.t(), out=out) if x.dtype == out.dtype else out.copy_(x @ weight.t())
 
 
-def chunk_rows(x: Tensor, vocab_size: int) -> int:
-    return max(1, CHUNK_BYTES["cpu" if x.device.type == "cpu" else "gpu"] // (4 * vocab_size))
+def chunk_rows(device_type: str, vocab_size: int) -> int:
+    return max(1, CHUNK_BYTES["cpu" if device_type == "cpu" else "gpu"] // (4 * vocab_size))
+
+
+def is_chunked(how: str, device_type: str) -> bool:
+    return how == "chunked" or (how == "auto" and device_type == "cpu")
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
@@ -112,3 +115,20 @@ def liger_loss() -> nn.Module:
     except ImportError as e:
         raise ValueError(f"loss='liger' needs liger-kernel, transformers and a GPU ({e}): use auto") from None
     return LigerFusedLinearCrossEntropyLoss()
+
+
+def logits_bytes(tokens: int, vocab_size: int, n_embd: int, how: str, device_type: str, width: int) -> int:
+    """Peak bytes that head and loss of one micro-batch need beside the model's own, in a training step.
+
+    width: bytes of a number in the matmuls. Full logits are there in float32 three times (log-probabilities and two
+    gradients) or, compiled for a GPU, once, beside those in the matmuls' format. Chunks of them come in both formats,
+    beside a float32 gradient of the whole weight. liger-kernel halves its chunks until they are as small as x (its
+    fused_linear_cross_entropy_forward).
+    """
+    if how == "liger":
+        rows = 1 << (-(-tokens // -(-vocab_size // n_embd)) - 1).bit_length()
+        return min(rows, tokens) * vocab_size * width + 4 * vocab_size * n_embd
+    if not is_chunked(how, device_type):
+        return tokens * vocab_size * (12 if device_type == "cpu" else width + 4)
+    rows = -(-tokens // -(-tokens // chunk_rows(device_type, vocab_size)))
+    return rows * vocab_size * (4 + (width if width < 4 else 0)) + 4 * vocab_size * n_embd

@@ -6,18 +6,16 @@ import sys
 from pathlib import Path
 
 import torch
-from typing_extensions import TypedDict
+from typing_extensions import Required, TypedDict
 
 from data.files import finite, write_text
 from data.records import STRICT, read_rows
 from engine.tracker import Tracker
 
-
-class Row(TypedDict):
-    """What every row has; the figures beside it carry nanoGPT's wandb names, and null stands for NaN."""
-
-    __pydantic_config__ = STRICT
-    iter: int
+# The figures that others compute with carry nanoGPT's wandb names, and null stands for NaN. Only `iter` is in all rows.
+FIGURES = ("train/loss", "val/loss", "val/bpb", "wte/rms", "grad_norm", "tok_per_sec")
+Row = TypedDict("Row", {"iter": Required[int]} | dict.fromkeys(FIGURES, float | None), total=False)
+Row.__pydantic_config__ = STRICT
 
 
 def read_metrics(out_dir) -> list[dict]:

@@ -32,12 +32,14 @@ def largest_divisor(n: int, limit: int) -> int:
     return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
 
 
-def describe(config, model_config, params: dict, flops_token: int, world: int, low_precision: bool) -> str:
+def describe(
+    config, model_config, params: dict, flops_token: int, world: int, low_precision: bool, device_type: str
+) -> str:
     """The plan as text: parameters by part, FLOPs, tokens, memory."""
     rows, micro_batch = batch_split(config, world)
     tokens_step = rows * config.block_size
     saved = 1 - params["input"] / params["stock_table"]
-    memory = memory_estimate(model_config, params, micro_batch, low_precision)
+    memory = memory_estimate(model_config, params, micro_batch, low_precision, device_type)
     total = sum(memory.values())
     flops = flops_token * tokens_step * config.max_iters
     compared = f"{saved:.1%} fewer than a learned table" if saved > 0 else "a learned table"

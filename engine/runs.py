@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from data.files import Lock, write_json
+from data.meta import TokenizerSchema
 from data.records import Record, read_record
+from data.tokenizers import load_tokenizer
 from engine import checkpoint, contract, metrics
 from engine.errors import RunError
 
@@ -72,6 +74,22 @@ def read_run(out_dir) -> tuple[dict, dict]:
     run = read_record(out_dir / "run.json", Run, "a run's record")
     contract.check_retired(out_dir, config)
     return config, run.model_dump()
+
+
+class DescribedData(Record):
+    """What is read of data_meta.json, the description of the data that a run was trained on."""
+
+    tokenizer: TokenizerSchema | str | None
+
+
+def read_tokenizer(out_dir):
+    """The tokenizer of a run; nothing outside its folder is needed. Raises DataError, or RunError if it has none."""
+    path = Path(out_dir) / "data_meta.json"
+    data = read_record(path, DescribedData, "the description of a run's data")
+    spec = data.model_dump(exclude_unset=True)["tokenizer"]
+    if spec is None:
+        raise RunError(f"{out_dir} was trained on ids without a tokenizer: there is no text to go from or to")
+    return load_tokenizer(spec, base_dir=out_dir)
 
 
 def lock(out_dir) -> Lock:

@@ -146,10 +146,8 @@ def export(run_dir, out_dir, which: str = "latest") -> str:
         write_json(unfinished / "config.json", config)
         special = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
         write_json(unfinished / "generation_config.json", special)
-        said = [
-            f"{sum(t.numel() for t in weights.values()):,} parameters",
-            "tied head" if tied else "own head",
-        ]
+        n_parameters = sum(t.numel() for t in weights.values())
+        said = [f"{n_parameters:,} parameters, {'tied' if tied else 'own'} head"]
         description = tokenizer_json(tokenizer.backend)
         if description is None:
             said.append(f"without its tokenizer ({tokenizer.name} has no exact tokenizer.json)")

@@ -62,37 +62,6 @@ def test_a_setting_that_differs_within_an_arm_is_refused_and_a_machine_noted(tmp
             numbers.compare(load(tmp_path))
 
 
-class FakeRun:
-    def __init__(self, folder):
-        config = json.loads((folder / "config.json").read_text())
-        self.config = config | {"run": json.loads((folder / "run.json").read_text())}
-        self.name = folder.name
-        self.rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-
-    def scan_history(self):
-        for row in self.rows:  # wandb adds its own keys and fills what a row lacks with None
-            yield row | {"_step": row["iter"], "mfu": None}
-
-
-class FakeApi:
-    def __init__(self, folders):
-        self.folders = folders
-
-    def runs(self, path, filters=None):
-        assert path == "someone/project"
-        other = FakeRun(self.folders[0])
-        other.config = {"lr": 1}  # another's run in the same project
-        return [other, *(FakeRun(f) for f in self.folders)]
-
-
-def test_wandb_gives_the_same_comparison(runs_dir):
-    folders = runs.find_run_folders([runs_dir])
-    from_wandb = numbers.compare(runs.load_wandb("someone/project", api=FakeApi(folders)))
-    from_disk = numbers.compare(load(runs_dir))
-    for key in ("final", "pairs", "speed", "decomposition"):
-        assert from_wandb[key] == from_disk[key]
-
-
 def test_wandb_errors(runs_dir):
     class Broken:
         def runs(self, *a, **k):

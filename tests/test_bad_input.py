@@ -219,10 +219,6 @@ def test_one_sentence(name, program, argv, spoil, words, finished, tmp_path, cap
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_there_are_at_least_sixty_cases():
-    assert len(CASES) >= 60
-
-
 @pytest.mark.parametrize(
     ("command", "words"),
     [

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import DataError, plain_text
+from data import DataError, plain_text, verify
+from data.files import Lock
 from data.meta import characters_meta, describe, read_complete, read_meta, write_meta
 from data.shards import find_shards, header_bytes, is_prepared, open_shard, write_shard
-from data.tokenizers import END_OF_TEXT, byte_of_character, clean_text, load_tokenizer
+from data.tokenizers import END_OF_TEXT, clean_text, load_tokenizer
+from kronecker.tokens import byte_level_alphabet
 
 
 def by_hand(path, magic, version, tokens, code):
@@ -256,7 +258,7 @@ def test_unknown_tokenizers_are_refused_in_a_sentence(tmp_path, monkeypatch):
 def test_byte_alphabet_is_the_one_of_the_tokenizers_library():
     from tokenizers.pre_tokenizers import ByteLevel
 
-    alphabet = byte_of_character()
+    alphabet = {character: byte for byte, character in byte_level_alphabet().items()}
     assert set(alphabet) == set(ByteLevel.alphabet()) and sorted(alphabet.values()) == list(range(256))
     pieces = ByteLevel(add_prefix_space=False).pre_tokenize_str("é\n x\x00\xad")
     assert b"".join(bytes(alphabet[c] for c in piece) for piece, _ in pieces) == "é\n x\x00\xad".encode()
@@ -313,16 +315,10 @@ def test_shakespeare_scripts_write_what_nanogpt_would(tmp_path, gpt2_encoding):
     text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
     (tmp_path / "input.txt").write_text(text)
     characters, tokens = tmp_path / "c", tmp_path / "t"
-    for script, out in (("shakespeare_char", characters), ("shakespeare", tokens)):
-        command = [
-            sys.executable,
-            f"data/{script}/prepare.py",
-            "--input",
-            str(tmp_path / "input.txt"),
-            "--out_dir",
-            str(out),
-        ]
-        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
+    plain_text.main(["--input", str(tmp_path / "input.txt"), "--out_dir", str(tokens)], tmp_path, "", False)
+    command = ["data/shakespeare_char/prepare.py", "--input", "input.txt", "--out_dir", "c"]
+    command[0] = str(Path(__file__).parents[1] / command[0])
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=tmp_path)
     cut = int(len(text) * 0.9)
     stoi = {c: i for i, c in enumerate(sorted(set(text)))}
     assert np.fromfile(characters / "train.bin", np.uint16).tolist() == [stoi[c] for c in text[:cut]]
@@ -333,6 +329,73 @@ def test_shakespeare_scripts_write_what_nanogpt_would(tmp_path, gpt2_encoding):
     assert read_meta(characters)["vocab_size"] == len(stoi) and is_prepared(tokens)
 
 
+@pytest.mark.parametrize("characters", [True, False])
+def test_a_set_remade_over_an_older_one_never_passes_half_made(
+    tmp_path, monkeypatch, gpt2_encoding, characters
+):
+    plain_text.prepare(tmp_path, "old text, of other letters " * 30, "toy", characters)
+    assert is_prepared(tmp_path) and verify.verify(tmp_path, say=lambda line: None) == []
+    real, written = plain_text.write_atomic, []
+
+    def dying(path, *chunks):
+        if path.name == "val.bin":
+            raise KeyboardInterrupt
+        written.append(path.name)
+        real(path, *chunks)
+
+    monkeypatch.setattr(plain_text, "write_atomic", dying)
+    with pytest.raises(KeyboardInterrupt):
+        plain_text.prepare(tmp_path, "a new text, which has got more letters " * 40, "toy", characters)
+    assert "train.bin" in written and not is_prepared(tmp_path)
+    with pytest.raises(DataError, match="is not finished"):
+        read_complete(tmp_path)
+    assert any("is not finished" in fault for fault in verify.verify(tmp_path, say=lambda line: None))
+    monkeypatch.setattr(plain_text, "write_atomic", real)
+    plain_text.prepare(tmp_path, "a new text, which has got more letters " * 40, "toy", characters)
+    assert is_prepared(tmp_path) and verify.verify(tmp_path, say=lambda line: None) == []
+    (tmp_path / "val.bin").write_bytes((tmp_path / "train.bin").read_bytes()[:80])
+    assert any("val.bin" in fault for fault in verify.verify(tmp_path, say=lambda line: None))
+
+
+def test_plain_text_in_other_encodings(tmp_path):
+    text = "na\u00efve \u65e5\u672c\u8a9e\nsecond line\n"
+    for name, encoding in (("a", "utf-8"), ("b", "utf-8-sig"), ("c", "utf-16"), ("d", "utf-32")):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        assert plain_text.obtain(tmp_path / name, "", tmp_path) == text
+    (tmp_path / "e").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match=r"is no UTF-8 text.*iconv"):
+        plain_text.obtain(tmp_path / "e", "", tmp_path)
+
+
+def test_two_preparations_of_one_folder_at_once(tmp_path):
+    from data.pydocs import prepare as pydocs_prepare
+
+    for main in (pydocs_prepare.main, lambda argv: plain_text.main(argv, tmp_path, "", characters=True)):
+        with Lock(tmp_path / "prepare.lock", ""), pytest.raises(SystemExit, match="another run is preparing"):
+            main(["--out_dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["prepare.lock"]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"kind": "exec"},
+        {"kind": "tiktoken"},
+        {"kind": "chars"},
+        {"kind": "hf"},
+        {"kind": "bytebpe", "file": "../tokenizer.json"},
+        {"kind": "hf", "file": "/etc/tokenizer.json"},
+        {"kind": "bytebpe", "file": "bad.json"},
+        {"kind": "hf", "file": "bad.json"},
+    ],
+)
+def test_a_spec_of_another_shape_is_one_sentence(tmp_path, spec):
+    for content in ("{}", "[]", '{"model": {"vocab": {"a": 0}}}', '{"model": {"vocab": ["a"]}}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(DataError):
+            load_tokenizer(spec, tmp_path)
+
+
 def test_without_network_or_input_there_is_a_sentence(tmp_path, monkeypatch):
     def dead(*args, **kwargs):
         raise OSError("Name or service not known")
@@ -340,4 +403,4 @@ def test_without_network_or_input_there_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", dead)
     with pytest.raises(SystemExit, match="--input FILE"):
         plain_text.main(["--out_dir", str(tmp_path)], tmp_path, "doc", characters=True)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["prepare.lock"]

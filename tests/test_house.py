@@ -54,9 +54,9 @@ def test_a_room_imports_only_what_it_may(room):
         assert imported(file) & OURS <= ROOMS[room], file
 
 
-def test_the_main_scripts_stay_near_350_lines():
-    for name in ("train.py", "model.py"):
-        assert len((ROOT / name).read_text().splitlines()) <= 420
+def test_the_main_scripts_stay_below_400_lines():
+    for name in ("train.py", "model.py", "sample.py", "configurator.py"):
+        assert len((ROOT / name).read_text().splitlines()) < 400
 
 
 def test_recipes_are_short_and_know_their_keys():

@@ -1,6 +1,9 @@
-"""The embedding bench runs from end to end at toy size and says where its figures come from."""
+"""The embedding bench at toy size: what it measures is checked against what is known beforehand."""
 
+import functools
 import json
+import os
+from argparse import Namespace
 
 import pytest
 
@@ -9,29 +12,39 @@ pytest.importorskip("kronecker_embeddings")
 from scripts.bench import embedding as bench
 
 
-def test_toy_run_writes_table_and_provenance(tmp_path, monkeypatch, capsys):
+def test_toy_run_writes_table_and_provenance(tmp_path, monkeypatch):
+    """Real measurements of small tables: only the sizes are others than those of --quick."""
     monkeypatch.setattr(bench, "QUICK", [(300, 8, 4, (64,))])
-    monkeypatch.setattr(bench, "peak_memory", lambda *_: {"step": 10, "extra": 5_000_000})
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda _: 1e9)
-    monkeypatch.setattr(
-        bench,
-        "bench_table",
-        lambda *a: {
-            "V": 300,
-            "d": 8,
-            "tokens": 64,
-            "build_ms": 1.0,
-            "max_difference": 0.0,
-            "lookup_ms": {"kronecker": 1.0, "embedding": 1.0},
-        },
-    )
-    bench.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    small = functools.partial(bench.bench_table, V=300, d=8, pos_dim=4, n=64)
+    monkeypatch.setattr(bench, "bench_table", small)
+    bench.main(["--quick", "--no-memory", "--device", "cpu", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "embedding_cpu.json").read_text())
     assert {"command", "commit", "machine", "date", "torch", "threads"} <= set(result)
-    row = result["rows"][0]
-    assert set(row["fwd_bwd_ms"]) == set(bench.SIDES) and row["tokens"] == 64
     text = (tmp_path / "embedding_cpu.md").read_text()
-    assert "Zipf" in text and "| 300 | 8 | 4 | 64 " in text and "| 5.0 | 5.0 | 5.0 |" in text
+    assert [row["ids"] for row in result["rows"]] == ["text", "uniform"]
+    for row in result["rows"]:
+        assert 1 < row["distinct"] <= row["tokens"] == 64
+        for name in ("fwd_bwd_ms", "fwd_ms"):
+            assert set(row[name]) == set(bench.SIDES) and min(row[name].values()) > 0
+            times = [row[name][side] for side in bench.SIDES]
+            cells = [
+                *(f"{t:,.2f}" for t in times),
+                f"{times[0] / times[1]:.2f}x",
+                f"{times[2] / times[0]:.0f}x",
+            ]
+            assert " | ".join(cells) in text
+    assert result["table"]["max_difference"] < 1e-5  # the table gives what the codec gives
+    assert "Zipf" in text
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are read from /proc")
+def test_peak_memory_of_a_step_is_the_gradient_and_the_output():
+    n, V, d = 4096, 30_000, 256
+    args = Namespace(device="cpu", dtype="float32", text=None)
+    peak = bench.peak_memory("embedding", V, d, 4, n, args)
+    known = 4 * (V * d + n * d)
+    assert 0.95 * known < peak["step"] < 1.5 * known
+    assert peak["extra"] == max(peak["step"] - known, 0)
 
 
 def test_ids_and_buffers_without_a_text():

@@ -62,6 +62,7 @@ def test_a_last_line_cut_short_is_left_out_and_does_not_spoil_the_next(tail, tmp
         ("{broken", "line 5 of .*metrics.jsonl"),
         ('{"train/loss": 1.0}', "line 5 of .*iter"),
         ('{"iter": "4"}', "line 5 of .*iter"),
+        ('{"iter": 4, "val/loss": "low"}', "line 5 of .*val/loss"),
         ("[4]", "line 5 of"),
     ],
 )

@@ -26,7 +26,9 @@ import train
 from data import DataError
 from data.files import Lock
 from engine import metrics, tracker
+from engine.errors import RunError
 from engine.metrics import read_metrics
+from scripts.analysis import numbers, runs
 
 wandb = pytest.importorskip("wandb")
 KEYS = TINY | {"max_iters": 30, "ckpt_interval": 10}
@@ -154,13 +156,16 @@ class ApiOfFiles:
     """wandb.Api as the comparison uses it, over the files that the real package wrote."""
 
     def __init__(self, comparison):
-        self.folders = [wandb_folders(d)[-1] for d in sorted(comparison.iterdir())]
+        self.all = [RunOfFile(wandb_folders(d)[-1]) for d in sorted(comparison.iterdir())]
+        stranger = RunOfFile(wandb_folders(comparison / "bpe_tied_s1")[-1])
+        stranger.config = {"lr": 1}  # another program's run in the same project
+        self.all.insert(0, stranger)
 
     def runs(self, *args, **keys):
         given = inspect.signature(wandb.Api.runs).bind(self, *args, **keys).arguments
         assert given["path"] == "someone/project"
         group = (given.get("filters") or {}).get("group")
-        return [r for r in map(RunOfFile, self.folders) if group in (None, r.group)]
+        return [r for r in self.all if group in (None, r.group)]
 
 
 class RunOfFile:
@@ -172,21 +177,33 @@ class RunOfFile:
 
     def scan_history(self, *args, **keys):
         inspect.signature(wandb.apis.public.Run.scan_history).bind(self, *args, **keys)
-        return (h["item"] for h in of_kind(self.found, "history"))
+        # wandb fills with None what a row lacks
+        return (dict.fromkeys(("mfu", "val/loss")) | h["item"] for h in of_kind(self.found, "history"))
 
 
 def test_the_comparison_from_wandb_is_that_of_the_records(comparison):
-    from engine.errors import RunError
-    from scripts.analysis import numbers, runs
-
     api = ApiOfFiles(comparison)
     ours = numbers.compare([runs.load_folder(d) for d in sorted(comparison.iterdir())])
-    theirs = numbers.compare(runs.load_wandb("someone/project", "cmp", api=api))
-    assert ours.keys() == theirs.keys()
-    for key in ("final", "pairs", "speed", "decomposition"):
-        assert ours[key] == theirs[key]
+    for group in ("cmp", None):
+        theirs = numbers.compare(runs.load_wandb("someone/project", group, api=api))
+        assert ours.keys() == theirs.keys()
+        for key in ("final", "pairs", "speed", "decomposition"):
+            assert ours[key] == theirs[key]
     with pytest.raises(RunError, match="group other"):
         runs.load_wandb("someone/project", "other", api=api)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pseudo-terminal")
+def test_the_comparison_asks_for_no_key_on_a_terminal(tracked):
+    ours, its = os.openpty()
+    command = [sys.executable, "scripts/compare.py", "--wandb", "someone/project"]
+    done = subprocess.run(
+        command, cwd=ROOT, stdin=its, stdout=its, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: wandb is not logged in")
+    os.close(its)
+    os.close(ours)
 
 
 def test_what_is_called_has_the_signature_of_the_locked_package():

@@ -14,9 +14,12 @@ from conftest import ROOT, losses
 
 import configurator
 import train
+from data.meta import characters_meta, write_meta
+from data.shards import write_shard
 from engine import checkpoint
 from engine.errors import RunError
 from engine.metrics import read_metrics
+from model import GPT
 
 ARMS = ["bpe_tied", "bpe_untied", "kronecker", "kronecker_tied"]
 
@@ -323,10 +326,25 @@ def test_bits_per_byte_by_hand(train_tiny, tmp_path):
         assert r["val/bpb"] == pytest.approx(r["val/loss"] / math.log(2), rel=1e-6)
 
 
-def test_every_training_token_comes_from_the_loader_once_a_step(tiny_data):
-    from data.loader import TrainBatches
+def test_every_training_token_is_an_input_once_an_epoch_and_a_target_once(train_tiny, tmp_path, monkeypatch):
+    """Every character stands once in this text, so that a token says where it was; two epochs of 5 steps."""
+    characters = [chr(0x4E00 + i) for i in range(40 * 16 + 1)]
+    tokens = np.arange(len(characters), dtype=np.uint16)
+    write_shard(tmp_path / "once_val_000000.bin", tokens)
+    write_shard(tmp_path / "once_train_000001.bin", tokens)
+    write_meta(tmp_path, characters_meta("once", characters))
+    batches, plain = [], GPT.forward
 
-    batches = TrainBatches(tiny_data, 16, 8, 1337)
-    whole = batches.rows(3, 0, 8)[0].numpy()
-    parts = np.concatenate([batches.rows(3, lo, lo + 2)[0].numpy() for lo in (0, 2, 4, 6)])
-    assert np.array_equal(whole, parts)
+    def forward(self, x, y=None, *more, **others):
+        if self.training:
+            batches.append((x.clone(), y.clone()))
+        return plain(self, x, y, *more, **others)
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    train_tiny(tmp_path / "run", data_dir=tmp_path, batch_size=2, max_iters=10)
+    assert len(batches) == 10 * 4  # micro-steps of 2 sequences make a global batch of 8
+    for epoch in (batches[:20], batches[20:]):
+        x, y = (torch.cat(parts) for parts in zip(*epoch, strict=True))
+        assert x.flatten().sort().values.tolist() == list(range(640))
+        assert torch.equal(y, x + 1)
+    assert not torch.equal(torch.cat([x for x, _ in batches[:20]]), torch.cat([x for x, _ in batches[20:]]))

@@ -29,9 +29,10 @@ if __package__ in (None, ""):  # run as a file: let `import data` find the proje
 
 import numpy as np
 
-from data import DataError
-from data.files import write_atomic
-from data.meta import write_meta
+from data import DataError, console
+from data.files import Lock, expanded, write_atomic
+from data.identity import shard_record
+from data.meta import FORMAT, META_NAME, mark_incomplete, write_meta
 from data.shards import is_prepared, write_shard
 from data.tokenizers import FILE_NAME, load_tokenizer
 
@@ -163,7 +164,8 @@ def tokenize(documents: list[str], tokenizer) -> np.ndarray:
 
 
 def prepare(out_dir: Path) -> None:
-    if is_prepared(out_dir) and (out_dir / FILE_NAME).is_file() and (out_dir / "meta.json").is_file():
+    """Collect the documents and write tokenizer, shards and description, unless they are there."""
+    if is_prepared(out_dir) and (out_dir / FILE_NAME).is_file() and (out_dir / META_NAME).is_file():
         print(f"{out_dir} is already prepared, nothing to do (delete its *.bin files to make it anew)")
         return
     started = time.perf_counter()
@@ -173,45 +175,34 @@ def prepare(out_dir: Path) -> None:
         raise DataError(
             f"only {len(documents)} docstrings found in this Python: is its library installed as source?"
         )
-    out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(documents[n_val:], out_dir / FILE_NAME)
-    shards = []
-    for split, number, part in (("val", 0, documents[:n_val]), ("train", 1, documents[n_val:])):
-        tokens = tokenize(part, tokenizer)
-        path = out_dir / f"pydocs_{split}_{number:06d}.bin"
-        write_shard(path, tokens)
-        shards.append(
-            {
-                "file": path.name,
-                "split": split,
-                "tokens": len(tokens),
-                "documents": len(part),
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            }
-        )
+    meta = {
+        "format": FORMAT,
+        "dataset": "pydocs",
+        "complete": True,
+        "tokenizer": tokenizer.spec,
+        "vocab_size": tokenizer.n_vocab,
+        "eot": tokenizer.eot,
+        "dtype": "uint16",
+        "documents": len(documents),
+        "characters": sum(map(len, documents)),
+    }
+    mark_incomplete(out_dir, meta)
+    paths = [(out_dir / f"pydocs_{split}_{n:06d}.bin", split) for n, split in enumerate(("val", "train"))]
+    for (path, _), part in zip(paths, (documents[:n_val], documents[n_val:]), strict=True):
+        write_shard(path, tokenize(part, tokenizer))
+    shards = [shard_record(path, split, tokenizer.eot) for path, split in paths]
     versions = {"python": platform.python_version()}
     versions |= {name: _version(name) for name in ("torch", "numpy", "tokenizers", "tiktoken")}
-    # last: a folder without it is prepared again
-    write_meta(
-        out_dir,
-        {
-            "format": 1,
-            "dataset": "pydocs",
-            "complete": True,
-            "tokenizer": tokenizer.spec,
-            "vocab_size": tokenizer.n_vocab,
-            "eot": tokenizer.eot,
-            "dtype": "uint16",
-            "documents": len(documents),
-            "characters": sum(map(len, documents)),
-            "tokens": {s["split"]: s["tokens"] for s in shards},
-            "shards": shards,
-            "made": {"documents_from": counts, "versions": versions},
-            "byte_lengths": tokenizer.byte_lengths().tolist(),
-        },
-    )
+    meta |= {
+        "tokens": {s["split"]: s["tokens"] for s in shards},
+        "shards": shards,
+        "made": {"documents_from": counts, "versions": versions},
+        "byte_lengths": tokenizer.byte_lengths().tolist(),
+    }
+    write_meta(out_dir, meta)
     print(
-        f"{len(documents):,} documents, {sum(map(len, documents)) / 1e6:.1f} M characters, "
+        f"{len(documents):,} documents, {meta['characters'] / 1e6:.1f} M characters, "
         f"{shards[1]['tokens']:,} training and {shards[0]['tokens']:,} validation tokens "
         f"of a vocabulary of {tokenizer.n_vocab:,} in {time.perf_counter() - started:.1f} s: {out_dir}"
     )
@@ -232,13 +223,17 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out_dir", type=Path, default=Path(__file__).resolve().parent, help="where the shards go"
+        "--out_dir",
+        "--out-dir",
+        type=expanded,
+        default=Path(__file__).resolve().parent,
+        help="where the shards go",
     )
     args = parser.parse_args(argv)
-    try:
-        prepare(args.out_dir)
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with console.sentences():
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        with Lock(args.out_dir / "prepare.lock", f"another run is preparing {args.out_dir} at this moment"):
+            prepare(args.out_dir)
 
 
 if __name__ == "__main__":

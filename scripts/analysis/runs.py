@@ -4,22 +4,14 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from typing_extensions import TypedDict
-
 from data import DataError
-from data.records import STRICT, Record, read_rows, validated
+from data.records import Record, validated
 from engine import contract
 from engine.errors import RunError
+from engine.metrics import read_metrics
 from engine.runs import Run as RunRecord
 from engine.runs import read_run
-
-Row = TypedDict(
-    "Row",
-    {"iter": int}
-    | dict.fromkeys(("train/loss", "val/loss", "val/bpb", "wte/rms", "tok_per_sec"), float | None),
-    total=False,
-)
-Row.__pydantic_config__ = STRICT
+from engine.tracker import first_line
 
 
 class Config(Record):
@@ -93,9 +85,7 @@ def default_out(paths) -> Path:
 def load_folder(path: Path) -> Run:
     """The run of one folder. Raises DataError or RunError, naming the file and what is wrong with it."""
     config, info = read_run(path)
-    metrics = path / "metrics.jsonl"
-    rows = read_rows(metrics, Row, "a run's metrics") if metrics.exists() else []
-    return make_run(str(path), config, info, rows)
+    return make_run(str(path), config, info, read_metrics(path))
 
 
 def make_run(name: str, config: dict, info: dict, rows: list[dict]) -> Run:
@@ -162,16 +152,11 @@ def wandb_api():
     except ImportError:
         raise RunError("reading from wandb needs the package wandb: pip install wandb") from None
     try:
-        if wandb.login(prompt=False):
+        if wandb.login(prompt=False, verify=False):  # Api() finds out whether the key is good
             return wandb.Api(timeout=30)
     except Exception as e:  # wandb raises its own errors, requests' and ValueError's
         raise RunError(f"wandb refused ({first_line(e)}); log in with `wandb login`") from None
     raise RunError("wandb is not logged in; run `wandb login` or set WANDB_API_KEY")
-
-
-def first_line(e: Exception) -> str:
-    """What an error of another package says, at most 200 characters of its first line."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 # ---------------------------------------------------------------------------------------------- matching

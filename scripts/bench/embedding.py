@@ -289,7 +289,10 @@ def bench_buffers(folder: str, pos_dim: int = 16) -> dict:
     from kronecker_embeddings import build_byte_buffer as reference
     from transformers import AutoTokenizer
 
-    fast, encoding = AutoTokenizer.from_pretrained(folder), tiktoken.get_encoding("gpt2")
+    fast, encoding = (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        tiktoken.get_encoding("gpt2"),
+    )
     runs = {
         "reference": lambda: reference(fast, pos_dim),
         "kronecker, transformers": lambda: build_byte_buffer(fast, pos_dim),
