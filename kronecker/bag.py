@@ -3,20 +3,32 @@
     e = W z = scale_L * sum_p W[:, byte_p * pos_dim + p]  -  shift_L * W.sum(1)
 
 (`bag_coefficients` in codec.py gives scale and shift for each length L), so a token costs at most pos_dim
-rows of W^T and the (tokens, D) codec never exists. Each distinct token of a batch is computed once, from a
-ragged bag that holds only its real bytes: a text batch repeats its tokens (8,192 hold about 2,550), and a
-token has five bytes, not pos_dim. The gradient runs the same two sums backwards, always in the same order.
+rows of W^T and the (tokens, D) codec never exists. A bag holds only the token's real bytes, five and not
+pos_dim of them in text. The gradient runs the same two sums backwards, always in the same order: the slots of
+a token into one row, then the tokens of a byte into one row of W^T.
 
-The rule: on the CPU the index work is NumPy's (a fifth of torch's overhead) and both backward sums are bags
-over sorted keys, parallel over rows; on every other device all of it is torch's, with its segmented
-backward kernels, because there one row that half of the tokens share must not be summed by one thread. To
-know how many tokens are distinct the host waits for the device twice a call.
+On the CPU the index work is NumPy's (a fifth of torch's overhead), and the batch's counts decide the rest:
+
+- Where at least every second slot repeats a token (N >= 2 U, as in text, where 8,192 slots hold about 2,550
+  tokens) the U distinct tokens are computed and looked up. Where fewer do, the bag of each of the N slots goes
+  straight into the output: a bag, whose rows the caches hold, costs about two look-ups, which they do not. The
+  whole table is one such batch.
+- The gradient of the slots of a token is summed first in either case, as each of its bytes would have to
+  fetch all of them.
+- What lies between input and output is made in pieces of a tenth of the output (column parts; in the second
+  case blocks of rows). A CPU's kernel clears fresh memory page by page, which takes longer than the sums, and a
+  piece is used over and over and stays in the caches.
+
+On every other device all of it is torch's, on the distinct tokens, with its segmented backward kernels, because
+there one row that half of the tokens share must not be summed by one thread. To know how many tokens are
+distinct the host waits for the device twice a call.
 
 All of it reads W^T as (D, M = d_model) contiguous; KroneckerEmbedding lays its parameter out so by default.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -39,114 +51,183 @@ def embed(ids: Tensor, weight_MxD: Tensor, bytes_VxP: Tensor, lengths_V: Tensor,
     return e_NxM.view(*ids.shape, len(weight_MxD))
 
 
-class Plan(NamedTuple):
-    """Which rows go where, for a batch of N ids: U distinct tokens with K bytes in all."""
-
-    inverse_N: Tensor | None  # distinct token of each id; None when the ids are 0..V-1 in order
-    flat_K: Tensor  # row of W^T of each byte, token by token
-    lengths_U: Tensor
-    coef_Ux2: Tensor
-
-
-def _plan(ids_N: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor) -> Plan:
-    make = _plan_cpu if ids_N.device.type == "cpu" else _plan_device
+def _plan(ids_N: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor) -> CpuPlan | DevicePlan:
+    make = CpuPlan if ids_N.device.type == "cpu" else _plan_device
     return make(ids_N, bytes_VxP, lengths_V, coef_Lx2)
 
 
-def _forward(plan: Plan, wT_DxM: Tensor) -> Tensor:
+def _forward(plan: CpuPlan | DevicePlan, wT_DxM: Tensor) -> Tensor:
     """Embeddings (N, M)."""
-    scale_Ux1, shift_Ux1 = plan.coef_Ux2.unsqueeze(2).unbind(1)
-    starts_U = plan.lengths_U.cumsum(0) - plan.lengths_U
-    e_UxM = F.embedding_bag(plan.flat_K, wT_DxM, starts_U, mode="sum").to(plan.coef_Ux2.dtype)
-    e_UxM.mul_(scale_Ux1).addcmul_(shift_Ux1, wT_DxM.sum(0, dtype=e_UxM.dtype), value=-1)
-    e_UxM = e_UxM.to(wT_DxM.dtype)
-    return e_UxM if plan.inverse_N is None else e_UxM.index_select(0, plan.inverse_N)
+    return (_forward_cpu if isinstance(plan, CpuPlan) else _forward_device)(plan, wT_DxM)
 
 
-def _backward(plan: Plan, g_NxM: Tensor, D: int) -> Tensor:
+def _backward(plan: CpuPlan | DevicePlan, g_NxM: Tensor, D: int) -> Tensor:
     """Gradient (D, M) of W^T from the output's (N, M): _forward transposed, in the same two steps."""
-    per_token, per_row = (_sum_by_token, _sum_by_row) if g_NxM.device.type == "cpu" else _DEVICE_SUMS
-    g_UxM = g_NxM.to(plan.coef_Ux2.dtype).contiguous()
-    if plan.inverse_N is not None:
-        g_UxM = per_token(g_UxM, plan)
-    scale_Ux1, shift_Ux1 = plan.coef_Ux2.unsqueeze(2).unbind(1)
-    shared_M = shift_Ux1[:, 0] @ g_UxM
-    # the summed copy is ours to scale in place, the caller's gradient is not
-    g_UxM = g_UxM * scale_Ux1 if plan.inverse_N is None else g_UxM.mul_(scale_Ux1)
-    return per_row(g_UxM, plan, D).sub_(shared_M).to(g_NxM.dtype)
+    backward = _backward_cpu if isinstance(plan, CpuPlan) else _backward_device
+    return backward(plan, g_NxM.to(plan.coef.dtype).contiguous(), D).to(g_NxM.dtype)
 
 
 # ---- CPU ----
 
 
-def _plan_cpu(ids: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor) -> Plan:
-    ids_N, V, P = ids.numpy(), *bytes_VxP.shape
-    low, high = int(ids_N.min()), int(ids_N.max())
-    if low < 0 or high >= V:
-        wrong = low if low < 0 else high
-        raise IndexError(f"token id {wrong} is outside 0..{V - 1} of this embedding's vocabulary")
-    bytes_, lengths_U = bytes_VxP.numpy(), lengths_V.numpy()
-    inverse_N = None
-    if not (len(ids_N) == V and low == 0 and high == V - 1 and (np.diff(ids_N) == 1).all()):
+class CpuPlan:
+    """The ids of a batch (N,), the bytes of the vocabulary they are of, and what follows from both."""
+
+    def __init__(self, ids_N: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor):
+        self.ids_N, self.bytes_VxP, self.lengths_V = ids_N.numpy(), bytes_VxP.numpy(), lengths_V.numpy()
+        self.coef = coef_Lx2
+        low, high, V = int(self.ids_N.min()), int(self.ids_N.max()), len(lengths_V)
+        if low < 0 or high >= V:
+            wrong = low if low < 0 else high
+            raise IndexError(f"token id {wrong} is outside 0..{V - 1} of this embedding's vocabulary")
         used_V = np.zeros(V, dtype=bool)
-        used_V[ids_N] = True
-        distinct_U = np.flatnonzero(used_V)
-        slot_V = np.empty(V, dtype=np.int64)
-        slot_V[distinct_U] = np.arange(len(distinct_U))
-        inverse_N = torch.from_numpy(slot_V[ids_N])
-        bytes_, lengths_U = bytes_[distinct_U], lengths_U[distinct_U]
-    real_UxP = np.arange(P, dtype=np.int16) < lengths_U[:, None]
-    flat_K = torch.from_numpy((bytes_.astype(np.int64) * P + np.arange(P))[real_UxP])
-    lengths = torch.from_numpy(lengths_U.astype(np.int64))
-    return Plan(inverse_N, flat_K, lengths, coef_Lx2[lengths])
+        used_V[self.ids_N] = True
+        self.distinct_U = np.flatnonzero(used_V)
+        place_V = np.empty(V, dtype=np.int64)
+        place_V[self.distinct_U] = np.arange(len(self.distinct_U))
+        # Where each slot's token stands among the distinct ones. Made at once: the caller may overwrite its ids
+        # before the backward pass.
+        self.place_N = place_V[self.ids_N]
+
+    @cached_property
+    def bags_of_distinct(self) -> Bags:
+        return self.bags(self.distinct_U)
+
+    def bags(self, tokens_T: np.ndarray) -> Bags:
+        lengths_T, P = self.lengths_V[tokens_T], self.bytes_VxP.shape[1]
+        flat_TxP = np.multiply(self.bytes_VxP[tokens_T], P, dtype=np.int32) + np.arange(P, dtype=np.int32)
+        bounds_T1 = np.zeros(len(tokens_T) + 1, dtype=np.int32)
+        lengths_T.cumsum(out=bounds_T1[1:])
+        coef_Tx2 = torch.from_numpy(self.coef.numpy()[lengths_T])
+        row_K = flat_TxP[np.arange(P, dtype=np.int16) < lengths_T[:, None]]
+        return Bags(row_K, bounds_T1, coef_Tx2[:, :1], coef_Tx2[:, 1:])
 
 
-def _sum_by_token(g_NxM: Tensor, plan: Plan) -> Tensor:
-    order_N, starts_U = _runs(plan.inverse_N, len(plan.lengths_U))
-    return F.embedding_bag(order_N, g_NxM, starts_U, mode="sum")
+class Bags(NamedTuple):
+    """What T tokens are sums of: their K bytes, token by token."""
+
+    row_K: np.ndarray  # row of W^T of each byte, int32
+    bounds_T1: np.ndarray  # where each token's bytes begin and end, int32
+    scale_Tx1: Tensor
+    shift_Tx1: Tensor
 
 
-def _sum_by_row(g_UxM: Tensor, plan: Plan, D: int) -> Tensor:
-    order_K, starts_D = _runs(plan.flat_K, D)
-    token_K = np.repeat(np.arange(len(plan.lengths_U)), plan.lengths_U.numpy())[order_K.numpy()]
-    return F.embedding_bag(torch.from_numpy(token_K), g_UxM, starts_D, mode="sum")
+def _sums(row_K: np.ndarray, bounds_B1: np.ndarray, matrix: Tensor, part: int = 0, parts: int = 1) -> Tensor:
+    """B sums, in order, of rows of one column part of a matrix; sum b: rows row_K[bounds[b] : bounds[b + 1]]."""
+    first, last = bounds_B1[0], bounds_B1[-1]
+    if first or last < len(row_K):
+        row_K, bounds_B1 = row_K[first:last], bounds_B1 - first
+    if parts > 1:  # part i of row r is row r * parts + i of a matrix so much narrower
+        row_K, matrix = row_K * np.int32(parts) + np.int32(part), matrix.view(-1, matrix.size(1) // parts)
+    rows, bounds = torch.from_numpy(row_K), torch.from_numpy(bounds_B1)
+    return F.embedding_bag(rows, matrix, bounds, mode="sum", include_last_offset=True)
 
 
-def _runs(destination: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The stable order that sorts destinations 0..n-1, and where each one's run starts in it."""
-    destination_K = destination.numpy()
-    key = (destination_K << 32) | np.arange(len(destination_K))  # sorts faster than a stable argsort
-    key.sort()
-    counts = np.bincount(destination_K, minlength=n)
-    return torch.from_numpy(key & 0xFFFFFFFF), torch.from_numpy(np.cumsum(counts) - counts)
+def _column_parts(T: int, N: int, M: int) -> int:
+    """Into how many parts to cut M columns so that T rows of each make a piece."""
+    divisors = [n for n in range(1, max(M // 32, 1) + 1) if M % n == 0]  # narrower rows than 32 cost more
+    return next((n for n in divisors if n * _piece(N, M) >= T * M), divisors[-1])
+
+
+def _piece(N: int, M: int) -> int:
+    """Numbers worked on at a time: a tenth of the output (N, M), or 2 MB, since a call costs time too."""
+    return max(N * M // 10, 1 << 19)
+
+
+def _forward_cpu(plan: CpuPlan, wT_DxM: Tensor) -> Tensor:
+    N, U, M = len(plan.ids_N), len(plan.distinct_U), wT_DxM.size(1)
+    total_M = wT_DxM.sum(0, dtype=plan.coef.dtype)
+    if N < 2 * U:
+        bags, e_NxM = plan.bags(plan.ids_N), wT_DxM.new_empty(N, M)
+        for block in _slices(N, (1 << 18) // M):  # a megabyte
+            bounds = bags.bounds_T1[block.start : block.stop + 1]
+            sums_BxM = _sums(bags.row_K, bounds, wT_DxM).to(total_M.dtype).mul_(bags.scale_Tx1[block])
+            torch.addcmul(sums_BxM, bags.shift_Tx1[block], total_M, value=-1, out=e_NxM[block])
+        return e_NxM
+    bags, place_N, parts = plan.bags_of_distinct, torch.from_numpy(plan.place_N), _column_parts(U, N, M)
+    e_NxM = wT_DxM.new_empty(N, M) if parts > 1 else None
+    for i, columns in enumerate(_slices(M, M // parts)):
+        sums_Uxm = _sums(bags.row_K, bags.bounds_T1, wT_DxM, i, parts).to(total_M.dtype).mul_(bags.scale_Tx1)
+        e_Uxm = sums_Uxm.addcmul_(bags.shift_Tx1, total_M[columns], value=-1).to(wT_DxM.dtype)
+        if e_NxM is None:
+            return e_Uxm.index_select(0, place_N)
+        torch.index_select(e_Uxm, 0, place_N, out=e_NxM[:, columns])
+    return e_NxM
+
+
+def _backward_cpu(plan: CpuPlan, g_NxM: Tensor, D: int) -> Tensor:
+    N, U, M = len(plan.ids_N), len(plan.distinct_U), g_NxM.size(1)
+    bags, parts = plan.bags_of_distinct, _column_parts(U, N, M)
+    order_N, bounds_U1 = _runs(plan.place_N, U)
+    order_K, bounds_D1 = _runs(bags.row_K, D)
+    token_K = np.repeat(np.arange(U, dtype=np.int32), np.diff(bags.bounds_T1))[order_K]
+    grad_DxM = g_NxM.new_empty(D, M) if parts > 1 else None
+    for i, columns in enumerate(_slices(M, M // parts)):
+        g_Uxm = _sums(order_N, bounds_U1, g_NxM, i, parts)
+        shared_m = bags.shift_Tx1[:, 0] @ g_Uxm
+        g_Uxm.mul_(bags.scale_Tx1)
+        if grad_DxM is None:
+            return _sums(token_K, bounds_D1, g_Uxm).sub_(shared_m)
+        for rows in _slices(D, _piece(N, M) * parts // M):
+            sums_Rxm = _sums(token_K, bounds_D1[rows.start : rows.stop + 1], g_Uxm)
+            torch.sub(sums_Rxm, shared_m, out=grad_DxM[rows, columns])
+    return grad_DxM
+
+
+def _slices(n: int, step: int) -> list[slice]:
+    step = max(step, 1)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _runs(destination_K: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The stable order (K,) that sorts destinations 0..n-1, and where each one's run begins and ends (n + 1,)."""
+    key_K = (destination_K.astype(np.int64) << 32) | np.arange(len(destination_K))
+    key_K.sort()  # faster than a stable argsort
+    bounds_n1 = np.zeros(n + 1, dtype=np.int32)
+    np.bincount(destination_K, minlength=n).cumsum(out=bounds_n1[1:])
+    return key_K.astype(np.int32), bounds_n1
 
 
 # ---- every other device, in torch operations that any of them has ----
 
 
-def _plan_device(ids_N: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor) -> Plan:
+class DevicePlan(NamedTuple):
+    """Which rows go where, for a batch of N ids: U distinct tokens with K bytes in all."""
+
+    inverse_N: Tensor  # distinct token of each id
+    flat_K: Tensor  # row of W^T of each byte, token by token
+    lengths_U: Tensor
+    coef: Tensor  # (U, 2)
+
+
+def _plan_device(ids_N: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor) -> DevicePlan:
     P = bytes_VxP.size(1)
     distinct_U, inverse_N = torch.unique(ids_N, return_inverse=True)
     lengths_U = lengths_V[distinct_U].long()
     position_P = torch.arange(P, device=ids_N.device)
     flat_UxP = bytes_VxP[distinct_U].long() * P + position_P
-    return Plan(inverse_N, flat_UxP[position_P < lengths_U[:, None]], lengths_U, coef_Lx2[lengths_U])
+    return DevicePlan(inverse_N, flat_UxP[position_P < lengths_U[:, None]], lengths_U, coef_Lx2[lengths_U])
 
 
-def _sum_by_token_device(g_NxM: Tensor, plan: Plan) -> Tensor:
-    return torch.ops.aten.embedding_dense_backward(g_NxM, plan.inverse_N, len(plan.lengths_U), -1, False)
+def _forward_device(plan: DevicePlan, wT_DxM: Tensor) -> Tensor:
+    scale_Ux1, shift_Ux1 = plan.coef.split(1, dim=1)
+    starts_U = plan.lengths_U.cumsum(0) - plan.lengths_U
+    e_UxM = F.embedding_bag(plan.flat_K, wT_DxM, starts_U, mode="sum").to(plan.coef.dtype)
+    e_UxM.mul_(scale_Ux1).addcmul_(shift_Ux1, wT_DxM.sum(0, dtype=e_UxM.dtype), value=-1)
+    return e_UxM.to(wT_DxM.dtype).index_select(0, plan.inverse_N)
 
 
-def _sum_by_row_device(g_UxM: Tensor, plan: Plan, D: int) -> Tensor:
-    """The backward kernel of embedding_bag: bag U, of lengths_U, was the sum of rows flat_K."""
+def _backward_device(plan: DevicePlan, g_NxM: Tensor, D: int) -> Tensor:
+    """The backward kernels of embedding and embedding_bag: bag U, of lengths_U, was the sum of rows flat_K."""
     U, K = len(plan.lengths_U), len(plan.flat_K)
+    scale_Ux1, shift_Ux1 = plan.coef.split(1, dim=1)
+    g_UxM = torch.ops.aten.embedding_dense_backward(g_NxM, plan.inverse_N, U, -1, False)
+    shared_M = shift_Ux1[:, 0] @ g_UxM
     bag_K = torch.repeat_interleave(torch.arange(U, device=g_UxM.device), plan.lengths_U, output_size=K)
-    return torch.ops.aten._embedding_bag_dense_backward(
-        g_UxM, plan.flat_K, bag_K, plan.lengths_U, plan.lengths_U, D, False, 0, None, -1
+    grad_DxM = torch.ops.aten._embedding_bag_dense_backward(
+        g_UxM.mul_(scale_Ux1), plan.flat_K, bag_K, plan.lengths_U, plan.lengths_U, D, False, 0, None, -1
     )
-
-
-_DEVICE_SUMS = (_sum_by_token_device, _sum_by_row_device)
+    return grad_DxM.sub_(shared_M)
 
 
 # ---- autograd ----

@@ -105,9 +105,7 @@ def test_sparse_path_equals_dense_definition(
         plan = bag._plan_device(ids.reshape(-1), emb._byte_buffer, emb._length_buffer, emb._coef)
         with torch.no_grad():
             on_device = bag._forward(plan, emb.projection.weight.t().contiguous())
-            summed = bag._sum_by_token_device(g.reshape(-1, d).to(emb._coef.dtype), plan)
-            shared = plan.coef_Ux2[:, 1] @ summed
-            grad = bag._sum_by_row_device(summed * plan.coef_Ux2[:, :1], plan, emb.D) - shared
+            grad = bag._backward(plan, g.reshape(-1, d), emb.D)
         assert relative(on_device.view(out.shape), expected) < tolerance
         if float(expected_grad.norm()) > 1e-6:
             assert relative(grad.t(), expected_grad) < tolerance
@@ -125,6 +123,57 @@ def test_moments_in_closed_form(pos_dim, char_dim, length_normalize):
         std = kappa.std(ddof=1) + eps
         assert scale == pytest.approx(kappa[0] / std, rel=1e-9)
         assert shift == pytest.approx(kappa.mean() / std, rel=1e-9)
+
+
+@pytest.mark.parametrize("repeats", [1, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_change_no_bit(repeats, dtype, monkeypatch):
+    """Column parts, row chunks and blocks of slots, on both sides of the rule N >= 2 U, with the dense oracle."""
+    V, d = 700, 768
+    emb = random_embedding(V=V, d=d, pos_dim=6, char_dim=64).to(dtype)
+    ids = torch.randperm(V, generator=torch.Generator().manual_seed(0)).repeat(repeats)
+    g = torch.randn(len(ids), d, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def run():
+        emb.zero_grad()
+        out = emb(ids)
+        out.backward(g)
+        return out.detach(), emb.projection.weight.grad.clone()
+
+    found = {}
+    for size, parts in ((1 << 40, 1), (1 << 16, 12)):
+        monkeypatch.setattr(bag, "_piece", lambda N, M, size=size: size)
+        assert bag._column_parts(V, len(ids), d) == parts
+        found[parts] = run()
+    assert torch.equal(found[1][0], found[12][0]) and torch.equal(found[1][1], found[12][1])
+    monkeypatch.undo()
+    if dtype == torch.float32:
+        weight = emb.projection.weight.detach().double().requires_grad_()
+        expected = dense_table(emb, weight)[ids]
+        (expected_grad,) = torch.autograd.grad(expected, weight, g.double())
+        assert relative(found[12][0], expected) < 3e-6 and relative(found[12][1], expected_grad) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "M", "parts"),
+    [(324, 1_024, 128, 1), (2_584, 8_192, 768, 4), (36_000, 65_536, 768, 6), (10**6, 10**6, 257, 1)],
+)
+def test_column_parts_divide_the_width_and_bound_the_memory(T, N, M, parts):
+    """8,192 tokens of text at GPT-2's width: 2 MB at a time, where all columns at once would be 8."""
+    assert bag._column_parts(T, N, M) == parts
+    assert M % parts == 0
+
+
+def test_ids_may_be_overwritten_before_the_backward_pass():
+    for n in (20, 200):  # few and many repeated tokens
+        emb = random_embedding(V=50)
+        ids = torch.from_numpy(np.random.default_rng(n).integers(0, 50, n))
+        g = torch.randn(n, 8)
+        (expected,) = torch.autograd.grad(emb(ids.clone()), emb.projection.weight, g)
+        out = emb(ids)
+        ids.zero_()
+        (grad,) = torch.autograd.grad(out, emb.projection.weight, g)
+        assert torch.equal(grad, expected)
 
 
 def test_no_bytes_is_the_zero_vector_and_gives_no_gradient():
