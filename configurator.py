@@ -54,6 +54,7 @@ class Config:
         False, "resume under another schedule (learning rate, steps, ...): recorded, and no longer matched"
     )
     dry_run: bool = key(False, "print what the run will be and need, then stop before any data is read")
+    price_per_gpu_hour: float = key(0.0, "dollars, for the cost that dry_run shows", low=0)
     check_only: bool = key(
         False, "print the run's identity (hashes of body, data, schedule) as JSON, then stop"
     )

@@ -24,7 +24,7 @@ from data import DataError
 from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, prefetch, token_counts
 from data.meta import describe
 from data.tokenizers import load_tokenizer
-from engine import checkpoint, contract, evaluation, flops, metrics, plan, pretrained, runs, settings
+from engine import checkpoint, contract, costs, evaluation, flops, metrics, plan, pretrained, runs, settings
 from engine import ranks as engine_ranks
 from engine.errors import RunError, sentences
 from engine.progress import Progress
@@ -79,18 +79,15 @@ def main(config) -> None:
     micro_steps = rows // (micro_batch * world)
     tokens_per_step = rows * config.block_size
 
-    # ---- what will be trained on what, and what it will cost; a dry run needs no more than descriptions
-    data_dir = Path(config.data_dir or Path(__file__).parent / "data" / config.dataset)
-    meta = describe(data_dir, config.vocab_size)
-    weights, decided = None, {}
-    if config.init_from not in ("scratch", "resume", "auto"):
-        weights, decided = pretrained.read(config.init_from, config.given, with_weights=not config.dry_run)
-    config, shape = settings.resolve(config, device, meta, decided, GPTConfig)
+    # ---- what will be trained on what, and what it will cost
+    config, shape, data_dir, meta, weights = outline(config, device)
     autocast = engine_ranks.set_arithmetic(config, device)
     params = count_parameters(shape)
     flops_token = flops.flops_per_token(shape)
     print0(plan.describe(config, shape, params, flops_token, world, config.dtype != "float32", device.type))
     if config.dry_run:
+        work = costs.work_of(config, rows, params, flops_token)
+        print0(costs.describe_run(work, params, device, config.price_per_gpu_hour))
         print0("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
         return
 
@@ -280,6 +277,20 @@ def main(config) -> None:
         runs.check_still_there(out_dir, step)
         log.close()
     engine_ranks.stop()
+
+
+def outline(config, device) -> tuple:
+    """(configuration with nothing left open, model's shape, data_dir, its description, pretrained weights or None).
+
+    A dry run needs no more than this, and no more than descriptions for it.
+    """
+    data_dir = Path(config.data_dir or Path(__file__).parent / "data" / config.dataset)
+    meta = describe(data_dir, config.vocab_size)
+    weights, decided = None, {}
+    if config.init_from not in ("scratch", "resume", "auto"):
+        weights, decided = pretrained.read(config.init_from, config.given, with_weights=not config.dry_run)
+    config, shape = settings.resolve(config, device, meta, decided, GPTConfig)
+    return config, shape, data_dir, meta, weights
 
 
 def count_parameters(shape: GPTConfig) -> dict[str, int]:

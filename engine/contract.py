@@ -49,7 +49,7 @@ CONTRACT = {
     # where it runs and who looks on
     "place": (
         Rule("", "free", ranks=False),
-        "out_dir dataset data_dir device tracker wandb_log wandb_project wandb_run_name wandb_group",
+        "out_dir dataset data_dir device price_per_gpu_hour tracker wandb_log wandb_project wandb_run_name wandb_group",
     ),
 }
 RULES = {key: rule for rule, keys in CONTRACT.values() for key in keys.split()}

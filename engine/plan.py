@@ -60,6 +60,14 @@ def describe(
     return "\n".join(lines)
 
 
+def rank_memory(
+    config, model_config, params: dict, world: int, low_precision: bool, device_type: str
+) -> dict[str, float]:
+    """GB that one of so many ranks needs, by part."""
+    micro_batch = batch_split(config, world)[1]
+    return memory_estimate(model_config, params, micro_batch, low_precision, device_type)
+
+
 def memory_advice(config, world: int) -> str:
     """Which knob to turn, and by how much, so that less memory is needed and the run stays the same."""
     rows, micro_batch = batch_split(config, world)

@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import configurator
-from engine import contract, flops
+from engine import contract, costs, flops
 from engine.errors import sentences
+from engine.plan import global_batch, rank_memory
 from scripts import devices, experiment, pool
 
 DEFAULT_ARMS, DEFAULT_SEEDS = "bpe_tied,bpe_untied,kronecker", "1337,1338,1339"
@@ -61,10 +62,10 @@ def arguments(argv: list[str]):
     parser.add_argument(
         "--gpus_per_run",
         "--nproc_per_node",
-        dest="ranks",
+        dest="gpus_per_run",
         type=int,
-        default=1,
-        help="ranks of one run on this machine, through torchrun, each on a GPU of its own",
+        default=0,
+        help="ranks of one run, through torchrun, each on a GPU of its own (0: as few as its memory allows, mostly 1)",
     )
     parser.add_argument(
         "--jobs",
@@ -77,6 +78,9 @@ def arguments(argv: list[str]):
     )
     parser.add_argument(
         "--ray_address", default="", help="auto | HOST:PORT (empty: RAY_ADDRESS, else a Ray of its own)"
+    )
+    parser.add_argument(
+        "--price_per_gpu_hour", type=float, default=0, help="dollars, for the cost that --dry_run shows"
     )
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; every run saves")
     parser.add_argument("--nice", type=int, default=0, help="priority of the runs, 0 to 19 (lowest)")
@@ -104,9 +108,8 @@ def arguments(argv: list[str]):
         sys.exit(f"error: --seeds={args.seeds} are no whole numbers: write --seeds=1337,1338")
     if args.experiment is None and not (args.arms and args.seeds):
         sys.exit("error: there is nothing to run: name at least one arm and one seed")
-    if args.ranks < 1:
-        sys.exit(f"error: --gpus_per_run is {args.ranks}, but a run needs at least 1 rank")
     for name, low, high in (
+        ("gpus_per_run", 0, 10_000),
         ("jobs", 0, 10_000),
         ("nice", 0, 19),
         ("retries", 0, 10_000),
@@ -186,9 +189,15 @@ def command(args, passed: list[str], arm: str, seed: int, *more: str) -> list[st
 
 def python(args) -> list[str]:
     """How train.py is started: by torchrun where a run has several ranks."""
-    if args.ranks == 1:
+    if args.gpus_per_run == 1:
         return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={args.gpus_per_run}",
+    ]
 
 
 def folder(args, arm: str, seed: int) -> Path:
@@ -206,15 +215,43 @@ def workers(args, keys: list[str]):
         from scripts.ray_pool import OnRay
 
         gpus = {"cuda": True, "auto": None}.get(device, False)
-        return OnRay(args.ray_address, args.ranks, gpus, args.jobs, args.nice)
+        return OnRay(args.ray_address, args.gpus_per_run, gpus, args.jobs, args.nice)
     gpus = devices.visible_gpus() if device in ("auto", "cuda") else []
-    slots = devices.slots(gpus, args.ranks, args.jobs) if gpus else [()] * cpu_jobs(args)
-    return pool.Local(slots, max(1, (os.cpu_count() or 1) // (len(slots) * args.ranks)), args.nice)
+    slots = devices.slots(gpus, args.gpus_per_run, args.jobs) if gpus else [()] * cpu_jobs(args)
+    return pool.Local(slots, max(1, (os.cpu_count() or 1) // (len(slots) * args.gpus_per_run)), args.nice)
+
+
+def ranks_that_fit(args, passed: list[str]) -> int:
+    """GPUs of one run: 1, unless its memory is estimated at more than one has; then the fewest that share it well.
+
+    More GPUs take smaller micro-batches, but every one holds all weights and moments: what does not fit by that does
+    not fit at all, and train.py will say so.
+    """
+    import torch
+
+    if args.engine == "ray" or args.experiment or not torch.cuda.is_available():
+        return 1
+    import train
+
+    room = 0.9 * torch.cuda.get_device_properties(0).total_memory / 1e9
+    n_gpus, most = len(devices.visible_gpus()), 1
+    configs = [
+        configurator.load([args.recipe, str(ARMS / f"{arm}.py"), *passed], quiet=True) for arm in args.arms
+    ]
+    shapes = [train.outline(config, torch.device("cpu"))[1] for config in configs]
+    outlines = [(c, shape, train.count_parameters(shape)) for c, shape in zip(configs, shapes, strict=True)]
+    for n in range(1, n_gpus + 1):
+        if n_gpus % n or any(global_batch(config) % n for config in configs):
+            continue
+        if all(sum(rank_memory(*outline, n, True, "cuda").values()) < room for outline in outlines):
+            return n
+        most = n
+    return most
 
 
 def cpu_jobs(args) -> int:
     """Runs at a time on a CPU. Small ones gain more from company than from a second thread."""
-    return args.jobs or max(1, min(4, (os.cpu_count() or 1) // args.ranks))
+    return args.jobs or max(1, min(4, (os.cpu_count() or 1) // args.gpus_per_run))
 
 
 # ---- the proof that they match
@@ -359,7 +396,7 @@ def describe_experiment(args) -> str:
     for run in plan.runs:
         if selected(args, run):
             groups.setdefault((run.stage, run.rung, run.length), []).append(run)
-    rows, total = [], 0.0
+    rows, total, works = [], 0.0, []
     for (stage, rung, length), runs in groups.items():
         config = configurator.load(experiment.command_keys(exp, runs[0]), quiet=True)
         tokens = experiment.tokens_of(exp, runs[0])
@@ -367,17 +404,49 @@ def describe_experiment(args) -> str:
         cost = flops.flops_per_token(config) * tokens
         total += cost * len(todo)
         hours = cost * len(todo) / (exp.gflops * 1e9) / 3600
+        by_arm = {run.arm: run for run in todo}
+        of_arm = {
+            arm: work_of(configurator.load(experiment.command_keys(exp, run), quiet=True))[0]
+            for arm, run in by_arm.items()
+        }
+        works += [of_arm[run.arm] for run in todo]
         rows.append(
             f"{stage:<8} {rung:<4} {length:<5} {len(runs):>5} runs, {len(todo):>4} to do"
             f"{tokens * len(todo) / 1e6:>9,.0f}M tokens {cost * len(todo):>10.2e} FLOPs {hours:>7.1f} h"
         )
     n_jobs = cpu_jobs(args)
+    if works:
+        rows.append(costs.describe_runs(works, args.price_per_gpu_hour))
     hours = total / (exp.gflops * 1e9) / 3600
     rows.append(
         f"in all {total:.2e} FLOPs: {hours:.1f} hours of one thread at {exp.gflops:g} GFLOP/s, {hours / n_jobs:.1f} at "
         f"{n_jobs} runs at a time (evaluations not counted; where a grid must be extended, there are more)"
     )
     return "\n".join(rows)
+
+
+def describe_jobs(args, passed: list[str]) -> str:
+    """What each arm's run asks for, and when all runs would have ended on GPUs of four kinds."""
+    lines, works = [], []
+    for arm in args.arms:
+        config = configurator.load([args.recipe, str(ARMS / f"{arm}.py"), *passed], quiet=True)
+        work, params = work_of(config)
+        works.append(work)
+        lines.append(
+            f"{arm:<18} {params['total']:>13,} parameters, {work.steps:,} steps, {work.steps * work.flops_per_step:.3g} "
+            f"FLOPs, {work.gradient_bytes / 1e6:,.1f} MB of gradients all-reduced a step"
+        )
+    return "\n".join([*lines, costs.describe_runs(works * len(args.seeds), args.price_per_gpu_hour)])
+
+
+def work_of(config) -> tuple[costs.Work, dict[str, int]]:
+    import torch
+
+    import train
+
+    config, shape, *_ = train.outline(config, torch.device("cpu"))
+    params = train.count_parameters(shape)
+    return costs.work_of(config, global_batch(config), params, flops.flops_per_token(shape)), params
 
 
 def print_for_a_script(args, passed: list[str]) -> None:
@@ -393,6 +462,10 @@ def print_for_a_script(args, passed: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     args, passed = arguments(argv)
+    if args.dry_run and args.experiment is None:
+        print(describe_jobs(args, passed))
+        return 0
+    args.gpus_per_run = args.gpus_per_run or ranks_that_fit(args, passed)
     if args.print:
         print_for_a_script(args, passed)
         return 0

@@ -183,7 +183,7 @@ CASES = [
     ("unknown arm", matched, ["config/demo.py", "--arms=bpe_teid"], None, "there is no arm 'bpe_teid'"),
     ("seed that is no number", matched, ["config/demo.py", "--seeds=a"], None, "no whole numbers"),
     ("no seeds", matched, ["config/demo.py", "--seeds=,"], None, "at least one arm and one seed"),
-    ("no ranks", matched, ["config/demo.py", "--nproc_per_node=0"], None, "at least 1 rank"),
+    ("no ranks", matched, ["config/demo.py", "--gpus_per_run=-1"], None, "--gpus_per_run is -1, but"),
     ("matched with a missing recipe", matched, ["{f}/nowhere.py"], None, "no config file"),
     ("matched with an unknown key", matched, ["config/demo.py", "--n_layres=2"], None, "did you mean n_layer"),
 ]  # fmt: skip

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from conftest import ROOT, TINY
 
 from engine.errors import RunError
 from engine.metrics import is_finished, read_metrics
-from scripts import matched
+from scripts import devices, matched
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_each_run_trains_on_gpus_of_its_own(recipe, tmp_path, monkeypatch):
 
     def command(args, passed, arm, seed):
         words = real(args, passed, arm, seed)
-        assert (f"--nproc_per_node={args.ranks}" in words) is (args.ranks > 1)
+        assert (f"--nproc_per_node={args.gpus_per_run}" in words) is (args.gpus_per_run > 1)
         return [sys.executable, "-c", child, str(matched.folder(args, arm, seed))]
 
     monkeypatch.setattr(matched, "command", command)
@@ -129,6 +130,20 @@ def test_each_run_trains_on_gpus_of_its_own(recipe, tmp_path, monkeypatch):
     ):
         with pytest.raises((RunError, SystemExit), match=words):
             matched.main([recipe(device="cuda"), f"--out={tmp_path / 'none'}", word])
+
+
+def test_a_run_gets_more_gpus_only_where_one_has_too_little_memory(recipe, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "visible_gpus", lambda: list("01234567"))
+    # by hand: the full logits of one rank's micro-batch in 6 bytes; the tiny model beside them is nothing
+    wide = recipe(vocab_size=50304, block_size=1024, batch_size=64, global_batch_size=64, device="cuda")
+    for gigabytes, gpus in ((80, 1), (12, 2), (6, 4), (3, 8), (1, 8)):
+        properties = types.SimpleNamespace(total_memory=gigabytes * 1e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i, p=properties: p)
+        args, passed = matched.arguments([wide, "--arms=bpe_tied"])
+        assert matched.ranks_that_fit(args, passed) == gpus, gigabytes
 
 
 @pytest.mark.parametrize(
