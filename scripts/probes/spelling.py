@@ -42,7 +42,18 @@ CONTINUED = {k: METRICS[k] for k in ("top1_match_rate", "mean_kl")} | {  # of pa
     "mean_bpb_clean": ("bits per byte", 3, 1.0),
     "mean_bpb_cost": ("typo's cost", 4, 1.0),
 }
+FIGURES = {  # name in agg: key of a record
+    "top1_match_rate": "top1_matches",
+    "mean_kl": "kl_clean_to_typo",
+    "mean_bpb_clean": "bpb_clean",
+    "mean_bpb_cost": "bpb_cost",
+}
 STRATA = {"source": "category", "edit": "edit", "tokens added": "added", "frequency": "frequency"}
+ORDERED = {  # strata whose values have an order
+    "edit": (*typos.EDITS, "several"),
+    "added": ("none", "1", "2 and more"),
+    "frequency": tuple(typos.FREQUENCIES),
+}
 TEXTS = ("clean", "typo", "top5_clean", "top5_typo", "top1_clean_str", "top1_typo_str")
 
 
@@ -196,29 +207,28 @@ def compare_arms(by_run: dict, arm: str, over: str, seed: int) -> dict | None:
 
 
 def stratified(by_run: dict, pairs: list[dict], comparisons: list[dict]) -> list[dict]:
-    """Rows {"stratum", "value", "pairs", "arms": {arm: {figure: [of each seed]}}, "over": {...}}, all pairs first."""
+    """Rows {"stratum", "value", "pairs", "arms": {arm: {figure: [of each seed]}}, "over": {...}}, all pairs first.
+
+    Pairs from a file have their categories, generated ones several strata, and the difference of costs in each.
+    """
     first = next(iter(by_run.values()))
+    cost = "bpb_cost" in first[0]
+    keys = [k for k in FIGURES if FIGURES[k] in first[0]]
     rows = []
-    for stratum, key in {"all": None, **STRATA}.items():
-        of = [
-            str((r if key == "added" else p)[key]) if key else "all"
-            for p, r in zip(pairs, first, strict=True)
-        ]
-        values = {"added": ("none", "1", "2 and more"), "frequency": tuple(typos.FREQUENCIES)}.get(
-            key, sorted(set(of))
-        )
-        for value in (v for v in values if v in of):
+    for stratum, key in {"all": None, **(STRATA if cost else {"category": "category"})}.items():
+        of = ["all" if key is None else (r | p)[key] for p, r in zip(pairs, first, strict=True)]
+        for value in [v for v in ORDERED.get(key, dict.fromkeys(of)) if v in of]:
             inside = np.array(of) == value
             row = {"stratum": stratum, "value": value, "pairs": int(inside.sum()), "arms": {}, "over": {}}
-            for (arm, _), records in by_run.items():
-                mine = summarise([r for r, yes in zip(records, inside, strict=True) if yes])
-                for figure in ("top1_match_rate", "mean_kl", "mean_bpb_clean", "mean_bpb_cost"):
-                    row["arms"].setdefault(arm, {}).setdefault(figure, []).append(mine[figure])
-            for c in comparisons:
-                mine, theirs = (
-                    columns(by_run, a, c["seeds"], "bpb_cost")[:, inside] for a in (c["arm"], c["over"])
-                )
-                row["over"][f"{c['arm']} over {c['over']}"] = stats.interval((mine - theirs).mean(0))
+            for arm in dict.fromkeys(a for a, _ in by_run):
+                seeds = [s for a, s in by_run if a == arm]
+                of_arm = {
+                    k: columns(by_run, arm, seeds, FIGURES[k])[:, inside].mean(1).tolist() for k in keys
+                }
+                row["arms"][arm] = of_arm
+            for c in comparisons if cost else ():
+                sides = [columns(by_run, a, c["seeds"], "bpb_cost")[:, inside] for a in (c["arm"], c["over"])]
+                row["over"][f"{c['arm']} over {c['over']}"] = stats.interval((sides[0] - sides[1]).mean(0))
             rows.append(row)
     return rows
 
@@ -313,65 +323,47 @@ def comparison_tables(comparisons: list[dict]) -> list[Table]:
     ]
 
 
-def kind_tables(by_arm: dict, published: dict, strata: list[dict]) -> list[Table]:
-    """Arms by category, or by stratum where the pairs have strata."""
-    arms = list(by_arm)
-    if not strata:
-        rows = []
-        for c in by_arm[arms[0]]["agg"]["by_category"]:
-            entries = [x["agg"]["by_category"][c] for x in (*by_arm.values(), *published.values())]
-            rows.append([c, *(f"{100 * e['top1_match_rate']:.0f}%  {e['mean_kl']:.2f}" for e in entries)])
-        header = ["category", *arms, *(f"paper: {a}" for a in published)]
-        return [Table("By category: top-1 kept, KL", header, rows)]
-    rows, differences, over = [], [], list(strata[0]["over"])
+def kind_tables(strata: list[dict]) -> list[Table]:
+    """Arms by category or stratum, and the differences of their costs."""
+    arms, over = list(strata[0]["arms"]), list(strata[0]["over"])
+    last, form, name = "mean_kl", ".2f", "KL"
+    if "mean_bpb_cost" in strata[0]["arms"][arms[0]]:
+        last, form, name = "mean_bpb_cost", "+.3f", "typo's cost in bits per byte"
+    rows, differences = [], []
     for r in strata:
         start = [r["stratum"], r["value"], f"{r['pairs']:,}"]
-        values = [{k: np.mean(v) for k, v in r["arms"][a].items()} for a in arms]
-        rows.append(
-            [*start, *(f"{100 * v['top1_match_rate']:.0f}%  {v['mean_bpb_cost']:+.3f}" for v in values)]
-        )
+        kept = [100 * np.mean(r["arms"][a]["top1_match_rate"]) for a in arms]
+        others = [np.mean(r["arms"][a][last]) for a in arms]
+        rows.append([*start, *(f"{k:.0f}%  {x:{form}}" for k, x in zip(kept, others, strict=True))])
         differences.append([*start, *(common.interval_cell(r["over"][o], 4) for o in over)])
-    note = (
-        "tokens added: by the misspelling; frequency: of the word in the text that the pairs are drawn from."
-    )
-    tables = [
-        Table("By kind: top-1 kept, typo's cost in bits per byte", ["", "", "pairs", *arms], rows, 2, note)
-    ]
+    tables = [Table(f"By kind: top-1 kept, {name}", ["", "", "pairs", *arms], rows, left=2)]
     if over:
-        title, note = (
-            "By kind: difference of the typo's cost",
-            "Bits per byte; t interval over pairs of the seeds' mean, 95%.",
+        note = (
+            "Bits per byte; t interval over pairs of the seeds' mean, 95%. tokens added: by the misspelling; frequency: "
+            "of the word in the text that the pairs are drawn from."
         )
-        tables.append(Table(title, ["", "", "pairs", *over], differences, 2, note))
+        header = ["", "", "pairs", *over]
+        tables.append(Table("By kind: difference of the typo's cost", header, differences, left=2, note=note))
     return tables
 
 
-def draw(by_run: dict, arms: list[str], strata: list[dict]):
-    """Top-1 kept, KL and cost, by category or by stratum, an arm a colour."""
+def draw(strata: list[dict]):
+    """Top-1 kept, KL and cost, by category or stratum, an arm a colour."""
     titles = {
-        "top1_match_rate": "Top-1 kept (right is better)",
-        "mean_kl": "KL(clean || typo) (nats, left is better)",
+        "top1_match_rate": "Top-1 kept",
+        "mean_kl": "KL (nats)",
+        "mean_bpb_cost": "Cost (bits per byte)",
     }
-    if strata:
-        titles = {
-            "top1_match_rate": "Top-1 kept",
-            "mean_kl": "KL (nats)",
-            "mean_bpb_cost": "Cost (bits per byte)",
-        }
-        rows = {f"{r['stratum']}: {r['value']}".replace("all: ", ""): r["arms"] for r in strata}
-    else:
-        each = {run: aggregate(run[0], records) for run, records in by_run.items()}
-        rows = {
-            name: {a: [] for a in arms} for name in ("overall", *next(iter(each.values()))["by_category"])
-        }
-        for (arm, _), x in each.items():
-            for name, of_arms in rows.items():
-                of_arms[arm].append(x["overall"] if name == "overall" else x["by_category"][name])
-        rows = {
-            n: {a: {k: [x[k] for x in xs] for k in titles} for a, xs in of.items()} for n, of in rows.items()
-        }
-    panels = [(title, {a: [of[a][k] for of in rows.values()] for a in arms}) for k, title in titles.items()]
-    return figures.dot_figure(list(rows), panels)
+    by_name = {
+        r["value"] if r["stratum"] == "all" else f"{r['stratum']}: {r['value']}": r["arms"] for r in strata
+    }
+    arms = strata[0]["arms"]
+    panels = [
+        (title, {a: [of[a][k] for of in by_name.values()] for a in arms})
+        for k, title in titles.items()
+        if k in next(iter(arms.values()))
+    ]
+    return figures.dot_figure([name.removeprefix("category: ") for name in by_name], panels)
 
 
 TITLES = {  # in the order of their places on the page
@@ -423,9 +415,9 @@ def main(argv=None) -> None:
         if {"kronecker", "bpe_untied"} <= set(arms) and baseline != "bpe_untied":
             wanted.append(("kronecker", "bpe_untied"))
         comparisons = [c for a, b in wanted if (c := compare_arms(by_run, a, b, args.seed))]
-        strata = stratified(by_run, pairs, comparisons) if args.generate else []
+        theirs = {(f"paper: {a}", 1337): x["per_prompt"] for a, x in published.items()}
+        strata = stratified(by_run | theirs, pairs, comparisons)
         if {"bpe", "kron"} <= set(published):  # the same tests on the paper's own records, one seed
-            theirs = {(f"paper: {a}", 1337): published[a]["per_prompt"] for a in ("bpe", "kron")}
             comparisons.append(compare_arms(theirs, "paper: kron", "paper: bpe", args.seed))
         result = {
             **by_arm,
@@ -442,7 +434,7 @@ def main(argv=None) -> None:
         tables = [
             main_table(by_run, untrained, published, what, CONTINUED if args.generate else METRICS),
             *comparison_tables(comparisons),
-            *kind_tables(by_arm, published, strata),
+            *kind_tables(strata),
         ]
         out = common.out_folder(args)
         items = {}
@@ -458,7 +450,7 @@ def main(argv=None) -> None:
         common.finish(
             __file__, argv, out, name, TITLES[name], 20 + list(TITLES).index(name), result,
             {"seed": args.seed, "generate": args.generate, "sources": args.sources if args.generate else None},
-            tables, draw(by_run, arms, strata), "Large points: means over seeds; small points: seeds.",
+            tables, draw(strata), "Large points: means over seeds; small points: seeds.",
             "A word of the prompt is misspelled; how far does the prediction of what follows move? A model that "
             "predicts little is moved little, so the figures of weak models say less than they seem to.",
         )  # fmt: skip
