@@ -1,6 +1,6 @@
 """Other ways to compute the same embedding on a GPU, measured beside the package's own.
 
-    python scripts/gpu/candidates.py                     on a GPU; scripts/gpu/suite.py embedding runs it too
+    python scripts/gpu/candidates.py                     on a GPU; scripts/gpu/recipe.py embedding runs it too
     python scripts/gpu/candidates.py train table FLAGS   train.py, its embedding going this way
 
 kronecker/bag.py learns from the device how many of a batch's tokens are distinct, so the host waits for it: twice in
@@ -14,8 +14,6 @@ slots   the distinct tokens, like the package, in as many slots as there could b
 Whichever is fastest in the training step should become the package's way; until it is measured, nothing is changed.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -27,13 +25,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.files import write_json, write_text
+from engine.errors import sentences
 from kronecker import KroneckerEmbedding
+from scripts import provenance
+from scripts.analysis.report import Table
+from scripts.arguments import Parser, device
 from scripts.bench.embedding import byte_buffers, draw_ids, interleave
 
 CHUNK = 64
 
 
-class Table:
+class TableWay:
     """W^T (D, M) -> embeddings (N, M) through the table of all V tokens. coef (P + 1, 2) as in kronecker/bag.py."""
 
     def __init__(self, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor, D: int):
@@ -171,7 +174,7 @@ def measure(device: str, toy: bool = False, rounds: int = 20) -> list[dict]:
             package = package.to(device=device, dtype=dtype)
             sides = {
                 "package": package,
-                "table": CandidateEmbedding(package, Table),
+                "table": CandidateEmbedding(package, TableWay),
                 "slots": CandidateEmbedding(package, Slots),
                 "nn.Embedding": nn.Embedding(V, d, device=device, dtype=dtype),
             }
@@ -186,22 +189,50 @@ def measure(device: str, toy: bool = False, rounds: int = 20) -> list[dict]:
                 {name: lambda m=m, step=step: step(m) for name, m in sides.items()}, rounds, device
             )
             rows.append({"V": V, "d": d, "pos_dim": pos_dim, "tokens": n, "dtype": str(dtype)[6:], "ms": ms})
-            print(json.dumps(rows[-1]), flush=True)
             del sides, package, g
     return rows
 
 
-if __name__ == "__main__":
-    if sys.argv[1:3] == [
-        "train",
-        "table",
-    ]:  # slots keeps something between its passes, which no compiler takes
+def ways_table(rows: list[dict]) -> Table:
+    """Milliseconds of the package's way, of the candidates and of nn.Embedding."""
+    sides = list(rows[0]["ms"])
+    cells = [
+        [
+            f"{r['V']:,} x {r['d']:,}, pos_dim {r['pos_dim']}",
+            r["dtype"],
+            f"{r['tokens']:,}",
+            *(f"{r['ms'][s]:.3f}" for s in sides),
+        ]
+        for r in rows
+    ]
+    header = ["embedding", "dtype", "tokens", *(f"{s}, ms" for s in sides)]
+    return Table(
+        "Ways to the same embedding", header, cells, left=2, note="Forward and backward; ids by a Zipf law."
+    )
+
+
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["train", "table"]:  # slots keeps something between its passes, which no compiler takes
         import train
 
-        install(Table)
-        sys.exit(train.cli(sys.argv[3:]))
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--toy", action="store_true")
-    args = parser.parse_args()
-    measure(args.device, args.toy)
+        install(TableWay)
+        sys.exit(train.cli(argv[2:]))
+    parser = Parser(__doc__)
+    parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, auto (%(default)s)")
+    parser.add_argument("--toy", action="store_true", help="one small setting, three rounds")
+    parser.add_argument("--out", type=Path, help="write candidates.json and candidates.md to this folder")
+    args = parser.parse_args(argv)
+    with sentences():
+        rows = measure(args.device, args.toy, 3 if args.toy else 20)
+        table, made = ways_table(rows), provenance.provenance(__file__, argv)
+        print(table.text())
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_json(args.out / "candidates.json", made | {"rows": rows})
+            told = f"`{made['command']}` at commit {made['commit']}, {made['machine']}, {made['date']}."
+            write_text(args.out / "candidates.md", f"{table.markdown()}\n\n{told}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,14 +9,14 @@ from conftest import ROOT, losses
 
 from engine.metrics import read_metrics
 from kronecker import KroneckerEmbedding, build_byte_buffer
-from scripts.gpu import candidates as embedding_candidates
-from scripts.gpu.candidates import CandidateEmbedding, Slots, Table
+from scripts.gpu import candidates
+from scripts.gpu.candidates import CandidateEmbedding, Slots, TableWay
 
 
-@pytest.mark.parametrize("way", [Table, Slots])
+@pytest.mark.parametrize("way", [TableWay, Slots])
 @pytest.mark.parametrize(("V", "n"), [(700, 2000), (700, 50), (3, 9)])
 def test_it_is_the_same_embedding(way, V, n, monkeypatch):
-    monkeypatch.setattr(embedding_candidates, "CHUNK", 7)
+    monkeypatch.setattr(candidates, "CHUNK", 7)
     g = torch.Generator().manual_seed(V + n)
     pieces = [bytes([32, *torch.randint(0, 256, (i % 6,), generator=g).tolist()])[: i % 7] for i in range(V)]
     buffers = build_byte_buffer(pieces, 4)
@@ -35,7 +35,7 @@ def test_it_is_the_same_embedding(way, V, n, monkeypatch):
 
 
 def test_all_ways_are_measured(capsys):
-    rows = embedding_candidates.measure("cpu", toy=True, rounds=3)
+    rows = candidates.measure("cpu", toy=True, rounds=3)
     assert [r["dtype"] for r in rows] == ["float32", "bfloat16"]
     assert all(set(r["ms"]) == {"package", "table", "slots", "nn.Embedding"} for r in rows)
 
@@ -59,7 +59,7 @@ def test_table_compiles_without_a_break():
     found = []
     for run in (
         module,
-        torch.compile(CandidateEmbedding(module, Table), fullgraph=True, backend="aot_eager"),
+        torch.compile(CandidateEmbedding(module, TableWay), fullgraph=True, backend="aot_eager"),
     ):
         module.zero_grad()
         run(ids).square().sum().backward()
