@@ -1,5 +1,5 @@
 # The paper's comparison at reduced scale: GPT-2 124M on 105M tokens, short enough for one GPU and nine minutes a run.
-#   python scripts/gpu/suite.py prepare train --text PACK.jsonl.xz --val HELD_OUT.jsonl.xz --arm kronecker --seed 1337
+#   python scripts/gpu/recipe.py train --arms kronecker --seeds 1337      (results/124m/README.md says how the data is made)
 # Cost of one run: 855 MFLOP a token x 1.049e8 tokens = 8.96e16 FLOPs; at 45% of an H200's 989 TFLOP/s, 201 s.
 dataset = "edu_mix"
 out_dir = "out/gpt2_124m_short/one"

@@ -1,31 +1,36 @@
-"""What only a CUDA GPU can show; every test here is skipped where there is none (see conftest.py).
+"""What a CUDA GPU has to show; the tests that need one are skipped where there is none (see conftest.py).
 
 `python -m pytest -m gpu` runs these alone.
 """
 
+import contextlib
+import math
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from conftest import ROOT, losses
+from torch.nn import functional as F
 
+import configurator
 from data.loader import TrainBatches, prefetch
 from engine import checkpoint
 from engine.errors import RunError
 from engine.loss import CHUNK_BYTES
 from engine.ranks import choose_attention
-from kronecker import KroneckerEmbedding, build_byte_buffer
+from kronecker import KroneckerEmbedding, build_byte_buffer, kronecker_codec
 from model import GPT, GPTConfig
 
 gpu = pytest.mark.gpu
 ARMS = {
-    "bpe_tied": {"wte": "stock", "tie_weights": True},
-    "bpe_untied": {"wte": "stock", "tie_weights": False},
-    "kronecker": {"wte": "kronecker", "tie_weights": False},
-    "kronecker_tied": {"wte": "kronecker", "tie_weights": True},
+    name: configurator.load([str(ROOT / "config" / "arms" / f"{name}.py")], quiet=True).given
+    for name in ("bpe_tied", "bpe_untied", "kronecker", "kronecker_tied", "kronecker_rank16_ngrams2k")
 }
+# where a check needs no GPU, the CPU proves that it is one
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
 
 def on_gpu(**keys):
@@ -53,6 +58,138 @@ def test_a_kernel_that_cannot_do_what_is_asked_is_refused_before_the_gpu_is_touc
     with pytest.raises(RunError, match="attention=cudnn has no deterministic kernel"):
         choose_attention("cudnn", "bfloat16", True, cuda)
     choose_attention("cudnn", "float32", True, torch.device("cpu"))  # means nothing there
+
+
+def error(ours, exact) -> float:
+    """|ours - exact| / |exact| in float64; what is not finite is infinitely wrong."""
+    ours, exact = ours.detach().double().cpu(), exact.detach().double().cpu()
+    found = ((ours - exact).norm() / exact.norm()).item()
+    return found if math.isfinite(found) else math.inf
+
+
+def some_bytes(V: int, pos_dim: int):
+    """Buffers of V tokens of 0 to pos_dim + 2 bytes, the last 2% of them none."""
+    draw = torch.Generator().manual_seed(V)
+    lengths = torch.randint(0, pos_dim + 3, (V,), generator=draw)
+    lengths[-V // 50 :] = 0
+    pieces = torch.randint(0, 256, (V, pos_dim + 3), generator=draw)
+    return build_byte_buffer([bytes(p[:n].tolist()) for p, n in zip(pieces, lengths, strict=True)], pos_dim)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+)
+def test_the_embedding_is_its_definition_in_every_format(device, dtype, limit):
+    """Against the dense codec in float64: output, gradient, table, and a token without bytes."""
+    V, d, pos_dim, n = (512, 32, 8, 300) if device == "cpu" else (50_304, 768, 16, 4_096)
+    buffers = some_bytes(V, pos_dim)
+    module = KroneckerEmbedding(V, d, pos_dim=pos_dim, byte_buffer=buffers[0], length_buffer=buffers[1])
+    module = module.to(device=device, dtype=dtype)
+    draw = torch.Generator().manual_seed(0)
+    ids = (torch.rand(n, generator=draw) ** 4 * V).long()  # frequent ids repeat, as in text
+    ids[: n // 50] = V - 1
+    g_NxM = torch.randn(n, d, generator=draw)
+    out_NxM = module(ids.to(device))
+    out_NxM.backward(g_NxM.to(device=device, dtype=dtype))
+    z_NxD = kronecker_codec(buffers[0][ids], buffers[1][ids], pos_dim=pos_dim, compute_dtype=torch.float64)
+    weight = module.projection.weight
+    exact_NxM = z_NxD @ weight.detach().double().cpu().T
+    assert error(out_NxM, exact_NxM) <= limit
+    assert error(weight.grad, g_NxM.to(dtype).double().T @ z_NxD) <= limit
+    assert error(module.table()[ids[:256].to(device)], exact_NxM[:256]) <= limit
+    assert not module(torch.tensor([V - 1], device=device)).any()
+
+
+def of_arm(arm: str, **changes) -> GPT:
+    keys = {k: v for k, v in ARMS[arm].items() if k in GPTConfig.__dataclass_fields__}
+    return small(**keys | changes)
+
+
+def loss_and_gradients(run, model, x, low: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+        loss = run(x, x.roll(-1, 1))[1]
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("arm", ARMS)
+def test_loss_and_gradient_are_those_of_float64(device, arm):
+    """The loss written out in float64 on the CPU, for the model's own takes its logits in float32."""
+    x = torch.randint(0, 64, (4, 32))
+    model, seen = of_arm(arm).double(), []
+    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(x)
+    weight = model.wte_table() if model.lm_head is None else model.lm_head.weight
+    hidden = seen[0] if model.head_scale is None else seen[0] * model.head_scale
+    exact = F.cross_entropy((hidden @ weight.T).flatten(0, 1), x.roll(-1, 1).flatten())
+    exact.backward()
+    exact_grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model = of_arm(arm).to(device)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        for low, limit in ((False, 1e-4), (True, 3e-2)):
+            loss, grad = loss_and_gradients(model, model, x.to(device), low)
+            assert error(loss, exact) <= limit / 10 and error(grad, exact_grad) <= limit
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("arm", "loss"), [(a, "full") for a in ARMS] + [("bpe_untied", "chunked"), ("kronecker_tied", "chunked")]
+)
+def test_a_model_compiles_without_a_break_into_the_same_values(device, arm, loss):
+    if device == "cpu" and (arm, loss) not in (("kronecker", "full"), ("kronecker_tied", "chunked")):
+        pytest.skip("two cases say enough on a CPU")
+    torch._dynamo.reset()
+    x = torch.randint(0, 64, (4, 32), device=device)
+    model = of_arm(arm, loss=loss).to(device)
+    plain = loss_and_gradients(model, model, x, True)
+    whole = torch.compile(model, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    compiled = loss_and_gradients(whole, model, x, True)
+    assert error(compiled[0], plain[0]) <= 3e-3 and error(compiled[1], plain[1]) <= 3e-2
+
+
+@gpu
+@pytest.mark.parametrize("kernel", ["FLASH_ATTENTION", "CUDNN_ATTENTION", None])
+def test_every_attention_kernel_is_attention(kernel):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v, g = (torch.randn(2, 12, 1024, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = F.scaled_dot_product_attention(*wide, is_causal=True)
+    exact.backward(g.double())
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    with sdpa_kernel(getattr(SDPBackend, kernel)) if kernel else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    out.backward(g)
+    assert error(out, exact) <= 1e-2
+    assert all(error(t.grad, w.grad) <= 1e-2 for t, w in zip(inputs, wide, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("arm", ["bpe_untied", "kronecker"])
+def test_between_two_lines_of_the_log_the_host_never_waits_for_the_gpu(arm, train_tiny, tmp_path):
+    """More steps, and not one wait more."""
+    counts = {}
+    quiet = {"eval_interval": 10**6, "log_interval": 10**6, "ckpt_interval": -1, "keep_best": False}
+    for steps in (10, 20):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                train_tiny(
+                    tmp_path / str(steps), **ARMS[arm], **on_gpu(compile=True, max_iters=steps, **quiet)
+                )
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts[steps] = sum("synchroniz" in str(w.message).lower() for w in caught)
+    assert counts[20] == counts[10]
 
 
 @gpu
