@@ -318,8 +318,9 @@ def nodes(args) -> list[dict]:
 
     out_dir, agents, commands = begin("replaced", "--max-restarts=3")
     await_step(out_dir, 95, agents)
-    # the agent that was first holds the rendezvous; the other one's machine goes away
-    host = 0 if listens(agents[0].pid) else 1
+    # the agent that was first holds the rendezvous; the other one's machine goes away (rank 0's agent listens, too)
+    endpoint = next(word for word in commands[0] if word.startswith("--rdzv-endpoint="))
+    host = 0 if listens(agents[0].pid, int(endpoint.rpartition(":")[2])) else 1
     stop_all(agents[1 - host])
     agents[1 - host] = launch(commands[1 - host], folder / "replaced_new.log")
     check(wait(agents), [0, 0], out_dir)
@@ -352,8 +353,8 @@ def kill_a_worker(out_dir: Path, agents: list, step: int, wanted: int = 1, finis
     return out
 
 
-def listens(pid: int) -> bool:
-    """Whether a process has a listening TCP socket (the agent with the rendezvous store has)."""
+def listens(pid: int, port: int) -> bool:
+    """Whether a process listens at this TCP port: of the agents, the one with the rendezvous store does."""
     inodes = set()
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -365,7 +366,10 @@ def listens(pid: int) -> bool:
         for f in ("tcp", "tcp6")
         for line in Path(f"/proc/{pid}/net/{f}").read_text().splitlines()[1:]
     ]
-    return any(line[3] == "0A" and line[9] in inodes for line in lines)
+    return any(
+        line[3] == "0A" and line[9] in inodes and int(line[1].rpartition(":")[2], 16) == port
+        for line in lines
+    )
 
 
 def check(statuses: list[int], expected: list[int], out_dir: Path) -> None:
