@@ -159,15 +159,17 @@ def main(config) -> None:
             model, optimizer, ranks.broadcast(checkpoint.load(resume_from) if ranks.master else None)
         )
         print0(f"resuming    at step {state['step']:,} from {resume_from}")
-        if ranks.broadcast(
-            state["step"] >= config.max_iters and metrics.is_finished(out_dir, config.max_iters)
-        ):
+        finished = state["step"] >= config.max_iters and metrics.is_finished(out_dir, config.max_iters)
+        if ranks.broadcast(finished) and not config.eval_only:
             print0("finished    already; nothing to do")
             engine_ranks.stop()
             return
     first = state["step"]
-    ranks.on_master(lambda: runs.begin(out_dir, config, run, first, meta, tokenizer))
-    log = metrics.Metrics(out_dir, first, config.tracker) if ranks.master else None
+    looks_only = config.eval_only and resume_from is not None  # leaves the run's record as it is
+    log = None
+    if not looks_only:
+        ranks.on_master(lambda: runs.begin(out_dir, config, run, first, meta, tokenizer))
+        log = metrics.Metrics(out_dir, first, config.tracker) if ranks.master else None
 
     # ---- the raw model is evaluated and saved; the compiled, wrapped one only trains
     wrapped = torch.compile(model, mode=config.compile_mode) if config.compile else model
@@ -225,7 +227,9 @@ def main(config) -> None:
             bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
             print0(f"step {step:>6,}  val loss {row['val/loss']:.4f} +- {row['val/sem']:.4f}{bpb}")
             best = math.inf if state["best_val"] is None else state["best_val"]
-            if config.keep_best and step > 0 and row["val/loss"] < best:  # a NaN is never best
+            if (
+                config.keep_best and step > 0 and not looks_only and row["val/loss"] < best
+            ):  # a NaN is never best
                 if not saved:
                     save(step)  # with the best loss before this one: a resume here evaluates again
                 state["best_val"] = row["val/loss"]

@@ -112,6 +112,8 @@ def fault(folder: Path) -> str | None:
         if (folder / "DONE").read_text() != sha256(folder / "state.json"):
             return "its state.json was altered"
         state = read_state(folder)
+        if folder.name != path_of("", state.step).name:
+            return f"its state.json is that of step {state.step:,}"
         for name in FILES:
             if sha256(folder / name) != state.sha256.get(name):
                 return f"its {name} was altered or cut"
@@ -167,21 +169,37 @@ def choose(out_dir, which: str = "latest") -> Path:
 
 
 def load(folder: Path, with_optimizer: bool = True) -> tuple[dict, dict | None, dict]:
-    """(weights, optimizer or None, state) on the CPU."""
+    """(weights, optimizer or None, state) on the CPU. No code in them is run."""
     optimizer = None
-    if with_optimizer:
-        optimizer = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
-    return load_file(folder / FILES[0]), optimizer, read_state(folder).model_dump()
+    try:
+        if with_optimizer:
+            optimizer = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
+        weights = load_file(folder / FILES[0])
+    except (OSError, MemoryError):
+        raise
+    except Exception as e:  # bytes that are something else may raise anything
+        why = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
+        raise RunError(f"{folder} holds no checkpoint of this project ({why})") from None
+    return weights, optimizer, read_state(folder).model_dump()
 
 
 def restore(model, optimizer, loaded: tuple[dict, dict, dict]) -> dict:
     """Put what `load` gave into model and optimizer; the state."""
     weights, moments, state = loaded
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        why = " ".join(str(e).split())[:200]
+        raise RunError(f"the checkpoint's weights are not those of this model: {why}") from None
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(moments)
-    except ValueError as e:  # weight_decay to or from 0 groups the tensors anew
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as e:  # decay to or from 0 groups the tensors anew
         raise RunError(f"the moments belong to other groups of parameters ({e}): keep weight_decay") from None
     for group, ours in zip(optimizer.param_groups, settings, strict=True):
         group.update(ours)  # the configuration's word counts, not the checkpoint's
@@ -195,7 +213,14 @@ def keep_as_best(out_dir, step: int, keep: int) -> None:
 
 
 def recover(out_dir, folder: Path | None) -> None:
-    """After a kill: clear away what was half-written, and let `latest` name the checkpoint that is gone on from."""
+    """Before going on from `folder`: clear away what a kill left half-written, and let `latest` name the folder.
+
+    Later checkpoints can only be damaged ones: they are renamed, or they would pass for the newest and outlive new ones.
+    """
+    for later in steps(out_dir):
+        if folder is not None and int(later.name[5:]) > int(folder.name[5:]):
+            shutil.rmtree(later.with_name(f"{later.name}.damaged"), ignore_errors=True)
+            later.rename(later.with_name(f"{later.name}.damaged"))
     for leftover in Path(out_dir).glob("ckpt/.writing_*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in Path(out_dir).glob("*.tmp"):

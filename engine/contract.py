@@ -129,6 +129,11 @@ def check_resume(where, old: dict, config, defaults) -> dict:
     keys that an older record lacks count as unchanged unless they were given.
     """
     given = getattr(config, "given", {})
+    missing = next((key for key in HASHED if key not in old and key in RULES), None)
+    if missing:
+        raise RunError(
+            f"{where} has a config.json without {missing}: restore it, or choose another --out_dir"
+        )
     changed = {}
     for key, rule in RULES.items():
         new = getattr(config, key, None)
@@ -160,6 +165,16 @@ def check_retired(where, config: dict) -> None:
             raise RunError(
                 f"{where} was trained with {key}={config[key]!r}, which this version has no more: use the commit in its run.json"
             )
+
+
+def check_record(name: str, config: dict, run: dict) -> None:
+    """Refuse a run whose config.json is not the one that its run.json was written with."""
+    whole = all(key in config for key in HASHED if key in RULES)
+    if whole and schedule_sha256(config, run["tokens_per_step"]) != run["schedule_sha256"]:
+        raise RunError(
+            f"the schedule in config.json of {name} is not the one that its run.json is signed with"
+        )
+    check_retired(name, config)
 
 
 def agreed_keys(config: dict) -> dict:

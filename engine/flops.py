@@ -1,9 +1,11 @@
 """What a step costs: FLOPs from the model's structure, the device's peak, and memory before it is taken."""
 
+import math
 import os
 
 import torch
 
+from engine.errors import RunError
 from engine.loss import logits_bytes
 
 # Dense bf16 TFLOP/s by the vendors' data sheets, without sparsity; matched in this order against the name.
@@ -39,11 +41,22 @@ def peak_flops(device: torch.device) -> tuple[float, str] | None:
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if "KNG_PEAK_TFLOPS" in os.environ:
-        return float(os.environ["KNG_PEAK_TFLOPS"]) * 1e12, name
+        return stated_peak(os.environ["KNG_PEAK_TFLOPS"]) * 1e12, name
     for part, tflops in PEAK_TFLOPS.items():
         if part in name:
             return tflops * 1e12, name
     return None
+
+
+def stated_peak(text: str) -> float:
+    """KNG_PEAK_TFLOPS as a number."""
+    try:
+        peak = float(text)
+    except ValueError:
+        peak = 0.0
+    if not 0 < peak < math.inf:
+        raise RunError(f"KNG_PEAK_TFLOPS={text!r} is no peak: give the device's TFLOP/s, a number above 0")
+    return peak
 
 
 def memory_estimate(

@@ -234,15 +234,18 @@ def cpu_has_bf16() -> bool:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C are remembered for the loop, which looks between two steps; a second Ctrl-C ends at once.
+    """SIGTERM, Ctrl-C and the end of the terminal (SIGHUP) are remembered for the loop, which looks between two steps.
 
-    A second SIGTERM does not: under Slurm every process of a job gets one, and torchrun hands on its own.
+    A second Ctrl-C ends at once, a second SIGTERM does not: under Slurm every process of a job gets one, and
+    torchrun hands on its own. What was set to be ignored (nohup) is ignored.
     """
 
     def __init__(self):
         self.number: int | None = None
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self.note)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.note)
 
     @property
     def name(self) -> str:

@@ -178,9 +178,43 @@ def test_steps_sort_by_number(tmp_path):
     assert checkpoint.newest(tmp_path).name == "step_1000000"
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("raw", [b"", b"junk", b"\xff" * 64, b'\x08\0\0\0\0\0\0\0{"a":[]}'])
+def test_files_of_another_kind_under_right_hashes(name, raw, tmp_path):
+    """As a folder had from somebody may hold: hashes show that a file is whole, not what it is."""
+    folder = save(tmp_path, 1)
+    (folder / name).write_bytes(raw)
+    with pytest.raises(RunError, match="holds no checkpoint of this project"):
+        checkpoint.load(folder)
+
+
+def test_a_checkpoint_of_another_model_or_optimizer(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(RunError, match=r"not those of this model: .*Missing key"):
+        checkpoint.restore(model, optimizer, ({"w": torch.ones(1)}, optimizer.state_dict(), {}))
+    for moments in ({}, {"state": {}, "param_groups": 3}, {"state": {}, "param_groups": []}):
+        with pytest.raises(RunError, match="other groups of parameters"):
+            checkpoint.restore(model, optimizer, (model.state_dict(), moments, {}))
+
+
+def test_a_later_checkpoint_that_is_damaged_does_not_outlive_newer_ones(tmp_path):
+    """It sorts newest: kept as that, it would have the checkpoints after the resume deleted."""
+    save(tmp_path, 10)
+    (save(tmp_path, 30) / "optimizer.pt").write_bytes(b"")
+    shutil.copytree(
+        tmp_path / "ckpt" / "step_000010", tmp_path / "ckpt" / "step_000099"
+    )  # under a wrong name
+    there = checkpoint.newest(tmp_path)
+    assert there.name == "step_000010"
+    checkpoint.recover(tmp_path, there)
+    save(tmp_path, 20)
+    checkpoint.prune(tmp_path, keep=1)
+    assert names(tmp_path) == ["step_000020", "step_000030.damaged", "step_000099.damaged"]
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     """weights_only: the optimiser's file cannot smuggle in a call."""
-    import pickle
 
     class Evil:
         def __reduce__(self):
@@ -188,6 +222,6 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
     folder = save(tmp_path, 1)
     torch.save(Evil(), folder / "optimizer.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(RunError, match="holds no checkpoint of this project"):
         checkpoint.load(folder)
     assert not (tmp_path / "owned").exists()

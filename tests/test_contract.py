@@ -67,6 +67,15 @@ def test_a_key_that_is_gone_counts_if_it_made_a_difference():
         contract.check_retired("out", {"wte_scale": 0.1})
 
 
+def test_a_configuration_that_was_altered_afterwards():
+    config = dataclasses.asdict(Config())
+    run = {"tokens_per_step": 8, "schedule_sha256": contract.schedule_sha256(config, 8)}
+    contract.check_record("a", config, run)
+    with pytest.raises(RunError, match=r"schedule in config.json of a is not the one"):
+        contract.check_record("a", config | {"learning_rate": 1.0}, run)
+    contract.check_record("a", {"max_iters": 3}, run)  # of an earlier version, with fewer keys
+
+
 def test_runs_that_match():
     runs = [member(arm, seed, {"body_sha256": f"b{seed}", "data_sha256": f"d{seed}"}, wte=wte)
             for arm, wte in (("bpe_tied", "stock"), ("kronecker", "kronecker")) for seed in (1, 2)]  # fmt: skip

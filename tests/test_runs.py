@@ -172,6 +172,18 @@ def test_a_record_that_is_none(name, text, run):
         runs.read_run(run)
 
 
+def test_an_evaluation_leaves_the_record_as_it_is(train_tiny, run, capsys):
+    before = snapshot(run)
+    train_tiny(run, init_from="auto", eval_only=True)
+    assert "step     12  val loss" in capsys.readouterr().out
+    assert snapshot(run) == before
+
+
+def test_a_configuration_without_its_schedule_is_refused(train_tiny, run):
+    (run / "config.json").write_text("{}")
+    refused(train_tiny, run, "has a config.json without learning_rate: restore it")
+
+
 def test_a_folder_that_goes_away_ends_the_run_with_a_word(train_tiny, tmp_path, monkeypatch):
     from data import loader
 

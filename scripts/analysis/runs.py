@@ -85,6 +85,7 @@ def default_out(paths) -> Path:
 def load_folder(path: Path) -> Run:
     """The run of one folder. Raises DataError or RunError, naming the file and what is wrong with it."""
     config, info = read_run(path)
+    contract.check_record(str(path), config, info)
     return make_run(str(path), config, info, read_metrics(path))
 
 
@@ -180,10 +181,10 @@ def short(value) -> str:
 
 
 def machine_notes(runs: list[Run]) -> list[str]:
-    """Sentences on machines and versions that differ between the runs: noted, not refused."""
+    """Sentences on machines and versions that differ between runs, or between the starts of one: noted, not refused."""
     notes = []
     for key, what in (("device", "devices"), ("torch", "torch versions"), ("commit", "commits")):
-        values = sorted({str(r.info.get(key)) for r in runs})
+        values = {str(start.get(key)) for r in runs for start in (r.info, *r.info["starts"])}
         if len(values) > 1:
-            notes.append(f"The runs come from different {what}: {', '.join(v[:40] for v in values)}.")
+            notes.append(f"The runs come from different {what}: {', '.join(v[:40] for v in sorted(values))}.")
     return notes
