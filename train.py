@@ -77,10 +77,10 @@ def main(config) -> None:
     ranks.agree(contract.agreed_keys(dataclasses.asdict(config)), "start all ranks with the same command")
     rows, micro_batch = plan.batch_split(config, world)
     micro_steps = rows // (micro_batch * world)
-    tokens_per_step = rows * config.block_size
 
     # ---- what will be trained on what, and what it will cost
-    config, shape, data_dir, meta, weights = outline(config, device)
+    config, shape, data_dir, meta, weights = outline(config, device, ranks.on_master)
+    tokens_per_step = rows * config.block_size
     autocast = engine_ranks.set_arithmetic(config, device)
     params = count_parameters(shape)
     flops_token = flops.flops_per_token(shape)
@@ -283,7 +283,7 @@ def main(config) -> None:
     engine_ranks.stop()
 
 
-def outline(config, device) -> tuple:
+def outline(config, device, on_master=lambda work: work()) -> tuple:
     """(configuration with nothing left open, model's shape, data_dir, its description, pretrained weights or None).
 
     A dry run needs no more than this, and no more than descriptions for it.
@@ -291,7 +291,9 @@ def outline(config, device) -> tuple:
     data_dir = Path(config.data_dir or Path(__file__).parent / "data" / config.dataset)
     meta = describe(data_dir, config.vocab_size)
     weights, decided = None, {}
-    if config.init_from not in ("scratch", "resume", "auto"):
+    if config.init_from in ("resume", "auto"):
+        decided = on_master(lambda: runs.recorded(config, pretrained.DECIDED))
+    elif config.init_from != "scratch":
         weights, decided = pretrained.read(config.init_from, config.given, with_weights=not config.dry_run)
     config, shape = settings.resolve(config, device, meta, decided, GPTConfig)
     return config, shape, data_dir, meta, weights

@@ -26,6 +26,8 @@ HUB = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
+# The keys that pretrained weights decide; a run that goes on takes those that are not given from its record.
+DECIDED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "gelu", "tie_weights", "wte")
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none", "gelu_python": "none"}
 
 

@@ -76,6 +76,13 @@ def read_run(out_dir) -> tuple[dict, dict]:
     return config, run.model_dump()
 
 
+def recorded(config, names) -> dict:
+    """Of these keys, those that the user leaves open, as the run that is in out_dir has them; {} for a new run."""
+    path = Path(config.out_dir) / "config.json"
+    old = read_record(path, dict, "a run's configuration") if path.is_file() else {}
+    return {name: old[name] for name in names if name in old and name not in config.given}
+
+
 class DescribedData(Record):
     """What is read of data_meta.json, the description of the data that a run was trained on."""
 

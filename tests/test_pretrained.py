@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -73,6 +74,24 @@ def test_a_nanogpt_checkpoint_is_continued_and_evaluated(tmp_path, tiny_flags):
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
     run = json.loads((tmp_path / "tuned" / "run.json").read_text())
     assert run["body_sha256"] == theirs.body_sha256()
+
+
+def test_a_run_from_pretrained_weights_counts_their_context_and_goes_on_by_the_same_command(
+    tmp_path, tiny_flags
+):
+    """The shape is the weights', whatever the defaults are: at the start, and when the run is resumed."""
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", n_layer=3, n_head=4, bias=True)
+    shape = ("--n_layer", "--n_head", "--n_embd", "--block_size")
+    flags = [f for f in tiny_flags(tmp_path / "run") if not f.startswith(shape)]
+    flags += ["--max_iters=8", "--eval_interval=4", "--learning_rate=1e-4"]
+    train.cli([*flags, f"--init_from={tmp_path / 'ckpt.pt'}"])
+    whole = read_metrics(tmp_path / "run")
+    assert whole[-1]["tokens"] == 8 * 8 * 16
+    shutil.rmtree(tmp_path / "run" / "ckpt" / "step_000008")
+    train.cli([*flags, "--init_from=auto"])
+    assert losses(read_metrics(tmp_path / "run")) == losses(whole)
+    with pytest.raises(SystemExit, match="was trained with n_head=4, but now it is 2"):
+        train.cli([*flags, "--init_from=auto", "--n_head=2"])
 
 
 def test_a_nanogpt_checkpoint_is_sampled(tmp_path, tiny_data, capsys):
