@@ -389,8 +389,8 @@ def main(argv=None) -> None:
                 )
                 if x["cut"] or x["too_long"]:
                     notes[
-                        f"{task['name']} at block_size {model.config.block_size}: in {x['cut']} items a context lost its "
-                        f"start, {x['too_long']} with a longer answer are left out."
+                        f"{task['name']} at block_size {model.config.block_size}: {x['cut']} of the items with a context cut "
+                        f"at its start, {x['too_long']} left out for an answer that is longer."
                     ] = None
             if args.wandb and m.seed is not None:
                 to_wandb(m, config, means(mine), common.out_folder(args))
