@@ -1,4 +1,4 @@
-"""scripts/probes/models.py on small sharded checkpoints written here; the hub is a local server."""
+"""scripts/probes/models.py on small sharded checkpoints written here, and scripts/probes/tables.py; the hub is a server on this machine."""
 
 import http.server
 import itertools
@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from data import DataError
 from engine.errors import RunError
 from kronecker import kronecker_codec, token_bytes
 from scripts.probes import common as probe_common
 from scripts.probes import models as probe_models
+from scripts.probes import spaces, tables
 
 transformers = pytest.importorskip("transformers")
 FAMILY_TEXT = " ".join(
@@ -76,14 +78,14 @@ def save_model(kind, folder, tokenizer_file, shard="60KB"):
 def test_finds_and_reads_the_input_table_alone(kind, tmp_path, tokenizer_file):
     model = save_model(kind, tmp_path, tokenizer_file)
     assert (tmp_path / "model.safetensors.index.json").exists()  # really sharded
-    source = probe_models.LocalFolder(tmp_path)
-    info = probe_models.find_table(source)
-    table = probe_models.load_table(source, info)
+    source = tables.open_model(str(tmp_path), "main", tmp_path)
+    info = tables.find_table(source)
+    table = tables.load_table(source, info)
     wanted = model.get_input_embeddings().weight.detach()
     assert table.dtype == wanted.dtype and torch.equal(table, wanted)
     total = sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
     assert source.bytes_read < total  # not the whole model
-    tokens = probe_models.load_tokens(source)
+    tokens = tables.load_tokens(source)
     assert b" play" in tokens
 
 
@@ -92,15 +94,15 @@ def test_head_alone_stands_for_a_tied_table(tmp_path):
 
     head = torch.randn(10, 4)
     save_file({"lm_head.weight": head, "h.0.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
-    source = probe_models.LocalFolder(tmp_path)
-    info = probe_models.find_table(source)
-    assert info["tensor"] == "lm_head.weight" and torch.equal(probe_models.load_table(source, info), head)
+    source = tables.open_model(str(tmp_path), "main", tmp_path)
+    info = tables.find_table(source)
+    assert info["tensor"] == "lm_head.weight" and torch.equal(tables.load_table(source, info), head)
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
     with pytest.raises(RunError, match="--tensor"):
-        probe_models.find_table(source)
-    assert probe_models.find_table(source, "lm_head.weight")["shape"] == [10, 4]
+        tables.find_table(source)
+    assert tables.find_table(source, "lm_head.weight")["shape"] == [10, 4]
     with pytest.raises(RunError, match="has no tensor"):
-        probe_models.find_table(source, "nope")
+        tables.find_table(source, "nope")
 
 
 def test_position_tables_are_not_taken(tmp_path):
@@ -111,44 +113,57 @@ def test_position_tables_are_not_taken(tmp_path):
         tmp_path / "model.safetensors",
     )
     with pytest.raises(RunError, match="no embedding table under a known name"):
-        probe_models.find_table(probe_models.LocalFolder(tmp_path))
+        tables.find_table(tables.open_model(str(tmp_path), "main", tmp_path))
 
 
 def test_damaged_or_missing_files_say_so(tmp_path):
     with pytest.raises(RunError, match=r"no model\.safetensors"):
-        probe_models.find_table(probe_models.LocalFolder(tmp_path))
+        tables.find_table(tables.open_model(str(tmp_path), "main", tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(RunError, match="not a safetensors file"):
-        probe_models.find_table(probe_models.LocalFolder(tmp_path))
+        tables.find_table(tables.open_model(str(tmp_path), "main", tmp_path))
     with pytest.raises(RunError, match="no folder"):
-        probe_models.open_model("/nowhere/at all", "main", tmp_path)
+        tables.open_model("/nowhere/at all", "main", tmp_path)
 
 
-class RangeServer(http.server.BaseHTTPRequestHandler):
-    """Serves a folder as the hub does, and counts what it sends; drops one body short to provoke a retry."""
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The hub as its own client asks it: a listing of the repository, and files by ranges. Counts what it sends."""
 
-    root, served, cut_once, ranges = None, [], False, True
+    root, sent, broken_after = None, [], None
 
     def do_GET(self):
-        path = self.root / self.path.split("/resolve/main/")[1]
-        if not path.is_file():
-            self.send_error(404)
-            return
-        data = path.read_bytes()
-        wanted = self.headers.get("Range")
-        if wanted and self.ranges:
-            first, last = wanted.removeprefix("bytes=").split("-")
-            data = data[int(first) : int(last) + 1]
-            self.send_response(206)
-        else:
-            self.send_response(200)
+        path = self.path.partition("?")[0]
+        if "/resolve/main/" not in path:
+            return self.reply(json.dumps(self.listing(path)).encode(), "application/json")
+        file = self.root / path.split("/resolve/main/")[1]
+        if not file.is_file():
+            return self.send_error(404)
+        data = file.read_bytes()
+        first, last = (
+            self.headers["Range"].removeprefix("bytes=").split("-") if self.headers["Range"] else ("0", "")
+        )
+        data = data[int(first) : int(last) + 1 if last else None]
+        if Hub.broken_after is not None and len(data) > 1000:
+            Hub.broken_after -= 1
+            if Hub.broken_after < 0:
+                return self.send_error(403)
+        Hub.sent.append((file.name, len(data)))
+        return self.reply(data, "application/octet-stream", 206 if self.headers["Range"] else 200)
+
+    def listing(self, path):
+        if "/tree/" in path:
+            files = sorted(self.root.iterdir())
+            return [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files
+            ]
+        return {"id": "someone/model", "sha": "0" * 40, "siblings": []}
+
+    def reply(self, data, kind, status=200):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if RangeServer.cut_once and len(data) > 1000:
-            RangeServer.cut_once = False
-            data = data[:100]
         self.wfile.write(data)
-        RangeServer.served.append((path.name, len(data)))
 
     def log_message(self, *args):
         pass
@@ -156,60 +171,94 @@ class RangeServer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    RangeServer.root, RangeServer.served = tmp_path / "remote", []
-    RangeServer.cut_once, RangeServer.ranges = False, True
-    RangeServer.root.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer)
+    Hub.root, Hub.sent, Hub.broken_after = tmp_path / "remote", [], None
+    Hub.root.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(probe_models.time, "sleep", lambda s: None)
-    yield RangeServer
+    tables.HfFileSystem.clear_instance_cache()  # it remembers listings
+    yield Hub
     server.shutdown()
     server.server_close()
 
 
-def test_hub_costs_one_tensor(hub, tmp_path, tokenizer_file, monkeypatch):
+def test_the_hub_costs_one_tensor_and_a_second_time_nothing(hub, tmp_path, tokenizer_file, monkeypatch):
+    """The real client of the hub, against a server on this machine."""
     model = save_model("untied", hub.root, tokenizer_file)
-    monkeypatch.setattr(probe_models, "CHUNK", 10_000)  # several requests for the table
-    hub.cut_once = True
-    source = probe_models.open_model("someone/model", "main", tmp_path / "cache")
-    info = probe_models.find_table(source)
-    table = probe_models.load_table(source, info)
+    monkeypatch.setattr(tables, "CHUNK", 10_000)  # several requests for the table
+    source = tables.open_model("someone/model", "main", tmp_path / "cache")
+    info = tables.find_table(source)
+    table = tables.load_table(source, info)
     wanted = model.get_input_embeddings().weight.detach()
     assert torch.equal(table, wanted)
-    sent = sum(n for name, n in hub.served if name.endswith(".safetensors"))
-    assert sent < wanted.numel() * 2 + 10_000  # bf16: the table, the headers, and the body that was cut
-    before = len(hub.served)
-    assert torch.equal(probe_models.load_table(source, info), wanted) and len(hub.served) == before  # cached
+    sent = sum(n for name, n in hub.sent if name.endswith(".safetensors"))
+    assert sent == source.bytes_read - (hub.root / "model.safetensors.index.json").stat().st_size
+    assert wanted.numel() * 2 < sent < wanted.numel() * 2 + 5_000  # bf16: the table and one header
+    before = len(hub.sent)
+    assert torch.equal(tables.load_table(source, info), wanted) and len(hub.sent) == before
+    assert b" play" in tables.load_tokens(source)
 
 
-def test_broken_download_goes_on(hub, tmp_path, tokenizer_file):
+def test_a_download_that_broke_off_goes_on(hub, tmp_path, tokenizer_file, monkeypatch):
     model = save_model("tied", hub.root, tokenizer_file)
-    source = probe_models.open_model("someone/model", "main", tmp_path / "cache")
-    info = probe_models.find_table(source)
+    monkeypatch.setattr(tables, "CHUNK", 10_000)
+    source = tables.open_model("someone/model", "main", tmp_path / "cache")
+    info = tables.find_table(source)
+    hub.broken_after = 3
+    with pytest.raises(RunError, match="gated: accept its licence"):
+        tables.load_table(source, info)
+    hub.broken_after, hub.sent = None, []
     raw = model.get_input_embeddings().weight.detach().numpy().tobytes()
-    source.cache.mkdir(parents=True)
-    (source.cache / f"{info['tensor']}.part").write_bytes(raw[:5000])
-    hub.served.clear()
-    assert probe_models.load_table(source, info).numpy().tobytes() == raw
-    assert sum(n for _, n in hub.served) == len(raw) - 5000
+    assert tables.load_table(source, info).numpy().tobytes() == raw
+    assert sum(n for _, n in hub.sent) == len(raw) - 30_000
 
 
-def test_hub_without_ranges_or_model_says_so(hub, tmp_path, tokenizer_file):
-    save_model("tied", hub.root, tokenizer_file)
-    hub.ranges = False
-    source = probe_models.open_model("someone/model", "main", tmp_path / "cache")
-    with pytest.raises(RunError, match="ignores range requests"):
-        probe_models.find_table(source)
-    (hub.root / "model.safetensors.index.json").unlink()
-    with pytest.raises(RunError, match=r"no model\.safetensors"):
-        probe_models.find_table(source)
+def test_names_of_others_stay_inside_the_cache(hub, tmp_path, tokenizer_file):
+    """A tensor or a shard named like a path elsewhere: the one is cached under a hash, the other refused."""
+    from safetensors.torch import save_file
+
+    evil = str(tmp_path / "outside" / "embed_tokens.weight")
+    save_file({evil: torch.randn(300, 8)}, hub.root / "model.safetensors")
+    source = tables.open_model("someone/model", "main", tmp_path / "cache")
+    assert tables.load_table(source, tables.find_table(source, evil)).shape == (300, 8)
+    assert not (tmp_path / "outside").exists()
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert len(kept.stem) == 64
+    index = {"weight_map": {"embed_tokens.weight": "../../precious.safetensors"}}
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="is not a plain file name"):
+        tables.find_table(tables.open_model(str(tmp_path / "local"), "main", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("model.safetensors.index.json", b'{"weight_map": []}', "weight_map"),
+        ("model.safetensors.index.json", b"[1]", "JSON object"),
+        ("model.safetensors.index.json", b"\xff{", "damaged"),
+        ("model.safetensors", (9).to_bytes(8, "little") + b"[1, 2, 3]", "it should be a"),
+        ("model.safetensors", b'\x1d\0\0\0\0\0\0\0{"wte.weight": {"dtype": "F3"}', "damaged"),
+        ("model.safetensors", (26).to_bytes(8, "little") + b'{"wte.weight": {"a": [1]}}', "has no dtype"),
+        (
+            "model.safetensors",
+            (67).to_bytes(8, "little")
+            + b'{"wte.weight":{"dtype":"F32","shape":[4,4],"data_offsets":[0,9]}}  ',
+            "not those of its shape",
+        ),
+    ],
+)
+def test_records_of_another_shape_are_one_sentence(tmp_path, file, content, told):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=told) as e:
+        tables.find_table(tables.open_model(str(tmp_path), "main", tmp_path))
+    assert isinstance(e.value, RunError | DataError) and file in str(e.value) and "\n" not in str(e.value)
 
 
 def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(probe_models.time, "sleep", lambda s: None)
+    tables.HfFileSystem.clear_instance_cache()
     with pytest.raises(SystemExit) as e:
         probe_models.main(["--models", "someone/model", "--cache", str(tmp_path)])
     assert str(e.value).startswith("error: cannot read") and "\n" not in str(e.value)
@@ -217,7 +266,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
 
 def test_codec_space_is_the_dense_codec_centred():
     tokens = [b"run", b"runs", b" run", b"Run", b"kitchen", b"a", "\u00e9t\u00e9".encode(), b"x" * 40]
-    space = probe_models.CodecSpace(tokens, pos_dim=8)
+    space = spaces.CodecSpace(tokens, pos_dim=8)
     kept = [t[:8] for t in tokens]
     buffer = torch.zeros(len(kept), 8, dtype=torch.uint8)
     for row, t in enumerate(kept):
@@ -236,7 +285,7 @@ def test_table_space_is_the_centred_cosine():
     ids = np.array([1, 5, 9, 30, 49])
     rows = table[ids] - table[ids].mean(0)
     wanted = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1).numpy()
-    space = probe_models.TableSpace(table, ids)
+    space = spaces.TableSpace(table, ids)
     assert np.allclose(space.against_all(np.arange(5)), wanted, atol=1e-5)
     assert np.allclose(
         space.pairs(np.array([0, 1]), np.array([2, 4])), [wanted[0, 2], wanted[1, 4]], atol=1e-5

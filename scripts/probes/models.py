@@ -18,15 +18,8 @@ of cosine with edit distance; nearest tokens of strings without a token in codec
 tokenizers.
 """
 
-import http.client
-import json
-import math
-import os
 import re
 import sys
-import time
-import urllib.error
-import urllib.request
 from itertools import combinations
 from pathlib import Path
 
@@ -35,333 +28,22 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 import numpy as np
 import torch
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cpdist
 from scipy.stats import spearmanr
 
 from data.records import read_record
 from engine.errors import RunError, sentences
+from kronecker import token_bytes
 from scripts.analysis import figures
 from scripts.analysis.report import Table
 from scripts.arguments import Parser
-from scripts.probes import common
+from scripts.probes import common, tables
 from scripts.probes.generation import Prompts
 from scripts.probes.layers import Families
+from scripts.probes.spaces import POS_DIM, CodecSpace, TableSpace
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-# The input table's name in the families of models, best first; a decoder's position table never matches.
-TABLE_NAMES = [
-    r"(^|\.)embed_tokens\.weight$",
-    r"(^|\.)wte\.weight$",
-    r"(^|\.)tok_embeddings\.weight$",
-    r"(^|\.)embed_in\.weight$",
-    r"(^|\.)word_embeddings\.weight$",
-    r"(^|\.)shared\.weight$",
-    r"(^|\.)(token_)?embeddings?\.weight$",
-]
-HEAD_NAMES = [r"(^|\.)lm_head\.weight$", r"(^|\.)embed_out\.weight$", r"(^|\.)output\.weight$"]
-CHUNK = 32 * 2**20
-POS_DIM = 32
 SPACES = ("trained", "codec", "random")
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-class LocalFolder:
-    """A model folder on disk."""
-
-    def __init__(self, path: Path):
-        self.path, self.name = path, path.name
-        self.bytes_read = 0
-
-    def read(self, file: str, start: int = 0, length: int | None = None) -> bytes | None:
-        """Bytes of a file, None where there is no such file."""
-        path = self.path / file
-        if not path.is_file():
-            return None
-        with open(path, "rb") as f:
-            f.seek(start)
-            data = f.read() if length is None else f.read(length)
-        self.bytes_read += len(data)
-        return data
-
-    def weight_files(self) -> list[str]:
-        return sorted(p.name for p in self.path.glob("*.safetensors"))
-
-    def matrix_file(self, info: dict) -> tuple[Path, int]:
-        self.bytes_read += info["length"]
-        return self.path / info["file"], info["start"]
-
-
-class Hub:
-    """A repository on the hub, read by range requests; only what was asked for crosses the network."""
-
-    def __init__(self, repo: str, revision: str, cache: Path):
-        self.repo, self.name, self.revision = repo, repo.split("/")[-1], revision
-        self.base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repo}/resolve/{revision}/"
-        self.cache = cache / repo.replace("/", "--") / revision
-        self.bytes_read = 0
-        self.opener = urllib.request.build_opener(KeepTokenAtHome)
-
-    def read(self, file: str, start: int = 0, length: int | None = None) -> bytes | None:
-        headers = {"User-Agent": "kronecker-nanogpt"}
-        if os.environ.get("HF_TOKEN"):
-            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
-        if start or length is not None:
-            end = "" if length is None else start + length - 1
-            headers["Range"] = f"bytes={start}-{end}"
-        for attempt in range(4):
-            try:
-                with self.opener.open(
-                    urllib.request.Request(self.base + file, headers=headers), timeout=60
-                ) as r:
-                    if "Range" in headers and r.status != 206:
-                        raise RunError(
-                            f"the server of {self.repo} ignores range requests; download it, give its folder"
-                        )
-                    data = r.read()
-                if length is not None and len(data) != length:
-                    raise OSError(f"{len(data)} of {length} bytes came")
-                self.bytes_read += len(data)
-                return data
-            except urllib.error.HTTPError as e:
-                if e.code == 404:
-                    return None
-                if e.code in (401, 403):
-                    raise RunError(
-                        f"{self.repo} is gated or private: accept its licence on its page and set HF_TOKEN"
-                    ) from None
-                problem = f"HTTP {e.code}"
-            except (OSError, http.client.HTTPException) as e:  # no route, time-out, body cut short
-                problem = str(getattr(e, "reason", e))
-            if attempt < 3:
-                time.sleep(0.5 * 4**attempt)
-        raise RunError(f"cannot read {file} of {self.repo} ({problem}); a local folder works without network")
-
-    def weight_files(self) -> list[str]:
-        return ["model.safetensors"]
-
-    def matrix_file(self, info: dict) -> tuple[Path, int]:
-        """The tensor's bytes as a file of the cache; a broken download goes on where it stopped."""
-        self.cache.mkdir(parents=True, exist_ok=True)
-        done = self.cache / f"{info['tensor']}.bin"
-        if done.exists() and done.stat().st_size == info["length"]:
-            return done, 0
-        part = done.with_suffix(".part")
-        with open(part, "ab") as f:
-            while (have := f.tell()) < info["length"]:
-                f.write(self.read(info["file"], info["start"] + have, min(CHUNK, info["length"] - have)))
-                common.progress(f"{self.repo}: {f.tell() / 2**20:,.0f} of {info['length'] / 2**20:,.0f} MiB")
-        os.replace(part, done)
-        return done, 0
-
-
-class KeepTokenAtHome(urllib.request.HTTPRedirectHandler):
-    """The hub redirects to a file server; the token is for the hub alone, the range is for both."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if (
-            new is not None
-            and urllib.request.urlparse(newurl).netloc != urllib.request.urlparse(req.full_url).netloc
-        ):
-            new.headers.pop("Authorization", None)
-        return new
-
-
-def open_model(name: str, revision: str, cache: Path) -> LocalFolder | Hub:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return LocalFolder(path)
-    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise RunError(f"there is no folder {name}, and it is not a name of the hub (owner/name)")
-    return Hub(name, revision, cache)
-
-
-def read_header(source, file: str) -> tuple[dict, int] | None:
-    """Header of a safetensors file and where its data begin; None where there is no such file."""
-    size = source.read(file, 0, 8)
-    if size is None:
-        return None
-    n = int.from_bytes(size, "little")
-    if len(size) < 8 or not 2 <= n <= 100_000_000:
-        raise RunError(f"{file} of {source.name} is not a safetensors file")
-    try:
-        header = json.loads(source.read(file, 8, n))
-    except ValueError:
-        raise RunError(f"the header of {file} of {source.name} is damaged; download it again") from None
-    header.pop("__metadata__", None)
-    return header, 8 + n
-
-
-def find_table(source, tensor: str | None = None) -> dict:
-    """Where the input embedding lies: {"file", "tensor", "dtype", "shape", "start", "length"} (bytes)."""
-    index = source.read("model.safetensors.index.json")
-    weight_map = json.loads(index)["weight_map"] if index else {}
-    headers = {}
-    if not weight_map:
-        for file in source.weight_files():
-            found = read_header(source, file)
-            if found:
-                headers[file] = found
-                weight_map.update(dict.fromkeys(found[0], file))
-    if not weight_map:
-        raise RunError(
-            f"{source.name} has no model.safetensors and no index; convert its weights to safetensors first"
-        )
-    name = tensor or choose_table(source, weight_map)
-    if name not in weight_map:
-        near = ", ".join(sorted(n for n in weight_map if "emb" in n or "wte" in n)[:6])
-        raise RunError(f"{source.name} has no tensor {name}" + (f"; there are {near}" if near else ""))
-    file = weight_map[name]
-    found = headers.get(file) or read_header(source, file)
-    if found is None or name not in found[0]:
-        raise RunError(f"{source.name}: the index names {name} in {file}, which is missing or lacks it")
-    header, data_start = found
-    entry = header[name]
-    if entry["dtype"] not in DTYPES or len(entry["shape"]) != 2:
-        raise RunError(
-            f"{name} of {source.name} is {entry['dtype']} {entry['shape']}, not a matrix of floats; name "
-            "another tensor (--tensor)"
-        )
-    first, last = entry["data_offsets"]
-    return {
-        "file": file,
-        "tensor": name,
-        "dtype": entry["dtype"],
-        "shape": entry["shape"],
-        "start": data_start + first,
-        "length": last - first,
-    }
-
-
-def choose_table(source, weight_map: dict) -> str:
-    """The input table by its name; the head where the two are tied and only the head was saved."""
-    for patterns in (TABLE_NAMES, HEAD_NAMES):
-        for pattern in patterns:
-            names = sorted((n for n in weight_map if re.search(pattern, n)), key=lambda n: (n.count("."), n))
-            names = [n for n in names if not re.search(r"position|token_type|segment|vision|visual|audio", n)]
-            if not names:
-                continue
-            if patterns is HEAD_NAMES:
-                config = json.loads(source.read("config.json") or b"{}")
-                tied = (config.get("text_config") or config).get(
-                    "tie_word_embeddings", config.get("tie_word_embeddings")
-                )
-                if tied is False:
-                    raise RunError(
-                        f"{source.name} has a head but no input table of a known name; give it with --tensor"
-                    )
-            return names[0]
-    raise RunError(f"no embedding table under a known name in {source.name}; give its name with --tensor")
-
-
-def load_table(source, info: dict) -> torch.Tensor:
-    """(rows, width) in the file's own dtype, memory-mapped: rows become fp32 only as they are used."""
-    path, start = source.matrix_file(info)
-    flat = np.memmap(path, dtype=np.uint8, mode="c", offset=start, shape=(info["length"],))
-    return torch.from_numpy(flat).view(DTYPES[info["dtype"]]).reshape(info["shape"])
-
-
-def load_tokens(source) -> list[bytes]:
-    """True bytes of every token, from the model's tokenizer.json."""
-    from tokenizers import Tokenizer
-
-    from kronecker import token_bytes
-
-    content = source.read("tokenizer.json")
-    if content is None:
-        raise RunError(
-            f"{source.name} has no tokenizer.json; save its tokenizer there in the fast format "
-            "(transformers' AutoTokenizer(...).save_pretrained)"
-        )
-    return token_bytes(Tokenizer.from_buffer(content))
-
-
-# ---------------------------------------------------------------------------------------------- spaces
-
-
-class TableSpace:
-    """Centred unit rows of a matrix. `order` keeps the ids whose rows count (those with a token)."""
-
-    def __init__(self, table: torch.Tensor, ids: np.ndarray):
-        rows = [
-            table[torch.from_numpy(part)].float() for part in np.array_split(ids, math.ceil(len(ids) / 16384))
-        ]
-        self.mean = sum(r.sum(0, dtype=torch.float64) for r in rows) / len(ids)
-        self.rows = torch.cat([torch.nn.functional.normalize(r - self.mean.float(), dim=1) for r in rows])
-
-    def against_all(self, k: np.ndarray) -> np.ndarray:
-        """Cosines (len(k), n) of rows k with all rows."""
-        return (self.rows[k] @ self.rows.T).numpy()
-
-    def pairs(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        return (self.rows[i] * self.rows[j]).sum(1).numpy()
-
-
-class CodecSpace:
-    """The same cosines for z, the codec's z-normalised vector of 256 * pos_dim numbers, which is never built.
-
-    z has exactly L equal spikes on a constant floor, so an inner product needs only the number of
-    (byte, position) cells that two tokens share, and centring needs only the vocabulary's mean vector.
-    """
-
-    def __init__(self, tokens: list[bytes], pos_dim: int = POS_DIM):
-        kept = [t[:pos_dim] for t in tokens]
-        self.pos_dim, self.d = pos_dim, 256 * pos_dim
-        self.length = np.array([len(t) for t in kept], dtype=np.float64)
-        # byte + 1, 0 = past the end: two pads must not count as a shared cell
-        self.cells = np.zeros((len(kept), pos_dim), dtype=np.int16)
-        for row, t in enumerate(kept):
-            self.cells[row, : len(t)] = np.frombuffer(t, dtype=np.uint8).astype(np.int16) + 1
-        self.spike, self.floor = self.levels(self.length)
-        position = np.arange(pos_dim)
-        mean = np.full(self.d, self.floor.mean())
-        at, where = np.nonzero(self.cells)
-        np.add.at(mean, (self.cells[at, where] - 1) * pos_dim + where, self.spike[at] / len(kept))
-        self.mean, self.mean_sum, self.mean_sq = mean, mean.sum(), mean @ mean
-        flat = np.where(self.cells > 0, (self.cells - 1) * pos_dim + position, 0)
-        self.with_mean = self.floor * self.mean_sum + self.spike * np.where(
-            self.cells > 0, mean[flat], 0
-        ).sum(1)
-        self.norm = np.sqrt(
-            np.maximum(self.dot(self.length, self.length, self.length, self.with_mean, self.with_mean), 1e-12)
-        )
-
-    def levels(self, length):
-        """Height of a spike above the floor, and the floor, of tokens of these lengths."""
-        length = np.maximum(length, 1e-9)
-        mean = np.sqrt(length) / self.d
-        std = np.sqrt((1 - length / self.d) / (self.d - 1)) + 1e-6
-        return 1 / np.sqrt(length) / std, -mean / std
-
-    def dot(self, shared, length_a, length_b, mean_a, mean_b):
-        """Centred inner product of tokens that share `shared` cells."""
-        spike_a, floor_a = self.levels(length_a)
-        spike_b, floor_b = self.levels(length_b)
-        plain = (
-            spike_a * spike_b * shared
-            + floor_a * spike_b * length_b
-            + floor_b * spike_a * length_a
-            + floor_a * floor_b * self.d
-        )
-        return plain - mean_a - mean_b + self.mean_sq
-
-    def pairs(self, i, j):
-        shared = ((self.cells[i] == self.cells[j]) & (self.cells[i] > 0)).sum(1)
-        dots = self.dot(shared, self.length[i], self.length[j], self.with_mean[i], self.with_mean[j])
-        return dots / (self.norm[i] * self.norm[j])
-
-    def against_all(self, k):
-        return np.stack(
-            [self.pairs(np.full(len(self.length), row), np.arange(len(self.length))) for row in k]
-        )
 
 
 # ---------------------------------------------------------------------------------------------- measures
@@ -382,28 +64,13 @@ def find_word(word: str, row_of: dict) -> int | None:
 
 
 def edit_distances(words: list[str], i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Levenshtein distances of many pairs at once: the usual table, each cell a vector over the pairs."""
-    width = max(map(len, words))
-    codes = np.zeros((len(words), width), dtype=np.int32)
-    for row, word in enumerate(words):
-        codes[row, : len(word)] = [ord(c) for c in word]
-    length = np.array([len(w) for w in words])
-    a, b = codes[i], codes[j]
-    table = np.tile(np.arange(width + 1, dtype=np.int16), (len(i), 1))
-    result = np.where(length[i] == 0, length[j], 0).astype(np.int16)
-    for r in range(1, width + 1):
-        row = np.empty_like(table)
-        row[:, 0] = r
-        for c in range(1, width + 1):
-            swap = table[:, c - 1] + (a[:, r - 1] != b[:, c - 1])
-            row[:, c] = np.minimum(np.minimum(table[:, c], row[:, c - 1]) + 1, swap)
-        table = row
-        ends = length[i] == r
-        result[ends] = table[ends, length[j][ends]]
-    return result
+    """Levenshtein distances of the pairs words[i], words[j]."""
+    first, second = ([words[k] for k in which] for which in (i, j))
+    return cpdist(first, second, scorer=Levenshtein.distance, dtype=np.int16)
 
 
 def measure_space(space, tokens: list[bytes], row_of: dict, families: list[dict], rng) -> dict:
+    """Cosines inside families and of random pairs, and what the 5 nearest tokens of every probe are."""
     n = len(tokens)
     i, j = rng.integers(0, n, 5000), rng.integers(0, n, 5000)
     i, j = i[i != j], j[i != j]
@@ -437,9 +104,7 @@ def measure_space(space, tokens: list[bytes], row_of: dict, families: list[dict]
     return result
 
 
-def falloff(
-    space, words: list[str], rows: np.ndarray, i: np.ndarray, j: np.ndarray, distance: np.ndarray
-) -> dict:
+def falloff(space, rows: np.ndarray, i: np.ndarray, j: np.ndarray, distance: np.ndarray) -> dict:
     """Mean cosine of word pairs by edit distance (7 stands for 7 and more)."""
     result = {}
     for d in range(1, 8):
@@ -451,6 +116,7 @@ def falloff(
 
 
 def show(token: bytes) -> str:
+    """A token as text, bytes that are none as escapes."""
     return token.decode("utf-8", errors="backslashreplace")
 
 
@@ -510,7 +176,7 @@ def measure_model(name: str, table: torch.Tensor, tokens: list[bytes], families,
             k: measure_space(s, kept, row_of, families, np.random.default_rng(seed))
             for k, s in spaces.items()
         },
-        "falloff": {k: falloff(s, sample, rows, i, j, distance) for k, s in spaces.items()}
+        "falloff": {k: falloff(s, rows, i, j, distance) for k, s in spaces.items()}
         if len(sample) > 1
         else {},
         "oov": oov_neighbours(kept, strings),
@@ -562,6 +228,7 @@ def agreement(results: list[dict], families, seed: int) -> list[dict]:
 
 
 def nearest_forms(result: dict, kind: str, word: str) -> set[str]:
+    """Canonical forms of the 5 tokens nearest to a word in one space of a model."""
     cache = result.setdefault("_near", {})
     if (kind, word) not in cache:
         row = find_word(word, result["_row_of"])
@@ -572,6 +239,7 @@ def nearest_forms(result: dict, kind: str, word: str) -> set[str]:
 
 
 def jaccard(a: set, b: set) -> float:
+    """Shared members over all members; 1 of two empty sets."""
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
@@ -604,7 +272,7 @@ def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Ta
                 for d in range(1, 8)
             ]
             by_distance.append([label, kind, *map(figure_cell, means)])
-    tables = [
+    found = [
         Table(
             "Word families and nearest neighbours",
             ["model", "table", "in family", "random pair", "typographic", "kin", "other", "probes"],
@@ -624,10 +292,10 @@ def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Ta
     if pairs:
         rows = []
         for p in pairs[:30]:
-            found = [p.get(key, {}).get(k) for key in ("rsa", "jaccard") for k in SPACES]
-            cells = [figure_cell(x, "{:.2f}") for x in found]
+            values = [p.get(key, {}).get(k) for key in ("rsa", "jaccard") for k in SPACES]
+            cells = [figure_cell(x, "{:.2f}") for x in values]
             rows.append([" / ".join(p["models"]), str(p["shared_words"]), *cells])
-        tables.append(
+        found.append(
             Table(
                 "Agreement of two models",
                 ["models", "words", *(f"rsa {k}" for k in SPACES), *(f"nn {k}" for k in SPACES)],
@@ -639,10 +307,11 @@ def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Ta
     strings = list(results[0]["oov"].items())[:8]
     rows = [[s, ", ".join(repr(t) for t, _ in tokens[:4])] for s, tokens in strings]
     title = f"Strings without a token: nearest in codec space ({results[0]['model']})"
-    return [*tables, Table(title, ["string", "nearest tokens"], rows, left=2)]
+    return [*found, Table(title, ["string", "nearest tokens"], rows, left=2)]
 
 
 def draw(groups: dict):
+    """What lies nearest, and the fall-off with edit distance."""
     with figures.plt.rc_context(figures.STYLE):
         figure, (left, right) = figures.plt.subplots(
             1, 2, figsize=(10.5, 0.5 * len(groups) + 3.4), width_ratios=[1.1, 1]
@@ -705,8 +374,6 @@ def draw(groups: dict):
 
 def run_tables(args):
     """Tables of our own runs, as if they were models: (name, arm, table, token bytes)."""
-    from kronecker import token_bytes
-
     for run, model, tokenizer, _ in common.each_model(common.finished_runs(args), args, "table"):
         wte = model.transformer.wte
         with torch.no_grad():
@@ -733,11 +400,11 @@ def main(argv=None) -> None:
         strings = [p.forced_oov.split("{{")[1].split("}}")[0] for p in prompts]
         results, groups = [], {}
         for name in args.models:
-            source = open_model(name, args.revision, Path(args.cache))
-            info = find_table(source, args.tensor)
-            tokens = load_tokens(source)
+            source = tables.open_model(name, args.revision, Path(args.cache))
+            info = tables.find_table(source, args.tensor)
+            tokens = tables.load_tokens(source)
             result = measure_model(
-                source.name, load_table(source, info), tokens, families, strings, args.seed
+                source.name, tables.load_table(source, info), tokens, families, strings, args.seed
             )
             result["source"] = {"name": name, **info, "bytes_read": source.bytes_read}
             results.append(result)

@@ -1,0 +1,228 @@
+"""The embedding table and the tokens of a public model, read without the rest of it: from a folder or from the hub."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from huggingface_hub import HfFileSystem
+from huggingface_hub.errors import RepositoryNotFoundError
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from data.files import publish
+from data.records import PlainName, Record, parsed, validated
+from engine.errors import RunError
+from kronecker import token_bytes
+from scripts.analysis.runs import first_line
+from scripts.probes.common import progress
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+# The input table's name in the families of models, best first; a decoder's position table never matches.
+TABLE_NAMES = [
+    r"(^|\.)embed_tokens\.weight$",
+    r"(^|\.)wte\.weight$",
+    r"(^|\.)tok_embeddings\.weight$",
+    r"(^|\.)embed_in\.weight$",
+    r"(^|\.)word_embeddings\.weight$",
+    r"(^|\.)shared\.weight$",
+    r"(^|\.)(token_)?embeddings?\.weight$",
+]
+HEAD_NAMES = [r"(^|\.)lm_head\.weight$", r"(^|\.)embed_out\.weight$", r"(^|\.)output\.weight$"]
+CHUNK = 32 * 2**20  # bytes of one request
+
+
+class TensorEntry(Record):
+    """A tensor's entry in the header of a safetensors file; offsets count from the header's end."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+class Index(Record):
+    weight_map: dict[str, PlainName]
+
+
+class ModelConfig(Record):
+    tie_word_embeddings: bool | None = None
+    text_config: dict | None = None
+
+
+@dataclass
+class Source:
+    """A model's files, on disk or on the hub; only the bytes that are asked for are read."""
+
+    files: AbstractFileSystem
+    root: str
+    name: str
+    cache: Path | None = None  # where a matrix of the hub is kept
+    bytes_read: int = 0
+
+    def read(self, file: str, start: int = 0, end: int | None = None) -> bytes | None:
+        """Bytes of a file, from start up to end; None where there is no such file."""
+        try:
+            # cat_file() would read ahead by megabytes
+            with self.files.open(f"{self.root}/{file}", "rb", cache_type="none") as f:
+                f.seek(start)
+                data = f.read(-1 if end is None else end - start)
+        except FileNotFoundError as e:
+            if isinstance(e, RepositoryNotFoundError):
+                raise RunError(
+                    f"there is no {self.name} on the hub, or it is private: check the name, set HF_TOKEN"
+                ) from None
+            return None
+        except Exception as e:  # the hub's client passes on errors of several packages
+            if getattr(getattr(e, "response", None), "status_code", None) in (401, 403):
+                raise RunError(
+                    f"{self.name} is gated: accept its licence on its page and set HF_TOKEN"
+                ) from None
+            raise RunError(
+                f"cannot read {file} of {self.name} ({first_line(e)}); a local folder needs no network"
+            ) from None
+        if end is not None and len(data) != end - start:
+            raise RunError(f"{file} of {self.name} is damaged: bytes {start:,} to {end:,} are not all there")
+        self.bytes_read += len(data)
+        return data
+
+    def matrix(self, info: dict) -> tuple[Path, int]:
+        """(file on disk, where in it the tensor begins); a download that broke off goes on where it stopped."""
+        if self.cache is None:
+            self.bytes_read += info["length"]
+            return Path(self.root) / info["file"], info["start"]
+        self.cache.mkdir(parents=True, exist_ok=True)
+        # a name that others chose is no file's name
+        key = hashlib.sha256(json.dumps([self.root, info]).encode()).hexdigest()
+        done, part = self.cache / f"{key}.bin", self.cache / f"{key}.part"
+        if not done.exists():
+            with open(part, "ab") as f:
+                while (have := f.tell()) < info["length"]:
+                    start = info["start"] + have
+                    f.write(
+                        self.read(info["file"], start, min(start + CHUNK, info["start"] + info["length"]))
+                    )
+                    progress(f"{self.name}: {f.tell() / 2**20:,.0f} of {info['length'] / 2**20:,.0f} MiB")
+            publish(part, done)
+        return done, 0
+
+
+def open_model(name: str, revision: str, cache: Path) -> Source:
+    """The files of a local folder, or of a repository on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(LocalFileSystem(), str(path), path.resolve().name)
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise RunError(f"there is no folder {name}, and it is not a name of the hub (owner/name)")
+    hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), token=os.environ.get("HF_TOKEN") or False)
+    return Source(hub, f"{name}@{revision}", name.split("/")[-1], cache)
+
+
+def read_header(source: Source, file: str) -> tuple[dict, int] | None:
+    """Header of a safetensors file and where its data begin; None where there is no such file."""
+    size = source.read(file, 0, 8)
+    if size is None:
+        return None
+    n = int.from_bytes(size, "little")
+    if not 2 <= n <= 100_000_000:
+        raise RunError(f"{file} of {source.name} is not a safetensors file")
+    return of_json(source, file, dict, 8, 8 + n), 8 + n
+
+
+def of_json(source: Source, file: str, schema, start: int = 0, end: int | None = None):
+    """A JSON file of a model as a schema describes it; None where there is no such file."""
+    content, where = source.read(file, start, end), f"{file} of {source.name}"
+    if content is None:
+        return None
+    return validated(
+        parsed(content.decode("utf-8", "surrogateescape"), where), schema, where, "what a model has there"
+    )
+
+
+def find_table(source: Source, tensor: str | None = None) -> dict:
+    """Where the input embedding lies: {"file", "tensor", "dtype", "shape", "start", "length"} (bytes)."""
+    index = of_json(source, "model.safetensors.index.json", Index)
+    weight_map, headers = dict(index.weight_map) if index else {}, {}
+    if not weight_map:
+        found = headers["model.safetensors"] = read_header(source, "model.safetensors")
+        weight_map = dict.fromkeys(found[0], "model.safetensors") if found else {}
+        weight_map.pop("__metadata__", None)
+    if not weight_map:
+        raise RunError(
+            f"{source.name} has no model.safetensors and no index; convert its weights to safetensors first"
+        )
+    name = tensor or choose_table(source, weight_map)
+    if name not in weight_map:
+        near = ", ".join(sorted(n for n in weight_map if "emb" in n or "wte" in n)[:6])
+        raise RunError(f"{source.name} has no tensor {name}" + (f"; there are {near}" if near else ""))
+    file = weight_map[name]
+    found = headers.get(file) or read_header(source, file)
+    if found is None or name not in found[0]:
+        raise RunError(f"{source.name}: the index names {name} in {file}, which is missing or lacks it")
+    header, data_start = found
+    entry = validated(header[name], TensorEntry, f"{name} in {file} of {source.name}", "a tensor's entry")
+    first, last = entry.data_offsets
+    if entry.dtype not in DTYPES or len(entry.shape) != 2:
+        raise RunError(
+            f"{name} of {source.name} is {entry.dtype} {entry.shape}, not a matrix of floats; name another tensor (--tensor)"
+        )
+    if first < 0 or last - first != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
+        raise RunError(f"{name} in {file} of {source.name} is damaged: its bytes are not those of its shape")
+    place = {"start": data_start + first, "length": last - first}
+    return {"file": file, "tensor": name, "dtype": entry.dtype, "shape": entry.shape} | place
+
+
+def choose_table(source: Source, weight_map: dict) -> str:
+    """The input table by its name; the head where the two are tied and only the head was saved."""
+    for patterns in (TABLE_NAMES, HEAD_NAMES):
+        for pattern in patterns:
+            found = sorted((n for n in weight_map if re.search(pattern, n)), key=lambda n: (n.count("."), n))
+            found = [n for n in found if not re.search(r"position|token_type|segment|vision|visual|audio", n)]
+            if not found:
+                continue
+            if patterns is HEAD_NAMES:
+                config = of_json(source, "config.json", ModelConfig) or ModelConfig()
+                tied = (config.text_config or {}).get("tie_word_embeddings", config.tie_word_embeddings)
+                if tied is False:
+                    raise RunError(
+                        f"{source.name} has a head but no input table of a known name; give it with --tensor"
+                    )
+            return found[0]
+    raise RunError(f"no embedding table under a known name in {source.name}; give its name with --tensor")
+
+
+def load_table(source: Source, info: dict) -> torch.Tensor:
+    """(rows, width) in the file's own dtype, memory-mapped: rows become fp32 only as they are used."""
+    path, start = source.matrix(info)
+    if path.stat().st_size < start + info["length"]:
+        raise RunError(f"{path} ends in the middle of {info['tensor']}: download it again")
+    flat = np.memmap(path, dtype=np.uint8, mode="c", offset=start, shape=(info["length"],))
+    return torch.from_numpy(flat).view(DTYPES[info["dtype"]]).reshape(info["shape"])
+
+
+def load_tokens(source: Source) -> list[bytes]:
+    """True bytes of every token, from the model's tokenizer.json."""
+    content = source.read("tokenizer.json")
+    if content is None:
+        raise RunError(
+            f"{source.name} has no tokenizer.json; save its tokenizer there in the fast format "
+            "(transformers' AutoTokenizer(...).save_pretrained)"
+        )
+    try:
+        return token_bytes(Tokenizer.from_buffer(content))
+    except Exception as e:  # tokenizers raises nothing narrower
+        raise RunError(f"tokenizer.json of {source.name} cannot be read ({first_line(e)})") from None
