@@ -80,7 +80,8 @@ def recorded(config, names) -> dict:
     """Of these keys, those that the user leaves open, as the run that is in out_dir has them; {} for a new run."""
     path = Path(config.out_dir) / "config.json"
     old = read_record(path, dict, "a run's configuration") if path.is_file() else {}
-    return {name: old[name] for name in names if name in old and name not in config.given}
+    given = getattr(config, "given", {})
+    return {name: old[name] for name in names if name in old and name not in given}
 
 
 class DescribedData(Record):
