@@ -50,8 +50,8 @@ class Encoder:
     def __init__(self, tokenizer, fast: bool = True):
         self.tokenizer = tokenizer
         self.dtype = np.dtype("<u2") if tokenizer.n_vocab <= 2**16 else np.dtype("<u4")
-        self._make_fast = gigatoken_for(tokenizer) if fast else None
-        self._fast = self._make_fast() if self._make_fast else None
+        self._fast, self._make_fast = gigatoken_for(tokenizer) if fast else (None, None)
+        self._bytes = [piece or b"" for piece in tokenizer.token_bytes()]
         self._encoded, self._lock = 0, threading.Lock()
         self.library = "gigatoken" if self._fast else type(tokenizer.backend).__module__.partition(".")[0]
 
@@ -114,8 +114,7 @@ class Encoder:
 
     def _read_back(self, text: str, ids: np.ndarray) -> None:
         """A tokenizer that loses text is refused: its losses per byte, and its tokens' bytes, would mean nothing."""
-        known = self.tokenizer.token_bytes()
-        back = b"".join(known[i] or b"" for i in ids.tolist()).decode("utf-8", "replace")
+        back = b"".join([self._bytes[i] for i in ids.tolist()]).decode("utf-8", "replace")
         # some tokenizers open each text with a space, some compose letters and their accents: nothing is lost
         if _essence(back) != _essence(text):
             k = next(
@@ -150,12 +149,13 @@ def _let_pass(error: BaseException) -> None:
         raise error
 
 
-def gigatoken_for(tokenizer):
-    """A function that makes a gigatoken.Tokenizer of the same ids, or None where there is none."""
+def gigatoken_for(tokenizer) -> tuple:
+    """A gigatoken.Tokenizer of the same ids and a function that makes more; (None, None) where there is none."""
+    nothing = None, None
     try:
         import gigatoken
     except ImportError:  # no wheel for this machine
-        return None
+        return nothing
     kind = tokenizer.spec["kind"]
     if kind == "hf":
         description = json.dumps(_without_specials(json.loads(tokenizer.backend.to_str())))
@@ -173,9 +173,9 @@ def gigatoken_for(tokenizer):
                 # without special tokens: their text in a document is only text
                 return gigatoken.Tokenizer.from_tiktoken(path, scheme, {})
     else:
-        return None
+        return nothing
     try:
-        batch = make().encode_batch(PROBES, parallel=False)
+        batch = (fast := make()).encode_batch(PROBES, parallel=False)
         ids = np.asarray(batch.layout.content.data)
         same = all(
             ids[a:b].tolist() == list(tokenizer.encode(text))
@@ -183,8 +183,8 @@ def gigatoken_for(tokenizer):
         )
     except BaseException as error:  # a kind of tokenizer that it does not know
         _let_pass(error)
-        return None
-    return make if same else None
+        return nothing
+    return (fast, make) if same else nothing
 
 
 def _without_specials(description: dict) -> dict:
