@@ -1,6 +1,8 @@
 # The paper's comparison at reduced scale: GPT-2 124M on 105M tokens, short enough for one GPU and nine minutes a run.
 #   python scripts/gpu/recipe.py train --arms kronecker --seeds 1337      (results/124m/README.md says how the data is made)
 # Cost of one run: 855 MFLOP a token x 1.049e8 tokens = 8.96e16 FLOPs; at 45% of an H200's 989 TFLOP/s, 201 s.
+# The data are text of your own, with held-out text for validation:
+#   python data/fineweb_edu/prepare.py --input TEXT.jsonl.xz ... --val-input HELD_OUT.jsonl.xz --out-dir data/edu_mix
 dataset = "edu_mix"
 out_dir = "out/gpt2_124m_short/one"
 wandb_project = "kronecker-nanogpt"

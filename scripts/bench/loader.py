@@ -8,9 +8,6 @@ batches of ours, and of the same rows through memory maps that stay open; and th
 100B tokens.
 """
 
-import argparse
-import datetime
-import json
 import os
 import statistics
 import sys
@@ -24,8 +21,12 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 import numpy as np
 import torch
 
+from data.files import expanded, write_json, write_text
 from data.loader import TrainBatches, permute
 from data.shards import open_shard, write_shard
+from scripts import arguments
+from scripts.arguments import Parser, whole
+from scripts.provenance import provenance
 
 # block_size and rows: the 124M recipe on one GPU (a whole global batch), one micro-batch of it, a CPU's toy
 SHAPES = ((1024, 528), (1024, 12), (256, 32), (64, 16))
@@ -60,22 +61,25 @@ def rate(action, tokens: int, seconds: float) -> float:
     return step * tokens / (time.perf_counter() - started)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--seconds",
+        type=arguments.number(0, above=True),
+        default=1.0,
+        help="of each measurement (%(default)s)",
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=100_000, help="for the memory's sake (%(default)s)")
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--shard-tokens", type=int, default=50_000_000)
-    parser.add_argument("--json", type=Path, help="where the figures go; beside it a .md")
-    args = parser.parse_args()
+    parser.add_argument("--repeats", type=whole(1), default=5)
+    parser.add_argument(
+        "--batches", type=whole(10), default=100_000, help="for the memory's sake (%(default)s)"
+    )
+    parser.add_argument("--shards", type=whole(1), default=4)
+    parser.add_argument("--shard-tokens", type=whole(1_000_000), default=50_000_000)
+    parser.add_argument("--json", type=expanded, help="where the figures go; beside it a .md")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    from engine.runs import commit, machine
-
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         rng = np.random.default_rng(0)
@@ -135,12 +139,8 @@ def main() -> None:
     for epoch in range(200):
         permute(draws, windows, 0, epoch)
     microseconds = (time.perf_counter() - started) / 200 * 1e6
-    report = {
+    report = provenance(__file__, argv) | {
         "what": "data.loader on one core, from shards in the page cache",
-        "command": "python " + " ".join(["scripts/bench/loader.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "shards": args.shards,
@@ -181,8 +181,8 @@ def main() -> None:
     print("\n".join(lines))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text("# Reading batches\n\n" + "\n".join(lines) + "\n")
+        write_json(args.json, report)
+        write_text(args.json.with_suffix(".md"), "# Reading batches\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

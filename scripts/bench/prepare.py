@@ -1,16 +1,14 @@
-"""How fast is data/fineweb_edu/prepare.py, against the pipeline that everybody writes?
+"""How fast is data/fineweb_edu/prepare.py, against the pipeline that everybody writes; and what is it waiting for?
 
     python scripts/bench/prepare.py --input text.jsonl.xz --json results/data/bench_prepare.json
 
-Both sides take the same JSON lines (unpacked beforehand, so that no decompressor is the limit), the same number of
-processes and the same disk, in turns. The plain side is a multiprocessing.Pool over documents, tiktoken's
+Both sides take the same JSON lines (unpacked beforehand, so that no decompressor is the limit), as many threads as the
+other has processes, and the same disk, in turns. The plain side is a multiprocessing.Pool over documents, tiktoken's
 encode_ordinary, a NumPy array with a range check, and a copy into a uint16 shard, the pipeline of llm.c's and
-modded-nanogpt's scripts. With --modded-dir CHECKOUT theirs runs too, their
-own data/fineweb.py with its download replaced by the same lines. All tokens are compared in the end.
+modded-nanogpt's scripts. With --modded-dir CHECKOUT theirs runs too, their own data/fineweb.py with its download
+replaced by the same lines. All tokens are compared in the end. Then each stage of ours is timed alone, on one core.
 """
 
-import argparse
-import datetime
 import json
 import lzma
 import multiprocessing
@@ -29,7 +27,16 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 import numpy as np
 
+from data import DataError, console
+from data.encoder import Encoder
+from data.files import expanded, write_json, write_text
+from data.pipeline import CHECK_ONE_IN, OpenShard
 from data.shards import find_shards, open_shard, write_shard
+from data.sources import local_blocks, read_payload
+from data.tokenizers import load_tokenizer
+from scripts.analysis.report import Table
+from scripts.arguments import Parser, whole
+from scripts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 MODDED = """
@@ -120,7 +127,7 @@ def timed(command: list[str]) -> tuple[float, int]:
     over.set()
     watcher.join()
     if process.returncode:
-        raise SystemExit(f"error: {' '.join(command)} failed: {output[-2000:]}")
+        raise DataError(f"{' '.join(command)} failed: {output[-2000:]}")
     return seconds, peak
 
 
@@ -143,98 +150,120 @@ def ten_megabyte_documents(source: Path, target: Path) -> Path:
     return target
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def stages(source: Path, packed: Path | None, scratch: Path) -> dict[str, float]:
+    """Seconds of each stage of ours for the whole text, one after the other on this thread.
+
+    reading: lines from the page cache, cut into blocks; parsing: JSON to text; checking: tiktoken on its share; writing: hash, disk and fsync; unpacking: the .xz, which a packed source adds.
+    """
+    seconds = dict.fromkeys(
+        ("start", "reading", "parsing", "encoding", "checking", "writing", "unpacking"), 0.0
     )
-    parser.add_argument("--input", type=Path, help="JSON lines with a text key, plain or .xz")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes, both sides (%(default)s)"
-    )
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--modded-dir", type=Path, help="a checkout of modded-nanogpt (or its data folder)")
-    parser.add_argument("--json", type=Path, help="where the figures go; beside it a .md")
-    parser.add_argument(
-        "--plain", nargs=4, help=argparse.SUPPRESS
-    )  # source out_dir processes shard_size: one run
-    args = parser.parse_args()
-    if args.plain:
-        return plain(Path(args.plain[0]), Path(args.plain[1]), int(args.plain[2]), int(args.plain[3]))
-    if args.input is None or not args.input.is_file():
-        sys.exit(f"error: no input file {args.input}: give JSON lines with --input")
-    modded = None
+    clock = time.perf_counter
+
+    def spent(stage: str, action, *given):
+        began = clock()
+        value = action(*given)
+        seconds[stage] += clock() - began
+        return value
+
+    encoder = spent("start", lambda: Encoder(load_tokenizer("gpt2")))
+    shard = OpenShard(scratch / "stage.bin", 2**31 - 1, encoder.dtype)
+    blocks, number = local_blocks([source], "text"), 0
+    while (block := spent("reading", next, blocks, None)) is not None:
+        texts, opens, _ = spent("parsing", read_payload, block.payload, "text")
+        ids, _ = spent("encoding", encoder.encode, texts, opens)
+        for k, text in enumerate(texts):
+            if (37 * number + k) % CHECK_ONE_IN == 0:
+                spent("checking", encoder.tokenizer.encode, text)
+        spent("writing", shard.take, ids, encoder.tokenizer.eot)
+        number += 1
+    spent("writing", shard.finish)
+    if packed:
+        with lzma.open(packed) as file:
+            while spent("unpacking", file.read, 1 << 20):
+                pass
+    return {stage: round(value, 2) for stage, value in seconds.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--input", type=expanded, required=True, help="JSON lines with a text key, plain or .xz")
+    add("--workers", type=whole(1), default=os.cpu_count(), help="threads or processes (%(default)s)")
+    add("--repeats", type=whole(1), default=3, help="runs of each side, in turns (%(default)s)")
+    add("--modded-dir", type=expanded, help="a checkout of modded-nanogpt (or its data folder)")
+    add("--json", type=expanded, help="where the figures go; beside it a .md")
+    add("--plain-to", nargs=2, metavar=("DIR", "SIZE"), help="only tokenize --input, by the plain pipeline")
+    args = parser.parse_args(argv)
+    with console.sentences():
+        if not args.input.is_file():
+            raise DataError(f"no input file {args.input}: give JSON lines with --input")
+        if args.plain_to:
+            return plain(args.input, Path(args.plain_to[0]), args.workers, int(args.plain_to[1]))
+        with tempfile.TemporaryDirectory() as scratch:
+            report = measure(args, Path(scratch)) | provenance(__file__, argv)
+        page = "\n\n".join(table.markdown() for table in tables(report))
+        print("\n\n".join(table.text() for table in tables(report)))
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.json, report)
+            write_text(args.json.with_suffix(".md"), "# Preparing shards\n\n" + page + "\n")
+
+
+def measure(args, scratch: Path) -> dict:
+    """Time all sides in turns, ours on other input, and each stage; refuses figures of sides whose tokens differ."""
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    source, packed = args.input, args.input if args.input.suffix == ".xz" else None
+    if packed:
+        source = scratch / args.input.stem
+        with lzma.open(packed) as file, open(source, "wb") as out:
+            shutil.copyfileobj(file, out, 1 << 22)
+    with open(source, "rb") as file:  # also brings it into the page cache, for both sides
+        lengths = [len(json.loads(line)["text"].encode()) for line in file]
+    mb, size, workers = sum(lengths) / 1e6, "100000000", str(args.workers)
+
+    def ours(out: Path, source=source) -> list[str]:
+        script = str(ROOT / "data" / "fineweb_edu" / "prepare.py")
+        flags = ("--input", str(source), "--out-dir", str(out), "--workers", workers)
+        return [sys.executable, script, *flags, "--val-tokens", "1000000", "--shard-size", size]
+
+    def plain_side(out: Path) -> list[str]:
+        flags = ("--input", str(source), "--workers", workers, "--plain-to", str(out), size)
+        return [sys.executable, str(Path(__file__).resolve()), *flags]
+
+    sides = {"ours": ours, "plain": plain_side}
     if args.modded_dir:
         found = [args.modded_dir / "data" / "fineweb.py", args.modded_dir / "fineweb.py"]
-        modded = next((path for path in found if path.is_file()), None)
-        if modded is None:
-            sys.exit(f"error: no data/fineweb.py in {args.modded_dir}")
-    from engine.runs import commit, machine
+        script = next((path for path in found if path.is_file()), None)
+        if script is None:
+            raise DataError(f"no data/fineweb.py in {args.modded_dir}")
 
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+        def modded(out: Path) -> list[str]:
+            out.mkdir(parents=True)
+            shutil.copy(script, out / "fineweb.py")
+            return [sys.executable, "-c", MODDED, str(out / "fineweb.py"), str(source), workers]
 
-    with tempfile.TemporaryDirectory() as scratch_name:
-        scratch = Path(scratch_name)
-        source = args.input
-        if source.suffix == ".xz":
-            source = scratch / source.stem
-            with lzma.open(args.input) as packed, open(source, "wb") as file:
-                shutil.copyfileobj(packed, file, 1 << 22)
-        with open(source, "rb") as file:  # also brings it into the page cache, for both sides
-            texts = [len(json.loads(line)["text"].encode()) for line in file]
-        size = 100_000_000
-        me = [sys.executable, str(Path(__file__).resolve())]
-        sides = {
-            "ours": lambda out: [
-                sys.executable,
-                str(ROOT / "data" / "fineweb_edu" / "prepare.py"),
-                *("--input", str(source), "--out-dir", str(out), "--workers", str(args.workers)),
-                *("--val-tokens", "1000000", "--shard-size", str(size)),
-            ],
-            "plain": lambda out: [*me, "--plain", str(source), str(out), str(args.workers), str(size)],
-        }  # fmt: skip
-        if modded:
+        sides["modded-nanogpt's"] = modded
+    runs, expected = {side: [] for side in sides}, None
 
-            def run_modded(out):
-                out.mkdir(parents=True)
-                shutil.copy(modded, out / "fineweb.py")
-                return [sys.executable, "-c", MODDED, str(out / "fineweb.py"), str(source), str(args.workers)]
+    def run(command: list[str], out: Path, compare: bool = True) -> dict:
+        nonlocal expected
+        seconds, peak = timed(command)
+        stream = all_tokens(next(out.glob("fineweb*B"), out))
+        expected = stream if expected is None else expected
+        if compare and not np.array_equal(expected, stream):
+            raise DataError(f"{' '.join(command)} gave other tokens than ours")
+        shutil.rmtree(out)
+        return {"seconds": round(seconds, 2), "peak_mb": round(peak / 1e6)}
 
-            sides["modded-nanogpt's"] = run_modded
-        runs = {side: [] for side in sides}
-        tokens = {}
-        for repeat in range(args.repeats):
-            for side, command in sides.items():
-                out = scratch / "out"
-                seconds, peak = timed(command(out))
-                folder = next(out.glob("fineweb*B"), out)
-                stream = all_tokens(folder)
-                first = tokens.setdefault("all", stream)
-                if not np.array_equal(first, stream):
-                    sys.exit(f"error: {side} gave other tokens than ours")
-                runs[side].append({"seconds": round(seconds, 2), "peak_mb": round(peak / 1e6)})
-                print(
-                    f"{repeat + 1} of {args.repeats}  {side:26} {seconds:6.2f} s  {peak / 1e6:5.0f} MB",
-                    flush=True,
-                )
-                shutil.rmtree(out)
-        n = len(tokens["all"])
-        # not races but limits: a packed source, and documents of 10 MB
-        extras = []
-        cases = {"documents of 10 MB each": ten_megabyte_documents(source, scratch / "long.jsonl")}
-        if args.input.suffix == ".xz":
-            cases["from the .xz itself"] = args.input
-        for name, path in cases.items():
-            command = sides["ours"](scratch / "out")
-            command[command.index(str(source))] = str(path)
-            seconds, peak = timed(command)
-            mb = sum(texts) / 1e6 / seconds
-            extras.append({"case": name, "seconds": round(seconds, 2), "mb_per_second": round(mb, 1)})
-            extras[-1]["peak_mb"] = round(peak / 1e6)
-            if name == "from the .xz itself" and not np.array_equal(
-                all_tokens(scratch / "out"), tokens["all"]
-            ):
-                sys.exit("error: the packed source gave other tokens")
-            shutil.rmtree(scratch / "out")
+    for repeat in range(args.repeats):
+        for side, command in sides.items():
+            runs[side].append(run(command(scratch / "out"), scratch / "out"))
+            print(f"{repeat + 1} of {args.repeats}  {side:20} {runs[side][-1]}", flush=True)
+    long = ten_megabyte_documents(source, scratch / "long.jsonl")
+    others = {"documents of 10 MB each": run(ours(scratch / "out", long), scratch / "out", compare=False)}
+    if packed:
+        others["from the .xz itself"] = run(ours(scratch / "out", packed), scratch / "out")
     rows = []
     for side, measured in runs.items():
         seconds = statistics.median(run["seconds"] for run in measured)
@@ -243,58 +272,72 @@ def main() -> None:
             {
                 "side": side,
                 "seconds": seconds,
-                "tokens_per_second": round(n / seconds),
-                "tokens_per_second_per_core": round(n / seconds / args.workers),
-                "mb_per_second": round(sum(texts) / 1e6 / seconds, 1),
-                "minutes_for_10B_tokens": round(1e10 / n * seconds / 60),
-                "core_hours_for_10B_tokens": round(1e10 / n * seconds / 3600 * args.workers, 2),
+                "tokens_per_second": round(len(expected) / seconds),
+                "mb_per_second": round(mb / seconds, 1),
+                "minutes_for_10B_tokens": round(1e10 / len(expected) * seconds / 60, 1),
                 "ours_is_faster_by": round(statistics.median(ratios), 2),
                 "peak_mb": max(run["peak_mb"] for run in measured),
                 "runs": measured,
             }
         )
-    report = {
+    return {
         "what": "tokenizing local JSON lines into token shards, whole program with start-up and fsync",
-        "command": "python " + " ".join(["scripts/bench/prepare.py", *map(_public, sys.argv[1:])]),
-        "commit": commit(),
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
-        "python": sys.version.split()[0],
-        "input": {"documents": len(texts), "text_bytes": sum(texts), "tokens": n, "name": args.input.name},
-        "processes": args.workers,
+        "input": {
+            "name": args.input.name,
+            "documents": len(lengths),
+            "text_bytes": sum(lengths),
+            "tokens": len(expected),
+        },
+        "workers": args.workers,
+        "repeats": args.repeats,
         "load_average_before": load,
-        "same_tokens_from_all_sides": True,
+        "python": sys.version.split()[0],
         "sides": rows,
-        "ours_on_other_input": extras,
+        "ours_on_other_input": others,
+        "stage_seconds_on_one_core": stages(source, packed, scratch),
     }
-    lines = [
-        "| side | tokens/s | per core | MB/s | 10B tokens take | core-hours | peak memory | ours is faster by |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['side']} | {r['tokens_per_second'] / 1e6:.2f}M | {r['tokens_per_second_per_core'] / 1e6:.2f}M | "
-        f"{r['mb_per_second']} | {r['minutes_for_10B_tokens']} min | {r['core_hours_for_10B_tokens']} | "
-        f"{r['peak_mb']} MB | {r['ours_is_faster_by']}x |"
-        for r in rows
-    ]
-    lines += ["", "| the same text | seconds | MB/s | peak memory |", "|---|---|---|---|"]
-    lines += [f"| {e['case']} | {e['seconds']} | {e['mb_per_second']} | {e['peak_mb']} MB |" for e in extras]
-    lines += [
-        "",
-        f"{n:,} tokens, {sum(texts) / 1e6:.0f} MB of text in {len(texts):,} documents (`{args.input.name}`, unpacked), "
-        f"{args.workers} processes; medians of {args.repeats} runs in turns, ratios by pairs; every side gave the same "
-        f"tokens. {report['machine']}; commit {report['commit']}; {report['date']}; `{report['command']}`",
-    ]
-    print("\n".join(lines))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text("# Preparing shards\n\n" + "\n".join(lines) + "\n")
 
 
-def _public(argument: str) -> str:
-    """Arguments without the machine's private folders."""
-    return Path(argument).name if argument.startswith(("/", "..")) else argument
+def tables(report: dict) -> list[Table]:
+    """The figures as tables: the sides, ours on other input, and where its time goes."""
+    text, mb = report["input"], report["input"]["text_bytes"] / 1e6
+    spent = report["stage_seconds_on_one_core"]
+    made = f"{report['machine']}; commit {report['commit']}; {report['date']}; load before {report['load_average_before']}"
+    return [
+        Table(
+            "Sides",
+            ["side", "tokens/s", "MB/s", "10B tokens take", "peak memory", "ours is faster by"],
+            [
+                [
+                    r["side"],
+                    f"{r['tokens_per_second'] / 1e6:.2f}M",
+                    r["mb_per_second"],
+                    f"{r['minutes_for_10B_tokens']} min",
+                    f"{r['peak_mb']} MB",
+                    f"{r['ours_is_faster_by']}x",
+                ]
+                for r in report["sides"]
+            ],
+            note=f"{text['tokens']:,} tokens, {mb:.0f} MB of text in {text['documents']:,} documents ({text['name']}, "
+            f"unpacked), {report['workers']} threads or processes; medians of {report['repeats']} runs in turns, ratios "
+            f"by pairs; every side gave the same tokens. {made}; {report['command']}",
+        ),
+        Table(
+            "Ours on the same text in another form",
+            ["form", "seconds", "MB/s", "peak memory"],
+            [
+                [name, r["seconds"], round(mb / r["seconds"], 1), f"{r['peak_mb']} MB"]
+                for name, r in report["ours_on_other_input"].items()
+            ],
+        ),
+        Table(
+            "Where the time goes",
+            ["stage", "seconds on one core", "MB/s"],
+            [[stage, s, round(mb / s, 1) if s else ""] for stage, s in spent.items()],
+            note="Each stage alone, one after the other on one thread. In a preparation reading, writing and unpacking are "
+            "the first thread's, parsing and encoding and checking the others'; parsing holds Python's lock.",
+        ),
+    ]
 
 
 if __name__ == "__main__":

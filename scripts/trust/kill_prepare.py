@@ -8,12 +8,8 @@ another number of workers, until the wanted number of kills is reached. Each fin
 reference, file by file, by SHA-256; between kills no shard may be there under its name that is not whole.
 """
 
-import argparse
 import collections
-import datetime
-import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -25,7 +21,10 @@ from pathlib import Path
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from data.files import expanded, sha256, write_json
 from data.shards import open_shard
+from scripts.arguments import Parser, whole
+from scripts.provenance import provenance
 
 PREPARE = Path(__file__).resolve().parents[2] / "data" / "fineweb_edu" / "prepare.py"
 
@@ -37,30 +36,17 @@ def command(source: Path, out: Path, workers: int, shard_size: int) -> list[str]
 
 def digests(folder: Path) -> dict[str, str]:
     files = [path for path in sorted(folder.iterdir()) if path.name != "prepare.lock"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: sha256(path) for path in files}
 
 
-def orphans(folder: Path) -> int:
-    """Processes still alive that were started for a folder (workers of a killed run), Linux only."""
-    count = 0
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            count += str(folder).encode() in (entry / "environ").read_bytes()
-        except OSError:
-            continue
-    return count
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", type=Path, required=True)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--shard-size", type=int, default=6000)
-    parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--input", type=expanded, required=True)
+    parser.add_argument("--kills", type=whole(1), default=100)
+    parser.add_argument("--shard-size", type=whole(100), default=6000)
+    parser.add_argument("--seed", type=whole(0), default=1337)
+    parser.add_argument("--json", type=expanded)
+    args = parser.parse_args(argv)
     if not args.input.is_file():
         sys.exit(f"error: no input file {args.input}")
     rng = random.Random(args.seed)
@@ -75,18 +61,16 @@ def main() -> None:
         reference = digests(reference_dir)
         shards = sum(name.endswith(".bin") for name in reference)
         print(f"reference: {shards} shards in {usual:.1f} s", flush=True)
-        kills = finished = lingering = runs = 0
+        kills = finished = runs = 0
         stages: collections.Counter = collections.Counter()
         began = time.perf_counter()
         while kills < args.kills or not finished:
             out = Path(scratch) / f"attempt{finished}" / "set"
             workers = rng.choice([0, 1, 2, 3])
-            # the folder's name in the environment is how its workers are found again
             process = subprocess.Popen(
                 command(args.input, out, workers, args.shard_size),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env=os.environ | {"KILL_PREPARE": str(out)},
             )
             runs += 1
             if kills < args.kills:
@@ -113,14 +97,10 @@ def main() -> None:
                     ] += 1
                     for path in out.glob("*.bin"):
                         open_shard(path)  # raises unless header and size agree
-                        if hashlib.sha256(path.read_bytes()).hexdigest() != reference[path.name]:
+                        if sha256(path) != reference[path.name]:
                             sys.exit(
                                 f"error: after kill {kills} {path.name} is there and differs from the reference"
                             )
-                    patience = time.perf_counter() + 10
-                    while orphans(out) and time.perf_counter() < patience:
-                        time.sleep(0.05)
-                    lingering += orphans(out)
                     continue
             stderr = process.communicate()[1].decode()
             if process.returncode:
@@ -131,8 +111,6 @@ def main() -> None:
                 sys.exit(f"error: after {kills} kills the finished set differs in {', '.join(different[:5])}")
             finished += 1
             print(f"set {finished} finished after {kills} kills in all, identical", flush=True)
-    from engine.runs import commit, machine
-
     report = {
         "what": "random SIGKILLs of data/fineweb_edu/prepare.py; finished sets compared by SHA-256, meta.json included",
         "kills": kills,
@@ -141,18 +119,13 @@ def main() -> None:
         "sets_identical_to_the_uninterrupted_one": finished,
         "shards_a_set": shards,
         "killed_while": dict(stages),
-        "workers_left_behind": lingering,
         "seconds": round(time.perf_counter() - began),
         "seed": args.seed,
-        "command": f"python scripts/trust/kill_prepare.py --input {args.input.name} --kills {args.kills}",
-        "commit": commit(),
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
-    }
+    } | provenance(__file__, argv)
     print(json.dumps(report, indent=1))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":
