@@ -34,7 +34,9 @@ def test_the_plain_side_gives_our_tokens_and_every_stage_takes_time(text, tmp_pa
 
 
 def test_the_loaders_bench_compares_the_same_amount_of_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.sched_setaffinity", lambda *a: None, raising=False)  # this process keeps its cores
+    monkeypatch.setattr(
+        "os.sched_setaffinity", lambda *a: None, raising=False
+    )  # this process keeps its cores
     flags = "--seconds=0.01 --repeats=1 --batches=10 --shards=1 --shard-tokens=1000000 --json".split()
     loader.main([*flags, str(tmp_path / "loader.json")])
     report = json.loads((tmp_path / "loader.json").read_text())
