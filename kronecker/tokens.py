@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,11 +44,11 @@ def build_byte_buffer(tokenizer, pos_dim: int = 32, byte_extraction: str = "byte
     if byte_extraction == "decode":
         kept = [utf8_safe_truncate(piece, pos_dim) for piece in pieces]
     else:
-        kept = [piece[:pos_dim] for piece in pieces]
-    flat = b"".join([piece.ljust(pos_dim, b"\0") for piece in kept])
-    bytes_VxP = np.frombuffer(flat, dtype=np.uint8).reshape(len(kept), pos_dim).copy()
-    lengths_V = np.fromiter(map(len, kept), dtype=np.int16, count=len(kept))
-    return torch.from_numpy(bytes_VxP), torch.from_numpy(lengths_V)
+        kept = pieces
+    fixed_V = np.array(kept, dtype=f"S{pos_dim}")  # cuts and pads in C
+    lengths_V = np.fromiter(map(len, kept), dtype=np.int64, count=len(kept)).clip(max=pos_dim)
+    bytes_VxP = fixed_V.view(np.uint8).reshape(len(kept), pos_dim)
+    return torch.from_numpy(bytes_VxP), torch.from_numpy(lengths_V.astype(np.int16))
 
 
 def token_bytes(tokenizer, byte_extraction: str = "bytes") -> list[bytes]:
@@ -57,7 +58,7 @@ def token_bytes(tokenizer, byte_extraction: str = "bytes") -> list[bytes]:
     if isinstance(tokenizer, list | tuple):
         return _checked_list(tokenizer, byte_extraction)
     n_tokens, read = _reader(tokenizer, byte_extraction)
-    return [read(i) for i in range(n_tokens)]
+    return list(map(read, range(n_tokens)))
 
 
 def token_id_to_bytes(
@@ -229,30 +230,24 @@ def _metaspace_piece(piece: str, space: str) -> bytes:
 
 def _huggingface(backend, byte_extraction: str, special_ids: set[int]) -> Reader:
     """A tokenizers.Tokenizer; its decoder, else its pre-tokenizer, tells the alphabet of its pieces."""
-    pieces = {i: piece for piece, i in backend.get_vocab(with_added_tokens=True).items()}
-    n_tokens = max(pieces, default=-1) + 1
+    vocab = backend.get_vocab(with_added_tokens=True)
+    n_tokens = max(vocab.values(), default=-1) + 1
     if n_tokens > 10**7:
         raise ValueError(
-            f"the tokenizer has {len(pieces)} tokens, but ids up to {n_tokens - 1}: it is damaged"
+            f"the tokenizer has {len(vocab)} tokens, but ids up to {n_tokens - 1}: it is damaged"
         )
+    pieces = [""] * n_tokens
+    for piece, token_id in vocab.items():
+        pieces[token_id] = piece
     if byte_extraction == "decode":
         return n_tokens, _huggingface_decode(backend, pieces, n_tokens, special_ids)
 
-    literal = {i: added.content.encode("utf-8") for i, added in backend.get_added_tokens_decoder().items()}
     steps = _steps(backend.decoder) or _steps(backend.pre_tokenizer)
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
-        to_latin1 = _byte_level_table()
-
-        def spell(piece: str) -> bytes:
-            try:
-                return piece.translate(to_latin1).encode("latin-1")
-            except UnicodeEncodeError:  # outside the alphabet: stands for itself, as in the library's decoder
-                return piece.encode("utf-8")
+        spelled = _byte_level_pieces(pieces)
     elif space := _space_symbol(steps):
-
-        def spell(piece: str) -> bytes:
-            return _metaspace_piece(piece, space)
+        spelled = [_metaspace_piece(piece, space) for piece in pieces]
     else:
         raise TypeError(
             "cannot read true token bytes of this tokenizer (decoder steps: "
@@ -260,20 +255,16 @@ def _huggingface(backend, byte_extraction: str, special_ids: set[int]) -> Reader
             "give a list with the bytes of each token id, or byte_extraction='decode'"
         )
 
-    def read(token_id: int) -> bytes:
-        if token_id in literal:
-            return literal[token_id]
-        piece = pieces.get(token_id)
-        return b"" if piece is None else spell(piece)
-
-    return n_tokens, read
+    for token_id, added in backend.get_added_tokens_decoder().items():
+        spelled[token_id] = added.content.encode("utf-8")
+    return n_tokens, spelled.__getitem__
 
 
-def _huggingface_decode(backend, pieces: dict[int, str], n_tokens: int, special_ids: set[int]):
+def _huggingface_decode(backend, pieces: list[str], n_tokens: int, special_ids: set[int]):
     decoded = backend.decode_batch([[i] for i in range(n_tokens)], skip_special_tokens=False)
 
     def read(token_id: int) -> bytes:
-        piece = pieces.get(token_id, "")
+        piece = pieces[token_id]
         byte = BYTE_PIECE.fullmatch(piece)
         if byte:
             return bytes([int(byte.group(1), 16)])
@@ -300,10 +291,20 @@ def _space_symbol(steps: list[dict]) -> str | None:
     return None
 
 
-def _byte_level_table() -> dict[int, str]:
-    """For str.translate: alphabet character -> the Latin-1 character of its byte, others out of Latin-1."""
-    table = {code: "\uffff" for code in range(256)}
-    return table | {ord(character): chr(byte) for byte, character in byte_level_alphabet().items()}
+def _byte_level_pieces(pieces: list[str]) -> list[bytes]:
+    """The bytes that byte-level pieces spell, all in one look-up. A piece with a character outside of the
+    alphabet stands for itself, as in the library's decoder."""
+    table = np.full(0x110000, -1, dtype=np.int16)
+    for byte, character in byte_level_alphabet().items():
+        table[ord(character)] = byte
+    codes_K = np.frombuffer("".join(pieces).encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    bytes_K = table[codes_K]
+    ends = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)).cumsum()
+    flat, bounds = bytes_K.astype(np.uint8).tobytes(), [0, *ends.tolist()]
+    spelled = [flat[start:end] for start, end in pairwise(bounds)]
+    for i in np.unique(np.searchsorted(ends, np.flatnonzero(bytes_K < 0), side="right")).tolist():
+        spelled[i] = pieces[i].encode("utf-8")
+    return spelled
 
 
 def byte_level_alphabet() -> dict[int, str]:
