@@ -3,7 +3,10 @@
 import itertools
 import json
 import lzma
+import os
 import random
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,3 +195,18 @@ def test_a_tokenizer_that_loses_text_is_refused(toy, kind):
 def test_accents_and_a_first_space_are_no_loss(toy):
     tokenizer = toy("llama")
     Encoder(tokenizer).encode(["e\u0301t\u00e9 \u65e5\u672c"], [True], lambda k: True)
+
+
+def test_cl100k_takes_the_fast_way_too(tmp_path, monkeypatch):
+    """Its vocabulary comes inside litellm's wheel, under the name that tiktoken's cache gives it."""
+    name = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
+    wheels = sorted(Path(os.environ.get("KNG_WHEELS", "nowhere")).glob("litellm-*.whl"))
+    if not wheels:
+        pytest.skip("no litellm wheel (point KNG_WHEELS at a folder of `pip download --no-deps litellm`)")
+    with zipfile.ZipFile(wheels[-1]) as wheel:
+        (tmp_path / name).write_bytes(wheel.read(f"litellm/litellm_core_utils/tokenizers/{name}"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    fast = Encoder(load_tokenizer("cl100k_base"))
+    assert fast.library == "gigatoken" and fast.dtype == np.uint32
+    check(fast, AWKWARD)
+    check(fast, ["".join(pair) for pair in itertools.product(AWKWARD, repeat=2)])

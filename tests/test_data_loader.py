@@ -11,7 +11,7 @@ import torch
 from data import DataError
 from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, permute, prefetch
 from data.meta import characters_meta, write_meta
-from data.shards import write_shard
+from data.shards import open_shard, write_shard
 
 # windows of the first three steps of the folder below under seed 1337
 GOLDEN = [[8, 14, 9, 12, 5], [1, 7, 6, 13, 3], [4, 2, 11, 10, 0]]
@@ -241,3 +241,21 @@ def test_reading_does_not_grow_memory(tmp_path):
     for step in range(20, 300):  # every page more than once
         batches.rows(step, 0, 64)
     assert rss() - before < 4 << 20
+
+
+def test_nanogpt_sets_whose_tokenizer_nobody_knows_train(tmp_path, tiny_data, train_tiny):
+    """meta.pkl with vocab_size alone, which is all that nanoGPT asks for; and --vocab_size without any."""
+    import pickle
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, name in (("train", "tiny_train_000001.bin"), ("val", "tiny_val_000000.bin")):
+        open_shard(tiny_data / name).tokens.tofile(data / f"{split}.bin")
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 28}))
+    rows = train_tiny(tmp_path / "a", data_dir=data, max_iters=2)
+    assert any("val/loss" in row for row in rows) and not any("val/bpb" in row for row in rows)
+    (data / "meta.pkl").unlink()
+    again = train_tiny(tmp_path / "b", data_dir=data, max_iters=2, vocab_size=64)
+    assert [row.get("val/loss") for row in again] == [row.get("val/loss") for row in rows]
+    with pytest.raises(DataError, match="does not say which tokenizer"):
+        train_tiny(tmp_path / "c", data_dir=data, max_iters=2, wte="kronecker", vocab_size=64)
