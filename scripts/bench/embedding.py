@@ -9,8 +9,6 @@ follow a Zipf law (exponent 1) and the token bytes are drawn at random with GPT-
 which of the two it was. Writes embedding_<device>.json and .md.
 """
 
-import argparse
-import datetime
 import gc
 import importlib.util
 import json
@@ -21,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -30,8 +29,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from engine.runs import commit, machine
+from data.files import write_json, write_text
+from engine.errors import RunError, sentences
 from kronecker import KroneckerEmbedding, build_byte_buffer
+from scripts import provenance
+from scripts.analysis.report import Table
+from scripts.arguments import Parser, device, number, whole
 
 SIDES = ("kronecker", "embedding", "reference")
 #            V        d     pos_dim  token counts
@@ -301,128 +304,123 @@ def bench_buffers(folder: str, pos_dim: int = 16) -> dict:
     return interleave(runs, 7, "cpu")
 
 
-def markdown(result: dict) -> str:
-    lines = [
-        f"# The embedding on {result['device']}: time and memory",
-        "",
-        f"`{result['command']}` at commit {result['commit']}, {result['date']}, {result['machine']}, "
-        f"torch {result['torch']}, {result['threads']} threads, {result['dtype']}. Ids: {result['tokens_from']}.",
-        "Medians in ms of interleaved runs; ratios are kronecker's time over the other side's. Extra memory is "
-        "the peak of a step above what stood before it, less its output and the weight's gradient.",
-        "",
-        "| V | d | pos_dim | tokens (distinct) | ids | | kronecker | nn.Embedding | reference | / nn.Embedding | reference / |",
-        "|--:|--:|--:|--:|---|---|--:|--:|--:|--:|--:|",
-    ]
+def time_table(rows: list[dict]) -> Table:
+    """Milliseconds of every side, forward and backward, and what kronecker's are beside the others'."""
 
     def ms(value):
         return "-" if value is None else f"{value:,.2f}"
 
-    for row in result["rows"]:
-        head = f"| {row['V']:,} | {row['d']:,} | {row['pos_dim']} | {row['tokens']:,} ({row['distinct']:,}) | {row['ids']} "
+    cells = []
+    for row in rows:
         for key, name in (("fwd_bwd_ms", "fwd+bwd"), ("fwd_ms", "fwd")):
             ours, plain, ref = (row[key].get(side) for side in SIDES)
             ratio = "-" if ref is None else f"{ref / ours:.0f}x"
-            lines.append(
-                head + f"| {name} | {ms(ours)} | {ms(plain)} | {ms(ref)} | {ours / plain:.2f}x | {ratio} |"
+            head = [
+                f"{row['V']:,}",
+                f"{row['d']:,}",
+                row["pos_dim"],
+                f"{row['tokens']:,} ({row['distinct']:,})",
+            ]
+            cells.append(
+                [*head, row["ids"], name, ms(ours), ms(plain), ms(ref), f"{ours / plain:.2f}x", ratio]
             )
-    # on a CPU the caches hold what a step touches, so a share of the memory's bandwidth would say nothing
-    shares = result["device"] != "cpu"
-    lines += ["", "Extra peak memory of a training step (MB)", ""]
-    lines += ["| V | d | pos_dim | tokens | kronecker | nn.Embedding | reference | reference / |"]
-    lines += ["|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    if shares:
-        lines[-3] += ", and the share of the bandwidth bound that the step reaches"
-        lines[-2] += " share, kronecker | share, nn.Embedding |"
-        lines[-1] += "--:|--:|"
-    for row in result["rows"]:
+    header = ["V", "d", "pos_dim", "tokens (distinct)", "ids", "", "kronecker", "nn.Embedding", "reference"]
+    note = "Medians in ms of interleaved runs; ratios are kronecker's time over the other side's."
+    return Table("Time", [*header, "/ nn.Embedding", "reference /"], cells, left=6, note=note)
+
+
+def memory_table(rows: list[dict], shares: bool) -> Table:
+    """Extra memory of a step in MB, and with `shares` the part of the bandwidth bound that a step reaches."""
+    cells = []
+    for row in rows:
         peaks = {s: (row.get("peak_bytes") or {}).get(s) for s in SIDES}
         if not peaks["kronecker"]:
             continue
         mb = {s: p and p["extra"] / 1e6 for s, p in peaks.items()}
         ratio = f"{mb['reference'] / max(mb['kronecker'], 0.1):.0f}x" if mb["reference"] else "-"
-        cells = " | ".join("-" if mb[s] is None else f"{mb[s]:,.1f}" for s in SIDES)
-        line = f"| {row['V']:,} | {row['d']:,} | {row['pos_dim']} | {row['tokens']:,} | {cells} | {ratio} |"
-        if shares:
-            share = row["share_of_bandwidth_bound"]
-            line += f" {share['kronecker']:.0%} | {share['embedding']:.0%} |"
-        lines.append(line)
+        line = [f"{row['V']:,}", f"{row['d']:,}", row["pos_dim"], f"{row['tokens']:,}"]
+        line += ["-" if mb[s] is None else f"{mb[s]:,.1f}" for s in SIDES] + [ratio]
+        share = row["share_of_bandwidth_bound"]
+        cells.append(line + ([f"{share[s]:.0%}" for s in SIDES[:2]] if shares else []))
+    header = ["V", "d", "pos_dim", "tokens", "kronecker", "nn.Embedding", "reference", "reference /"]
+    header += ["share, kronecker", "share, nn.Embedding"] if shares else []
+    note = "The peak of a step above what stood before it, less its output and the weight's gradient."
+    note += " share: of the bandwidth bound that the step reaches." if shares else ""
+    return Table("Extra peak memory of a training step (MB)", header, cells, left=0, note=note)
+
+
+def markdown(result: dict) -> str:
+    """The page of a result."""
+    # on a CPU the caches hold what a step touches, so a share of the memory's bandwidth would say nothing
+    tables = [time_table(result["rows"]), memory_table(result["rows"], result["device"] != "cpu")]
+    parts = [
+        f"# The embedding on {result['device']}: time and memory",
+        f"`{result['command']}` at commit {result['commit']}, {result['date']}, {result['machine']}, "
+        f"torch {result['torch']}, {result['threads']} threads, {result['dtype']}. Ids: {result['tokens_from']}.",
+        *(t.markdown() for t in tables if t.rows),
+    ]
     table = result["table"]
     lookup = table["lookup_ms"]
-    lines += [
-        "",
+    parts.append(
         f"Materialised table (V={table['V']:,}, d={table['d']}): built in {table['build_ms']:.1f} ms; a lookup of "
         f"{table['tokens']:,} tokens takes {lookup['kronecker']:.2f} ms, nn.Embedding {lookup['embedding']:.2f} ms "
         f"({lookup['kronecker'] / lookup['embedding']:.2f}x); largest difference from the direct path "
-        f"{table['max_difference']:.1e}.",
-    ]
-    if build_times := result.get("buffers_ms"):
-        lines += [
-            "",
-            "Building GPT-2's byte buffer: " + ", ".join(f"{k} {v:.0f} ms" for k, v in build_times.items()),
-        ]
-    skipped = {
-        f"V={r['V']:,}, d={r['d']:,}, {r['tokens']:,} tokens": r["reference"]
-        for r in result["rows"]
-        if "reference" in r
-    }
-    lines += ["", *[f"The reference at {where}: {why}." for where, why in skipped.items()]]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def without_folders(argument: str) -> str:
-    """Where a file lies is this machine's business; which file it is belongs to the record."""
-    return argument if argument.startswith("-") else Path(argument).name
+        f"{table['max_difference']:.1e}."
+    )
+    if times := result.get("buffers_ms"):
+        parts.append(
+            "Building GPT-2's byte buffer: " + ", ".join(f"{k} {v:.0f} ms" for k, v in times.items())
+        )
+    for r in result["rows"]:
+        if "reference" in r:
+            parts.append(
+                f"The reference at V={r['V']:,}, d={r['d']:,}, {r['tokens']:,} tokens: {r['reference']}."
+            )
+    return "\n\n".join(dict.fromkeys(parts)) + "\n"
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--text", help=".txt, .jsonl or .jsonl.xz to take real tokens from (GPT-2's, by tiktoken)"
-    )
-    parser.add_argument(
-        "--hf-tokenizer", help="folder of GPT-2's transformers tokenizer: times the buffers, too"
-    )
-    parser.add_argument("--out", default="results/embedding")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as many as torch takes)")
-    parser.add_argument("--reference-gb", type=float, default=8.0, help="leave the reference out above this")
-    parser.add_argument(
-        "--no-memory", action="store_true", help="leave the peak memory out (a process a side)"
-    )
-    parser.add_argument("--quick", action="store_true", help="two settings, five rounds")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--memory", type=int, nargs=4, help=argparse.SUPPRESS)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--text", help=".txt, .jsonl or .jsonl.xz to take real tokens from (GPT-2's, by tiktoken)")
+    add("--hf-tokenizer", help="folder of GPT-2's transformers tokenizer: times the buffers, too")
+    add("--out", type=Path, default=Path("results/embedding"), help="folder of the results (%(default)s)")
+    add("--device", type=device, default="auto", help="cpu, cuda, auto (%(default)s)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--rounds", type=whole(1), default=15, help="times that every side runs (%(default)s)")
+    add("--threads", type=whole(0), default=0, help="CPU threads (0: as many as torch takes)")
+    add("--reference-gb", type=number(0), default=8.0, help="leave the reference out above this")
+    add("--no-memory", action="store_true", help="leave the peak memory out (a process a side)")
+    add("--quick", action="store_true", help="two settings, five rounds")
+    add("--side", help=SUPPRESS)
+    add("--memory", type=whole(1), nargs=4, help=SUPPRESS)
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
+    with sentences():
+        if args.threads:
+            torch.set_num_threads(args.threads)
         if args.side:
             return memory_of_side(args)
-        if args.quick:
-            args.rounds = 5
-        tokens, pieces = read_tokens(args.text, 400_000)
-    except OSError as error:
-        sys.exit(f"error: cannot read the tokens of {args.text}: {error}")
+        measure(args, argv)
 
-    settings = QUICK if args.quick else SETTINGS_CUDA if args.device == "cuda" else SETTINGS
+
+def measure(args, argv) -> None:
+    """All settings; writes embedding_DEVICE.json and .md."""
+    args.rounds = 5 if args.quick else args.rounds
+    try:
+        tokens, pieces = read_tokens(args.text, 400_000)
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"cannot read the tokens of {args.text}: {error}") from None
+    kind = args.device.partition(":")[0]
+    settings = QUICK if args.quick else SETTINGS_CUDA if kind == "cuda" else SETTINGS
     bandwidth = copy_bandwidth(args.device)
     rows = []
     for V, d, pos_dim, counts in settings:
         for n in counts:
-            for kind in ("text", "uniform"):
-                rows.append(bench_setting(V, d, pos_dim, n, kind, tokens, pieces, bandwidth, args))
+            for ids in ("text", "uniform"):
+                rows.append(bench_setting(V, d, pos_dim, n, ids, tokens, pieces, bandwidth, args))
                 print(json.dumps(rows[-1]), flush=True)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else machine()
-    result = {
-        "command": " ".join(
-            ["python scripts/bench/embedding.py", *map(without_folders, argv or sys.argv[1:])]
-        ),
-        "commit": commit(),
-        "machine": name,
+    result = provenance.provenance(__file__, argv) | {
         "device": args.device,
-        "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "dtype": args.dtype,
@@ -433,15 +431,15 @@ def main(argv=None) -> None:
         "rows": rows,
         "table": bench_table(tokens, pieces, args),
     }
+    if kind == "cuda":
+        result["machine"] = torch.cuda.get_device_name()
     if args.hf_tokenizer:
         result["buffers_ms"] = bench_buffers(args.hf_tokenizer)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    suffix = "" if args.dtype == "float32" else f"_{args.dtype}"
-    (out / f"embedding_{args.device}{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    (out / f"embedding_{args.device}{suffix}.md").write_text(text)
-    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = args.out / f"embedding_{kind}{'' if args.dtype == 'float32' else f'_{args.dtype}'}"
+    write_json(base.with_suffix(".json"), result)
+    write_text(base.with_suffix(".md"), markdown(result))
+    print(markdown(result))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,10 @@ Both models run in this one process, in turns, on a model of GPT-2's shape with 
 that both must give the same tokens, which is checked. The ratio is the median over the rounds.
 """
 
-import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -20,9 +17,12 @@ import torch
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from data.files import write_json
+from engine.errors import RunError, sentences
 from engine.ranks import keep_heap
-from engine.runs import commit, machine
 from model import GPT, GPTConfig
+from scripts import provenance
+from scripts.arguments import Parser, device, whole
 
 SHAPES = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
@@ -35,7 +35,7 @@ def load_nanogpt(folder: Path):
     """nanoGPT's model.py as a module of its own name."""
     path = folder / "model.py"
     if not path.is_file():
-        sys.exit(f"error: {folder} is no checkout of nanoGPT: it has no model.py")
+        raise RunError(f"{folder} is no checkout of nanoGPT: it has no model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
@@ -43,15 +43,22 @@ def load_nanogpt(folder: Path):
     return module
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--nanogpt-dir", required=True, type=Path)
-    parser.add_argument("--shape", default="gpt2", choices=SHAPES)
-    parser.add_argument("--tokens", type=int, default=512, help="new tokens a sample")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", default="", help="write the figures as JSON to this folder")
-    args = parser.parse_args()
+def main(argv=None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--nanogpt-dir", required=True, type=Path, help="checkout of nanoGPT to measure against")
+    add("--shape", default="gpt2", choices=SHAPES)
+    add("--tokens", type=whole(1, 100_000), default=512, help="new tokens a sample (%(default)s)")
+    add("--rounds", type=whole(1), default=1, help="samples of each side (%(default)s)")
+    add("--device", type=device, default="cpu", help="cpu or cuda (%(default)s)")
+    add("--out", type=Path, help="write the figures as JSON to this folder")
+    args = parser.parse_args(argv)
+    with sentences():
+        measure(args, argv)
+
+
+def measure(args, argv) -> None:
+    """Time both sides in turns, and see that they generate the same tokens."""
     if args.device == "cpu":
         keep_heap()
     theirs_module = load_nanogpt(args.nanogpt_dir)
@@ -86,16 +93,15 @@ def main() -> None:
         )
         ratios.append(slow / fast)
         agree.append(torch.equal(new, old))
-    figures = {
-        "command": "python " + " ".join(sys.argv), "commit": commit(), "machine": machine(), "date": str(date.today()),
+    figures = provenance.provenance(__file__, argv) | {
         "shape": shape, "new_tokens": args.tokens, "speed_ratio": statistics.median(ratios), "ratios": ratios,
         "same_tokens": all(agree), "distinct_tokens": new.unique().numel(),
     }  # fmt: skip
     print(f"{args.tokens} new tokens, {args.shape}: {figures['speed_ratio']:.1f}x nanoGPT's generate; the tokens are "
           f"{'the same' if all(agree) else 'NOT the same'} ({figures['distinct_tokens']} distinct)")  # fmt: skip
     if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        (Path(args.out) / f"bench_sample_{args.shape}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / f"bench_sample_{args.shape}.json", figures)
 
 
 if __name__ == "__main__":
