@@ -25,10 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import configurator
-from engine import contract, costs, flops
+from engine import contract
 from engine.errors import sentences
-from engine.plan import global_batch, rank_memory
-from scripts import devices, experiment, pool
+from scripts import devices, experiment, forecast, pool
 
 DEFAULT_ARMS, DEFAULT_SEEDS = "bpe_tied,bpe_untied,kronecker", "1337,1338,1339"
 ARMS = ROOT / "config" / "arms"
@@ -168,7 +167,7 @@ def make_jobs(args, passed: list[str]) -> list[pool.Job]:
     jobs = []
     for seed in args.seeds:
         for arm in args.arms:
-            config = configurator.load([args.recipe, str(ARMS / f"{arm}.py"), *passed], quiet=True)
+            config = recipe_of(args, passed, arm)
             jobs.append(
                 pool.Job(
                     f"{arm}, seed {seed}",
@@ -178,6 +177,11 @@ def make_jobs(args, passed: list[str]) -> list[pool.Job]:
                 )
             )
     return jobs
+
+
+def recipe_of(args, passed: list[str], arm: str):
+    """The configuration of an arm's runs."""
+    return configurator.load([args.recipe, str(ARMS / f"{arm}.py"), *passed], quiet=True)
 
 
 def command(args, passed: list[str], arm: str, seed: int, *more: str) -> list[str]:
@@ -219,34 +223,6 @@ def workers(args, keys: list[str]):
     gpus = devices.visible_gpus() if device in ("auto", "cuda") else []
     slots = devices.slots(gpus, args.gpus_per_run, args.jobs) if gpus else [()] * cpu_jobs(args)
     return pool.Local(slots, max(1, (os.cpu_count() or 1) // (len(slots) * args.gpus_per_run)), args.nice)
-
-
-def ranks_that_fit(args, passed: list[str]) -> int:
-    """GPUs of one run: 1, unless its memory is estimated at more than one has; then the fewest that share it well.
-
-    More GPUs take smaller micro-batches, but every one holds all weights and moments: what does not fit by that does
-    not fit at all, and train.py will say so.
-    """
-    import torch
-
-    if args.engine == "ray" or args.experiment or not torch.cuda.is_available():
-        return 1
-    import train
-
-    room = 0.9 * torch.cuda.get_device_properties(0).total_memory / 1e9
-    n_gpus, most = len(devices.visible_gpus()), 1
-    configs = [
-        configurator.load([args.recipe, str(ARMS / f"{arm}.py"), *passed], quiet=True) for arm in args.arms
-    ]
-    shapes = [train.outline(config, torch.device("cpu"))[1] for config in configs]
-    outlines = [(c, shape, train.count_parameters(shape)) for c, shape in zip(configs, shapes, strict=True)]
-    for n in range(1, n_gpus + 1):
-        if n_gpus % n or any(global_batch(config) % n for config in configs):
-            continue
-        if all(sum(rank_memory(*outline, n, True, "cuda").values()) < room for outline in outlines):
-            return n
-        most = n
-    return most
 
 
 def cpu_jobs(args) -> int:
@@ -387,68 +363,6 @@ def keep_record(exp, run: experiment.Run, job: pool.Job) -> None:
     experiment.write_record(exp, run, job.out_dir, pool.state(job)[0])
 
 
-def describe_experiment(args) -> str:
-    """Runs, tokens, FLOPs and hours of an experiment, by rung, length and stage, with what is done already."""
-    exp = args.experiment
-    losses = experiment.losses_of(experiment.read_records(exp))
-    plan = experiment.Plan(exp, losses, pretend=True)
-    groups: dict[tuple, list] = {}
-    for run in plan.runs:
-        if selected(args, run):
-            groups.setdefault((run.stage, run.rung, run.length), []).append(run)
-    rows, total, works = [], 0.0, []
-    for (stage, rung, length), runs in groups.items():
-        config = configurator.load(experiment.command_keys(exp, runs[0]), quiet=True)
-        tokens = experiment.tokens_of(exp, runs[0])
-        todo = [run for run in runs if run.name not in losses]
-        cost = flops.flops_per_token(config) * tokens
-        total += cost * len(todo)
-        hours = cost * len(todo) / (exp.gflops * 1e9) / 3600
-        by_arm = {run.arm: run for run in todo}
-        of_arm = {
-            arm: work_of(configurator.load(experiment.command_keys(exp, run), quiet=True))[0]
-            for arm, run in by_arm.items()
-        }
-        works += [of_arm[run.arm] for run in todo]
-        rows.append(
-            f"{stage:<8} {rung:<4} {length:<5} {len(runs):>5} runs, {len(todo):>4} to do"
-            f"{tokens * len(todo) / 1e6:>9,.0f}M tokens {cost * len(todo):>10.2e} FLOPs {hours:>7.1f} h"
-        )
-    n_jobs = cpu_jobs(args)
-    if works:
-        rows.append(costs.describe_runs(works, args.price_per_gpu_hour))
-    hours = total / (exp.gflops * 1e9) / 3600
-    rows.append(
-        f"in all {total:.2e} FLOPs: {hours:.1f} hours of one thread at {exp.gflops:g} GFLOP/s, {hours / n_jobs:.1f} at "
-        f"{n_jobs} runs at a time (evaluations not counted; where a grid must be extended, there are more)"
-    )
-    return "\n".join(rows)
-
-
-def describe_jobs(args, passed: list[str]) -> str:
-    """What each arm's run asks for, and when all runs would have ended on GPUs of four kinds."""
-    lines, works = [], []
-    for arm in args.arms:
-        config = configurator.load([args.recipe, str(ARMS / f"{arm}.py"), *passed], quiet=True)
-        work, params = work_of(config)
-        works.append(work)
-        lines.append(
-            f"{arm:<18} {params['total']:>13,} parameters, {work.steps:,} steps, {work.steps * work.flops_per_step:.3g} "
-            f"FLOPs, {work.gradient_bytes / 1e6:,.1f} MB of gradients all-reduced a step"
-        )
-    return "\n".join([*lines, costs.describe_runs(works * len(args.seeds), args.price_per_gpu_hour)])
-
-
-def work_of(config) -> tuple[costs.Work, dict[str, int]]:
-    import torch
-
-    import train
-
-    config, shape, *_ = train.outline(config, torch.device("cpu"))
-    params = train.count_parameters(shape)
-    return costs.work_of(config, global_batch(config), params, flops.flops_per_token(shape)), params
-
-
 def print_for_a_script(args, passed: list[str]) -> None:
     if args.print == "compare":
         print(args.recipe if args.experiment else args.out)
@@ -463,15 +377,23 @@ def print_for_a_script(args, passed: list[str]) -> None:
 def main(argv: list[str]) -> int:
     args, passed = arguments(argv)
     if args.dry_run and args.experiment is None:
-        print(describe_jobs(args, passed))
+        configs = {arm: recipe_of(args, passed, arm) for arm in args.arms}
+        print(forecast.describe_jobs(configs, len(args.seeds), args.price_per_gpu_hour))
         return 0
-    args.gpus_per_run = args.gpus_per_run or ranks_that_fit(args, passed)
+    if not args.gpus_per_run:
+        local = args.engine == "local" and args.experiment is None
+        args.gpus_per_run = (
+            forecast.ranks_that_fit([recipe_of(args, passed, a) for a in args.arms]) if local else 1
+        )
     if args.print:
         print_for_a_script(args, passed)
         return 0
     if args.experiment is not None:
         if args.dry_run:
-            print(describe_experiment(args))
+            chosen = lambda run: selected(args, run)  # noqa: E731
+            print(
+                forecast.describe_experiment(args.experiment, chosen, cpu_jobs(args), args.price_per_gpu_hour)
+            )
         elif args.check:
             check_experiment(args)
         else:

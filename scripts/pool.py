@@ -37,7 +37,7 @@ class Job:
 def state(job: Job) -> tuple[str, int]:
     """("finished" | "diverged" | "unfinished", step of the last row), by what the job's folder says.
 
-    Diverged: the last evaluation gave no number, or the run gave up after a row of bad steps.
+    Diverged: the last evaluation gave no number, or the run has said in run.json that it gave up.
     """
     rows = last_rows(job.out_dir)
     step = rows[-1].get("iter", 0) if rows else 0
@@ -45,10 +45,10 @@ def state(job: Job) -> tuple[str, int]:
     if end is not None:
         return ("diverged" if end["val/loss"] is None else "finished"), step
     try:
-        bad = json.loads((job.out_dir / "nonfinite.json").read_text())["steps"]
-    except (OSError, ValueError, KeyError):
-        bad = []
-    return ("diverged" if bad and bad[-1] >= step else "unfinished"), step
+        gave_up = json.loads((job.out_dir / "run.json").read_text()).get("diverged") is not None
+    except (OSError, ValueError, AttributeError):
+        gave_up = False
+    return ("diverged" if gave_up else "unfinished"), step
 
 
 def last_rows(out_dir, n_bytes: int = 1 << 16) -> list[dict]:
@@ -235,6 +235,7 @@ def run(
                         log = file_mark(job.out_dir / "train.log") or (0,)
                         running.append(Attempt(job, engine.start(job), log[0]))
                     except OSError as e:
+                        e.filename = e.filename or job.out_dir
                         ends[job.name], causes[job.name] = "failed", explain(e) or str(e)
                 time.sleep(0.3)
                 if stop is None and (signals.got or time.monotonic() > deadline):

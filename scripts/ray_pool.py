@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from data.console import explain
 from engine.errors import RunError
 from scripts import pool
 
@@ -65,7 +66,7 @@ class OnRay:
         except self.ray.exceptions.TaskCancelledError:  # before it began
             return -signal.SIGTERM
         except self.ray.exceptions.RayTaskError as e:
-            raise RunError(f"a Ray task failed: {str(e).strip().splitlines()[-1]}") from None
+            return explain(e.cause) or str(e).strip().splitlines()[-1]
         except self.ray.exceptions.RayError as e:
             return f"lost with its node: {str(e).splitlines()[0]}"
 

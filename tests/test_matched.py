@@ -10,9 +10,10 @@ import types
 import pytest
 from conftest import ROOT, TINY
 
+import configurator
 from engine.errors import RunError
 from engine.metrics import is_finished, read_metrics
-from scripts import devices, matched
+from scripts import devices, forecast, matched
 
 
 @pytest.fixture
@@ -142,8 +143,7 @@ def test_a_run_gets_more_gpus_only_where_one_has_too_little_memory(recipe, monke
     for gigabytes, gpus in ((80, 1), (12, 2), (6, 4), (3, 8), (1, 8)):
         properties = types.SimpleNamespace(total_memory=gigabytes * 1e9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i, p=properties: p)
-        args, passed = matched.arguments([wide, "--arms=bpe_tied"])
-        assert matched.ranks_that_fit(args, passed) == gpus, gigabytes
+        assert forecast.ranks_that_fit([configurator.load([wide])]) == gpus, gigabytes
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ while step < n:
     if step == 3 and "fails" in how or step == 3 and "fails_once" in how and first_try:
         sys.exit("error: no luck today")
     if step == 3 and "diverges" in how:
-        (out_dir / "nonfinite.json").write_text(json.dumps({"steps": [2, 3]}))
+        (out_dir / "run.json").write_text(json.dumps({"diverged": 3}))
         sys.exit("error: loss or gradient was not finite")
     if step == 3 and "is_killed" in how and first_try:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -198,3 +198,24 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(job, tmp_path, capsys):
     assert err == (
         f"error: bad failed: {bad.out_dir}: a part of this path is a file, not a folder: choose another path\n"
     )
+
+
+def test_a_full_disk_costs_the_runs_on_it_alone(job, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("a file system may not be mounted here")
+    try:
+        with pytest.raises(OSError), open(disk / "full", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        on_it = pool.Job("on it", job("x").command, disk / "run", 6)
+        assert pool.run([on_it, job("elsewhere")], pool.Local([()])) == 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    out, err = capsys.readouterr()
+    assert "elsewhere: val loss" in out
+    assert err.startswith(f"error: on it failed: {disk / 'run'}: the disk is full: free some space")
+    assert err.count("\n") == 1

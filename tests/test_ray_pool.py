@@ -1,6 +1,7 @@
 """scripts/ray_pool.py on a real cluster: two Ray nodes on loopback whose GPUs are made up."""
 
 import re
+import signal
 import socket
 import sys
 import threading
@@ -15,6 +16,20 @@ from scripts import matched, pool, ray_pool
 
 ray = pytest.importorskip("ray")
 SMALL = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 80 << 20}
+
+
+@pytest.fixture(autouse=True)
+def no_hanging():
+    """Ray on a busy machine may wait for ever: after some minutes a test fails instead."""
+
+    def give_up(number, frame):
+        raise TimeoutError("the cluster did not do its part within minutes")
+
+    old = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(420)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +108,13 @@ def test_a_run_that_is_stopped_on_ray_saves(cluster, tmp_path, monkeypatch):
         assert time.time() < deadline
         time.sleep(0.05)
     assert code == 143 and (tmp_path / "saved").exists()
+    # a node that cannot write the run's folder says so, and its neighbours go on
+    (tmp_path / "file").write_text("")
+    ref = engine.start(pool.Job("b", ["true"], tmp_path / "file" / "b", 5))
+    while (code := engine.poll(ref)) is None:
+        assert time.time() < deadline
+        time.sleep(0.05)
+    assert "a part of this path is a file" in code
 
 
 def test_what_ray_cannot_do_is_one_sentence(cluster):
