@@ -6,7 +6,6 @@ python train.py --help
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import signal
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import configurator
 import kronecker
 from data import DataError
-from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, prefetch, token_counts
+from data.loader import TrainBatches, ValWindows, check_ids, prefetch, token_counts
 from data.meta import describe
 from data.tokenizers import load_tokenizer
 from engine import checkpoint, contract, costs, evaluation, flops, metrics, plan, pretrained, runs, settings
@@ -99,20 +98,7 @@ def main(config) -> None:
             f"vocab_size {config.vocab_size} is below the tokenizer's {meta['vocab_size']}: leave it at 0"
         )
     check_ids(data_dir, config.vocab_size)
-    try:
-        tokenizer = load_tokenizer(meta["tokenizer"], base_dir=data_dir)
-    except DataError as e:
-        if config.wte == "kronecker" or meta["tokenizer"] not in ("gpt2", None):
-            raise
-        tokenizer = None  # a learned table trains without it
-        print0(f"note: {e}; bits per byte are left out")
-    byte_buffers = codec = None
-    if config.wte == "kronecker":
-        byte_buffers = kronecker.build_byte_buffer(tokenizer.backend, config.pos_dim, config.byte_extraction)
-        codec = audit(
-            tokenizer.backend, config.pos_dim, config.byte_extraction, config.n_embd, config.char_dim
-        )
-        print0(audit_line(codec))
+    tokenizer, byte_buffers, codec = read_tokenizer(config, meta, data_dir, print0)
     print0(
         f"data        {train.n_tokens:,} training tokens, {val.n_windows:,} validation windows in {data_dir}"
     )
@@ -123,13 +109,8 @@ def main(config) -> None:
         pretrained.load(model, weights, config.init_from)
 
     # ---- who this run is: what must be equal in runs that are compared, and what made it
-    identity = fingerprint(data_dir)
-    ends = [hashlib.sha256(train.rows(s, 0, rows)[0].numpy()).hexdigest() for s in (0, config.max_iters - 1)]
-    facts = {
+    facts = runs.data_facts(data_dir, train, val, config.max_iters) | {
         "body_sha256": model.body_sha256(),
-        "data_fingerprint": identity,
-        "data_sha256": contract.sha256_of([identity, *ends]),
-        "val_sha256": val.sha256(),
         "params": params,
         "codec": codec,
         "flops_per_token": flops_token,
@@ -227,9 +208,8 @@ def main(config) -> None:
             bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
             print0(f"step {step:>6,}  val loss {row['val/loss']:.4f} +- {row['val/sem']:.4f}{bpb}")
             best = math.inf if state["best_val"] is None else state["best_val"]
-            if (
-                config.keep_best and step > 0 and not looks_only and row["val/loss"] < best
-            ):  # a NaN is never best
+            may_be_best = config.keep_best and step > 0 and not looks_only
+            if may_be_best and row["val/loss"] < best:  # a NaN is never best
                 if not saved:
                     save(step)  # with the best loss before this one: a resume here evaluates again
                 state["best_val"] = row["val/loss"]
@@ -297,6 +277,23 @@ def outline(config, device, on_master=lambda work: work()) -> tuple:
         weights, decided = pretrained.read(config.init_from, config.given, with_weights=not config.dry_run)
     config, shape = settings.resolve(config, device, meta, decided, GPTConfig)
     return config, shape, data_dir, meta, weights
+
+
+def read_tokenizer(config, meta: dict, data_dir: Path, print0) -> tuple:
+    """(tokenizer, byte buffers of the codec, audit of the codec), each None where the run does without it."""
+    try:
+        tokenizer = load_tokenizer(meta["tokenizer"], base_dir=data_dir)
+    except DataError as e:
+        if config.wte == "kronecker" or meta["tokenizer"] not in ("gpt2", None):
+            raise
+        print0(f"note: {e}; bits per byte are left out")  # a learned table trains without it
+        return None, None, None
+    if config.wte != "kronecker":
+        return tokenizer, None, None
+    buffers = kronecker.build_byte_buffer(tokenizer.backend, config.pos_dim, config.byte_extraction)
+    codec = audit(tokenizer.backend, config.pos_dim, config.byte_extraction, config.n_embd, config.char_dim)
+    print0(audit_line(codec))
+    return tokenizer, buffers, codec
 
 
 def count_parameters(shape: GPTConfig) -> dict[str, int]:

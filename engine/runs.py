@@ -1,6 +1,7 @@
 """A run's folder: its records, who it is, and whether a training may begin or go on in it."""
 
 import dataclasses
+import hashlib
 import os
 import secrets
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data.files import Lock, write_json
+from data.loader import fingerprint
 from data.meta import TokenizerSchema
 from data.records import Record, read_record
 from data.tokenizers import load_tokenizer
@@ -226,6 +228,23 @@ def check_still_there(out_dir, step: int) -> None:
     """Refuse to go on when the run's folder was taken away: what is written now would be lost."""
     if not (Path(out_dir) / "run.json").is_file():
         raise RunError(f"{out_dir} was removed while its run was at step {step:,}: the run cannot be kept")
+
+
+def data_facts(data_dir, train, val, max_iters: int) -> dict:
+    """What identifies a run's data: its bytes, the first and the last global batch, the validation windows.
+
+    train: data.loader.TrainBatches; val: data.loader.ValWindows.
+    """
+    whole = fingerprint(data_dir)
+    ends = [
+        hashlib.sha256(train.rows(step, 0, train.global_batch)[0].numpy()).hexdigest()
+        for step in (0, max_iters - 1)
+    ]
+    return {
+        "data_fingerprint": whole,
+        "data_sha256": contract.sha256_of([whole, *ends]),
+        "val_sha256": val.sha256(),
+    }
 
 
 def identity(config, facts: dict, device) -> dict:

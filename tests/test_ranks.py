@@ -1,6 +1,7 @@
 """engine/ranks.py: ranks that were started differently refuse to train together."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from engine.errors import RunError
-from engine.ranks import Ranks
+from engine.ranks import Ranks, StopSignal
 
 
 def start(rank: int, port: int, flags: list[str]):
@@ -53,3 +54,32 @@ def test_agreement(monkeypatch):
     with pytest.raises(RunError, match="rank 1 has b=None, but rank 0 has 2: mend it"):
         ranks.agree({}, "mend it")
     Ranks(0, 1, None).agree({"a": 1}, "x")  # one alone agrees with itself
+
+
+@pytest.fixture
+def handlers():
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(n) for n in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_is_remembered_for_the_loop(name, handlers):
+    stop = StopSignal()
+    assert (stop.number, stop.name) == (None, "another rank")
+    os.kill(os.getpid(), signal.Signals[name])
+    assert (stop.number, stop.name) == (signal.Signals[name], name)
+    os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
+    assert stop.name == name
+    with pytest.raises(SystemExit) as leaving:  # Ctrl-C behind it does not wait
+        os.kill(os.getpid(), signal.SIGINT)
+    assert leaving.value.code == 128 + signal.SIGINT
+
+
+def test_what_nohup_ignores_stays_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.number is None
