@@ -55,6 +55,7 @@ class Run(Record):
     codec: dict | None = None
     flops_per_token: float | None = None
     world: int = 1
+    micro_batch: int | None = None  # sequences that one rank took at a time
     device: str = ""
     torch: str = ""
     commit: str | None = None

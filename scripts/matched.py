@@ -116,6 +116,8 @@ def arguments(argv: list[str]):
     ):
         if not low <= getattr(args, name) <= high:
             sys.exit(f"error: --{name} is {getattr(args, name)}, but it must lie between {low} and {high:g}")
+    if args.ray_address and args.engine != "ray":
+        sys.exit("error: --ray_address needs --engine=ray")
     if args.minutes is not None and not 0 < args.minutes < 1e9:
         sys.exit(f"error: --minutes is {args.minutes}, but it must be above 0")
     args.out = Path(args.out or f"out/{Path(args.recipe).stem}")

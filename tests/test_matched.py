@@ -161,6 +161,7 @@ def test_a_run_gets_more_gpus_only_where_one_has_too_little_memory(recipe, monke
         ("--jobs=-1", "--jobs is -1, but"),
         ("--nice=-5", "--nice is -5, but"),
         ("--minutes=0", "--minutes is 0.0, but"),
+        ("--ray_address=auto", "--ray_address needs --engine=ray"),
         ("--retries=-1", "--retries is -1, but"),
     ],
 )

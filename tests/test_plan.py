@@ -28,6 +28,13 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share(rows, world, 
     assert not any(share % b == 0 for b in range(micro + 1, min(batch_size, share) + 1))
 
 
+def test_the_recipes_take_several_ranks_as_they_are():
+    demo = configurator.load(["config/demo.py"])
+    assert [plan.batch_split(demo, world) for world in (1, 2, 8)] == [(8, 8), (8, 4), (8, 1)]
+    paper = configurator.load(["config/gpt2_124m_fineweb_edu.py"])
+    assert [plan.batch_split(paper, world)[1] for world in (1, 8, 16, 24, 48)] == [22, 22, 11, 22, 11]
+
+
 @pytest.mark.parametrize(
     ("rows", "world", "advice"),
     [

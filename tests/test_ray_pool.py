@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from conftest import TINY, losses
@@ -18,29 +19,39 @@ ray = pytest.importorskip("ray")
 SMALL = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 80 << 20}
 
 
-@pytest.fixture(autouse=True)
-def no_hanging():
-    """Ray on a busy machine may wait for ever: after some minutes a test fails instead."""
+@contextmanager
+def time_limit(seconds: int):
+    """Ray on a busy machine may wait for ever: a test fails instead."""
 
     def give_up(number, frame):
-        raise TimeoutError("the cluster did not do its part within minutes")
+        raise TimeoutError(f"the cluster did not do its part within {seconds} s")
 
     old = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(420)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, old)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+@pytest.fixture(autouse=True)
+def no_hanging(cluster):
+    with time_limit(420):
+        yield
 
 
 @pytest.fixture(scope="module")
 def cluster():
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args=SMALL | {"include_dashboard": False})
-    cluster.doomed = cluster.add_node(**SMALL)
+    with time_limit(180):
+        cluster = Cluster(initialize_head=True, head_node_args=SMALL | {"include_dashboard": False})
+        cluster.doomed = cluster.add_node(**SMALL)
     yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with time_limit(60):
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def kill_in_the_middle(cluster, out_dir) -> str:
