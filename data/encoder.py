@@ -26,7 +26,7 @@ SCHEMES = {
     "o200k_harmony": "o200k",
 }
 # gigatoken remembers every piece that it has met, up to ten bytes a byte of text; a fresh one takes 0.1 s
-FRESH_AFTER = 1 << 27  # characters
+FRESH_AFTER = 1 << 26  # characters
 PROBES = [
     "",
     " ",

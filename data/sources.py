@@ -25,7 +25,7 @@ from data import DataError
 
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 27  # bytes of a JSON line; what is longer is left out, so that memory has a limit
-LONGEST_PART = 1 << 24  # bytes of a text without a place for a cut, behind which it is cut all the same
+LONGEST_PART = 1 << 22  # bytes of a text without a place for a cut, behind which it is cut all the same
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 LINES = (".jsonl", ".json", ".ndjson")
 KINDS = (
@@ -48,6 +48,8 @@ MAGIC = (
 # Where text can be cut without changing its tokens: between a letter of the commonest alphabets and the space or line
 # end behind it. No piece of GPT-2's pattern, nor of its successors', goes across.
 SAFE_CUT = re.compile(rb"(?:[A-Za-z]|\xd0[\xb0-\xbf]|\xd1[\x80-\x8f]|[\xe5-\xe8][\x80-\xbf]{2})(?=[ \n])")
+
+LAST_CUT = re.compile(rb"[\x80-\xff](?=[ \n])")
 
 
 @dataclass
@@ -272,6 +274,10 @@ def _text_blocks(path: Path, pieces: Iterator[bytes], start: int, cut: bool):
         while cut and searched + BLOCK_BYTES < len(buffer):
             searched += BLOCK_BYTES
             cuts = [match.end() for match in SAFE_CUT.finditer(buffer, searched - 4096, searched + 1)]
+            if (
+                not cuts and searched >= LONGEST_PART
+            ):  # behind any letter or sign of other scripts, or else anywhere
+                cuts = [match.end() for match in LAST_CUT.finditer(buffer, searched - 4096, searched + 1)]
             if not cuts and searched >= LONGEST_PART:
                 cuts = [searched - next((k for k in range(4) if buffer[searched - k] & 0xC0 != 0x80), 0)]
             if cuts:

@@ -210,6 +210,11 @@ def test_a_forced_cut_falls_between_characters_and_only_where_cuts_are_allowed(t
     parts = [block.payload[1] for block in local_blocks([path], "text")]
     assert len(parts) == 3 and "".join(parts) == text
     assert [block.payload[1] for block in local_blocks([path], "text", cut=False)] == [text]
+    devanagari = "\u0928\u092e\u0938\u094d\u0924\u0947 " * 400  # words, but of another alphabet
+    path.write_text(devanagari, encoding="utf-8")
+    parts = [block.payload[1] for block in local_blocks([path], "text")]
+    assert len(parts) > 2 and "".join(parts) == devanagari
+    assert all(part.startswith(" ") and not part.endswith(" ") for part in parts[1:-1])
     path.write_text(text * 2, encoding="utf-8")
     with pytest.raises(DataError, match="one document of more than"):
         list(local_blocks([path], "text", cut=False))
