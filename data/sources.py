@@ -378,7 +378,12 @@ def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=t
         except Exception as error:  # of datasets, fsspec, aiohttp, httpx, pyarrow, the operating system
             failures += 1
             problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-            hopeless = ("DatasetNotFoundError", "ModuleNotFoundError", "OfflineModeIsEnabled")
+            hopeless = (
+                "DatasetNotFoundError",
+                "ModuleNotFoundError",
+                "OfflineModeIsEnabled",
+                "scripts are no longer",
+            )
             named = any(name in f"{type(error).__name__} {problem}" for name in hopeless)
             if named or (not started and isinstance(error, ValueError)):
                 raise DataError(f"the data set cannot be opened ({problem})") from error

@@ -693,6 +693,27 @@ def test_hopeless_hub_errors_are_not_retried(open_hub):
         list(sources.hub_blocks(unknown, "text", wait=lambda s: pytest.fail("waited")))
 
 
+def test_no_code_of_a_data_set_or_a_tokenizer_is_ever_run(tmp_path, monkeypatch, bpe):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(evil)
+    stream = sources.hub_stream(str(tmp_path / "evil"), None, "train", "text")
+    with pytest.raises(DataError, match="cannot be opened"):
+        list(sources.hub_blocks(stream, "text", wait=lambda s: pytest.fail("waited")))
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenization_evil.py").write_text(evil)
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=r"no tokenizer\.json in"):
+        load_tokenizer(str(folder))
+    shutil.copy(bpe._path.parent / "hf" / "tokenizer.json", folder)
+    assert load_tokenizer(str(folder)).encode("a") and not (tmp_path / "ran").exists()
+
+
 def test_ready_shards_are_fetched_checked_and_resumed(tmp_path, bpe, monkeypatch, capsys):
     bpe.save(tmp_path)
     remote = tmp_path / "remote"
