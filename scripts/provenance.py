@@ -27,6 +27,7 @@ def portable(word: str) -> str:
 
 
 def today() -> str:
+    """The date, as 2026-01-31."""
     return datetime.date.today().isoformat()
 
 

@@ -140,3 +140,11 @@ def gpt2_runs(tmp_path_factory, gpt2_encoding) -> Path:
                 )
             )
     return root / "runs"
+
+
+@pytest.fixture(scope="session")
+def probed_runs(tmp_path_factory) -> Path:
+    """A folder of untrained runs of three arms and two seeds, which the probes' tests share."""
+    from probe_runs import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("probes") / "tiny")

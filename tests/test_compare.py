@@ -59,3 +59,20 @@ def test_names_of_others_are_shown_as_they_are(tmp_path, capsys):
     assert "a&lt;b>\\|c" in page and "\x1b" not in page
     svg = (tmp_path / "compare" / "curves.svg").read_text()
     assert all(name in svg for name in ("_private", "$cost$", "a&lt;b&gt;|c", "\\x1b[31mred"))
+
+
+def test_ctrl_c_and_a_folder_that_is_none_end_in_one_sentence(runs_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        SystemExit, match=r"^error: .*file.*: (something else is in the way|a part of this path is a file)"
+    ):
+        compare.main([str(runs_dir), "--out", str(tmp_path / "file")])
+    assert (tmp_path / "file").read_text() == ""
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.numbers, "compare", interrupted)
+    with pytest.raises(SystemExit) as leaving:
+        compare.main([str(runs_dir)])
+    assert leaving.value.code == 130 and "Traceback" not in capsys.readouterr().err

@@ -78,6 +78,7 @@ def byte_buffers(V: int, pos_dim: int, pieces: list[bytes] | None):
 
 
 def draw_ids(kind: str, n: int, V: int, tokens: np.ndarray | None) -> torch.Tensor:
+    """n ids below V, int64: of the text's tokens, by a Zipf law where there is none, or uniformly drawn."""
     rng = np.random.default_rng(1)
     if kind == "uniform":
         return torch.from_numpy(rng.integers(0, V, n))

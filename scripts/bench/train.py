@@ -235,6 +235,7 @@ def pickled_vocabulary(size: int) -> bytes:
 
 
 def common(args) -> dict:
+    """Keys that our train.py and nanoGPT's share."""
     return {
         "log_interval": 1, "device": args.device, "dtype": args.dtype,
         "compile": args.compile, "dropout": 0.0, "bias": False, "learning_rate": 6e-4, "warmup_iters": 10,
@@ -302,6 +303,7 @@ def breakdown(shape: dict, args) -> dict:
 
 
 def arguments(argv=None):
+    """The arguments; .keys are those of train.py, .left() says how many seconds there are."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--nanogpt-dir", default="", help="checkout of nanoGPT to measure against")

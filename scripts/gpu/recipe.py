@@ -61,6 +61,7 @@ TOY_SWEEP = {"max_iters": 20, "eval_interval": 5, "warmup_iters": 2}
 
 
 def arguments(argv):
+    """The arguments, with the folders that they leave open."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("pieces", nargs="+", choices=PIECES, metavar="PIECE", help=", ".join(PIECES))

@@ -56,6 +56,8 @@ class PublishedRecord(Record):
 
 
 class Prompts(Record):
+    """Our own file of prompts, or the published results."""
+
     prompts: list[Prompt] | None = None
     results: list[PublishedRecord] | None = None  # what the paper published, instead
 

@@ -43,6 +43,8 @@ class Family(Record):
 
 
 class Families(Record):
+    """Our own file of word families."""
+
     families: list[Family]
 
 

@@ -1,0 +1,55 @@
+"""scripts/probes/generation.py: continuations by hand, slots, and the published flags."""
+
+from probe_runs import args_for, manual_forward, published
+
+from engine.prompts import parse_prompt
+from sample import load_run
+from scripts.probes import generation
+
+
+def test_greedy_continuation_is_the_argmax_of_each_step(probed_runs):
+    net, tokenizer, _ = load_run(probed_runs / "bpe_untied_s1337")
+    args = args_for(max_new_tokens=6)
+    ids = tokenizer.encode("The kidneys filter the")
+    wanted = list(ids)
+    for _ in range(6):
+        wanted.append(int(manual_forward(net, wanted)[0].argmax()))
+    other = tokenizer.encode("Rabbits like to eat")
+    got = generation.complete(net, [(ids, {}), (other, {})], args, True)
+    assert got[0] == wanted[len(ids) :] and len(got[1]) == 6
+
+
+def test_a_slot_with_a_tokens_own_bytes_is_that_token(probed_runs):
+    net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
+    plain = tokenizer.encode("The helper filter the")
+    ids, slots = parse_prompt("The {{helper}} filter the", tokenizer, 1024)
+    (token,) = tokenizer.encode(" helper")  # one token here, so the slot must be the same thing
+    assert slots == {1: b" helper"} and plain == [ids[0], token, *ids[2:]]
+    novel, other = (
+        parse_prompt(f"The {{{{{w}}}}} filter the", tokenizer, 1024) for w in ("zorblescope", "quin")
+    )
+    args = args_for(max_new_tokens=8)
+    same = generation.complete(net, [(plain, {}), (ids, slots), novel, other], args, True)
+    assert same[0] == same[1]
+    a, b = (generation.complete(net, [x], args, True)[0] for x in (novel, other))
+    assert [a, b] == same[2:]  # alone as in a batch
+
+
+def test_echo_and_gibberish_rules():
+    assert generation.echoes(["zorblescope"], "of a Zorblescope!") == (True, True)
+    assert generation.echoes(["zorblescope"], "the zorblesc is") == (False, True)
+    assert generation.echoes(["zorblescope"], "the scope is") == (False, False)
+    assert generation.changed_words("The telescpoe is used", "The telescope is used") == ["telescpoe"]
+    assert generation.is_gibberish("a b a c a d a e a") and not generation.is_gibberish("a b a c a d a")
+    assert generation.longest_common("kitten", "mittens") == 5
+
+
+def test_gibberish_rule_gives_the_published_flags(shared_dir):
+    content, path = published(shared_dir, "generation_probe_results.json")
+    for r in content["results"]:
+        assert generation.is_gibberish(r["completion"]) == r["gibberish_flag"]
+    prompts = generation.read_prompts(path)
+    assert len(prompts) == 44
+    forced = [p for p in prompts if p["condition"] == "forced_oov"]
+    assert forced[0]["text"] == "{{kubernetes}} is a system for" and forced[0]["targets"] == ["kubernetes"]
+    assert generation.published_rates(path)["misspelled"]["kron"]["echo"] > 0
