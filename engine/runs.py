@@ -11,11 +11,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from pydantic import Field
 
 from data.files import Lock, write_json
 from data.loader import fingerprint
 from data.meta import TokenizerSchema
-from data.records import Record, read_record
+from data.records import PlainName, Record, read_record
 from data.tokenizers import load_tokenizer
 from engine import checkpoint, contract, metrics
 from engine.errors import RunError
@@ -43,7 +44,7 @@ class Segment(Record):
 class Run(Record):
     """run.json: who the run is. Device, torch, commit, command and world are those of the last start."""
 
-    arm: str
+    arm: PlainName  # legends and files are named after it
     seed: int
     body_sha256: str
     data_sha256: str
@@ -61,7 +62,7 @@ class Run(Record):
     commit: str | None = None
     command: str = ""
     started: str = ""
-    wandb_id: str = ""
+    wandb_id: str = Field("", pattern=r"^[\w-]*$")
     starts: list[Start] = []
     segments: list[Segment] = []
     diverged: int | None = None  # the step at which it was given up
@@ -136,11 +137,11 @@ def resumable(out_dir, config, run: dict) -> Path | None:
         return None
     old_config, old_run = read_run(out_dir)
     step = checkpoint.read_state(folder).step
-    changed = contract.check_resume(out_dir, old_config, config, type(config)())
     if config.max_iters < step:
         raise RunError(
             f"{folder} is at step {step:,}, beyond max_iters={config.max_iters:,}: take more steps, or another --out_dir"
         )
+    changed = contract.check_resume(out_dir, old_config, config, type(config)())
     for name in contract.IDENTITY:
         if name in ("body_sha256", "schedule_sha256") or (name == "data_sha256" and "max_iters" in changed):
             continue  # of step 0; of keys that were looked at; of the last batch too

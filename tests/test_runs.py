@@ -56,7 +56,7 @@ def test_a_resume_under_another_training_is_refused_before_a_byte_is_written(cha
 
 
 def test_fewer_steps_than_there_are_is_refused_under_a_new_schedule_too(train_tiny, run):
-    refused(train_tiny, run, "max_iters=12, but now it is 10", max_iters=10)
+    refused(train_tiny, run, "at step 12, beyond max_iters=10", max_iters=10)
     refused(train_tiny, run, "at step 12, beyond max_iters=10", max_iters=10, new_schedule=True)
 
 
@@ -154,6 +154,9 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(train_tiny, ru
         ({"starts": [{"step": 1}]}, r"it has no starts.0.time"),
         ({"segments": [[]]}, "segments.0 is"),
         ({"wandb_id": 7}, "wandb_id is 7"),
+        ({"wandb_id": "../../x"}, r"wandb_id is \"../../x\""),
+        ({"arm": "../../x"}, r"arm is .* is not a plain file name"),
+        ({"arm": "a\x1b[31m"}, "cannot be printed"),
     ],
 )
 def test_a_record_of_another_shape_is_refused(change, words, train_tiny, run):
