@@ -209,34 +209,50 @@ def run(
     patience: float = 3600,
     on_end: Callable[[Job], None] = lambda job: None,
 ) -> int:
-    """Run the jobs that are not finished; the exit status.
+    """Run the jobs that have not ended; the exit status.
 
-    engine: Local, or anything with its four methods. minutes: then stop, every job saved. retries: how often
-    a job that was lost (ended by a signal, or with its node), hung (no new row for `patience` seconds) or
-    failed is started again. on_end: called with each job that ends finished or diverged. 0: all are finished; 1: one failed, and the rest has run; DIVERGED: none failed, but
-    one ended without a finite loss; TIME_IS_UP, 128 + signal: stopped, and the same call goes on from there.
+    engine: Local, or anything with its four methods. minutes: then stop, every job saved. retries: how often a job
+    that was lost (ended by a signal, or with its node), hung (no new row for `patience` seconds) or failed is started
+    again. on_end: called with each job that ends finished or diverged.
+
+    0: all are finished; 1: one failed, and the rest has run; DIVERGED: none failed, but one ended without a finite
+    loss; TIME_IS_UP, 128 + signal: stopped, and the same call goes on from there.
     """
-    screen = Screen()
+    screen, progress = Screen(), Progress(jobs)
+    label = {job.name: f"run {i + 1} of {len(jobs)} {job.name}" for i, job in enumerate(jobs)}
     ends = {job.name: state(job)[0] for job in jobs}
-    waiting = [job for job in jobs if ends[job.name] == "unfinished"]
     causes: dict[str, str] = {}
     tries = dict.fromkeys(ends, 0)
-    label = {job.name: f"run {i + 1} of {len(jobs)} {job.name}" for i, job in enumerate(jobs)}
+    waiting = [job for job in jobs if ends[job.name] == "unfinished"]
     running: list[Attempt] = []
-    progress = Progress(jobs)
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
-    stop = None
+    stop = None  # the exit status, once all are asked to stop
+
+    def start(job: Job) -> None:
+        log = file_mark(job.out_dir / "train.log") or (0,)
+        try:
+            running.append(Attempt(job, engine.start(job), log[0]))
+        except OSError as e:
+            e.filename = e.filename or job.out_dir
+            ends[job.name], causes[job.name] = "failed", explain(e) or str(e)
+
+    def end(a: Attempt, code: int | str) -> None:
+        name = a.job.name
+        ends[name], causes[name] = how, cause = how_it_ended(a, code, stop is not None)
+        if how in ("finished", "diverged"):
+            on_end(a.job)
+            screen.say(f"{label[name]}: {last_loss(a.job) if how == 'finished' else f'diverged {cause}'}")
+        elif how != "interrupted" and stop is None:
+            tries[name] += 1
+            again = tries[name] <= retries
+            screen.say(f"{label[name]}: {how} ({cause}){'; started again' * again}")
+            waiting.extend([a.job] * again)
+
     with Signals() as signals:
         try:
             while running or (waiting and stop is None):
                 while waiting and stop is None and engine.has_room():
-                    job = waiting.pop(0)
-                    try:
-                        log = file_mark(job.out_dir / "train.log") or (0,)
-                        running.append(Attempt(job, engine.start(job), log[0]))
-                    except OSError as e:
-                        e.filename = e.filename or job.out_dir
-                        ends[job.name], causes[job.name] = "failed", explain(e) or str(e)
+                    start(waiting.pop(0))
                 time.sleep(0.3)
                 if stop is None and (signals.got or time.monotonic() > deadline):
                     stop = 128 + signals.got[0] if signals.got else TIME_IS_UP
@@ -248,37 +264,25 @@ def run(
                     a.hung = a.hung or (stop is None and a.idle() > patience)
                     if a.hung or stop is not None:
                         a.stop(engine)
-                    if signal.SIGINT in signals.got and stop is not None:  # Ctrl-C again: at once
+                    if stop is not None and signal.SIGINT in signals.got:  # Ctrl-C again: at once
                         engine.stop(a.handle, signal.SIGKILL)
                 progress.show(screen, [(label[a.job.name], a.job) for a in running])
                 for a in list(running):
                     code = engine.poll(a.handle)
-                    if code is None:
-                        continue
-                    running.remove(a)
-                    name = a.job.name
-                    ends[name], causes[name] = how_it_ended(a, code, stop is not None)
-                    if ends[name] in ("finished", "diverged"):
-                        on_end(a.job)
-                    if ends[name] == "finished":
-                        loss = next(
-                            r["val/loss"] for r in reversed(last_rows(a.job.out_dir)) if "val/loss" in r
-                        )
-                        screen.say(f"{label[name]}: val loss {loss:.4f}")
-                    elif ends[name] == "diverged":
-                        screen.say(f"{label[name]}: diverged {causes[name]}")
-                    elif ends[name] != "interrupted" and stop is None:
-                        tries[name] += 1
-                        again = tries[name] <= retries
-                        screen.say(f"{label[name]}: {ends[name]} ({causes[name]}){'; started again' * again}")
-                        if again:
-                            waiting.append(a.job)
+                    if code is not None:
+                        running.remove(a)
+                        end(a, code)
         finally:  # children are left here by an error of this program alone
             for a in running:
                 engine.stop(a.handle)
-    if stop is not None and any(end in ("unfinished", "interrupted") for end in ends.values()):
+    if stop is not None and any(how in ("unfinished", "interrupted") for how in ends.values()):
         return stop
     return report(screen, jobs, ends, causes)
+
+
+def last_loss(job: Job) -> str:
+    loss = next(row["val/loss"] for row in reversed(last_rows(job.out_dir)) if "val/loss" in row)
+    return f"val loss {loss:.4f}"
 
 
 def how_it_ended(a: Attempt, code: int | str, asked: bool) -> tuple[str, str]:
