@@ -14,6 +14,7 @@ and carries a "next" entry in each shard's record. Nothing in it depends on when
 
 import json
 import pickle
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -132,6 +133,17 @@ def write_meta(data_dir, meta: dict) -> None:
         lengths = ",".join(str(int(n)) for n in meta["byte_lengths"])
         text = f'{text[:-2]},\n "byte_lengths": [{lengths}]\n}}'
     write_atomic(Path(data_dir) / META_NAME, (text + "\n").encode())
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """The versions of packages on which a set's bytes may depend, None for those that are not here."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def mark_incomplete(data_dir, meta: dict) -> None:

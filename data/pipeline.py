@@ -13,7 +13,6 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from data import DataError
 from data.encoder import Encoder
 from data.files import Lock, flush, publish, sha256
-from data.meta import FORMAT, META_NAME, read_meta, write_meta
+from data.meta import FORMAT, META_NAME, read_meta, versions, write_meta
 from data.progress import Progress
 from data.shards import MAX_TOKENS, dtype_for, header_bytes, open_shard
 from data.sources import SKIP_REASONS, Block, read_payload
@@ -157,7 +156,7 @@ def prepare_shards(
             "tokens": {"train": 0, "val": 0},
             "skipped": dict.fromkeys(SKIP_REASONS, 0),
             "made": {"source": source, "val_tokens": val_tokens, "shard_tokens": shard_tokens},
-            "versions": {name: _version(name) for name in ("tiktoken", "tokenizers", "gigatoken")},
+            "versions": versions("tiktoken", "tokenizers", "gigatoken"),
             "shards": [],
             "byte_lengths": tokenizer.byte_lengths().tolist(),
         }
@@ -197,13 +196,6 @@ def prepare_shards(
         _finish(out_dir, meta, limit)
         progress.end()
         return meta
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _take_up(out_dir: Path, meta: dict) -> set[str]:

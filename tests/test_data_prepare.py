@@ -289,6 +289,12 @@ def test_other_tokenizers_and_uint32(tmp_path):
     )
     meta = read_meta(out)
     tokenizer = load_tokenizer(meta["tokenizer"], out)  # from the folder alone
+    by_path = [
+        sys.executable,
+        str(ROOT / "data" / "verify.py"),
+        "wide",
+    ]  # its folder's names must hide no library
+    assert subprocess.run(by_path, cwd=tmp_path, capture_output=True).returncode == 0
     assert meta["eot"] == 70_256 == tokenizer.eot and stream_of(out)[0] == 70_256
     texts = tokenizer.decode(stream_of(out).tolist()).split(END_OF_TEXT)[1:]
     expected = "".join(END_OF_TEXT + clean_text(text) for text in DOCUMENTS).split(END_OF_TEXT)[1:]

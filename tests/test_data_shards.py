@@ -250,7 +250,7 @@ def test_unknown_tokenizers_are_refused_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="is not a tokenizer"):
         load_tokenizer(str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="no tokenizer 'nobody/nothing'"):
         load_tokenizer("nobody/nothing")
 

@@ -32,7 +32,7 @@ import numpy as np
 from data import DataError, console
 from data.files import Lock, expanded, write_atomic
 from data.identity import shard_record
-from data.meta import FORMAT, META_NAME, mark_incomplete, write_meta
+from data.meta import FORMAT, META_NAME, mark_incomplete, versions, write_meta
 from data.shards import is_prepared, write_shard
 from data.tokenizers import FILE_NAME, load_tokenizer
 
@@ -192,12 +192,11 @@ def prepare(out_dir: Path) -> None:
     for (path, _), part in zip(paths, (documents[:n_val], documents[n_val:]), strict=True):
         write_shard(path, tokenize(part, tokenizer))
     shards = [shard_record(path, split, tokenizer.eot) for path, split in paths]
-    versions = {"python": platform.python_version()}
-    versions |= {name: _version(name) for name in ("torch", "numpy", "tokenizers", "tiktoken")}
+    made_by = {"python": platform.python_version()} | versions("torch", "numpy", "tokenizers", "tiktoken")
     meta |= {
         "tokens": {s["split"]: s["tokens"] for s in shards},
         "shards": shards,
-        "made": {"documents_from": counts, "versions": versions},
+        "made": {"documents_from": counts, "versions": made_by},
         "byte_lengths": tokenizer.byte_lengths().tolist(),
     }
     write_meta(out_dir, meta)
@@ -207,15 +206,6 @@ def prepare(out_dir: Path) -> None:
         f"of a vocabulary of {tokenizer.n_vocab:,} in {time.perf_counter() - started:.1f} s: {out_dir}"
     )
     print("from " + json.dumps(counts))
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def main(argv: list[str] | None = None) -> None:
