@@ -17,10 +17,18 @@ def test_toy_run_writes_table_and_provenance(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "QUICK", [(300, 8, 4, (64,))])
     small = functools.partial(bench.bench_table, V=300, d=8, pos_dim=4, n=64)
     monkeypatch.setattr(bench, "bench_table", small)
+    # memory once kept is kept by the whole process, which runs other tests too
+    monkeypatch.setattr(bench, "CONDITIONS", [c for c in bench.CONDITIONS if not c[2]])
+    small = functools.partial(bench.bench_conditions, V=300, d=8, pos_dim=4, n=64)
+    monkeypatch.setattr(bench, "bench_conditions", small)
     bench.main(["--quick", "--no-memory", "--device", "cpu", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "embedding_cpu.json").read_text())
     assert {"command", "commit", "machine", "date", "torch", "threads"} <= set(result)
+    for condition in result["conditions"]:
+        medians, over = condition["ms"], condition["over_embedding"]
+        assert set(medians) == set(bench.SIDES) and over["low"] <= over["median"] <= over["high"]
     text = (tmp_path / "embedding_cpu.md").read_text()
+    assert text.count("| with a loss |") == 2 and text.count("| 1 to 12 random |") == 2
     assert [row["ids"] for row in result["rows"]] == ["text", "uniform"]
     for row in result["rows"]:
         assert 1 < row["distinct"] <= row["tokens"] == 64
@@ -58,3 +66,9 @@ def test_ids_and_buffers_without_a_text():
 def test_missing_text(tmp_path):
     with pytest.raises(SystemExit, match="error: cannot read the tokens"):
         bench.main(["--quick", "--text", str(tmp_path / "none.txt")])
+
+
+def test_ratio_is_taken_round_by_round():
+    """Both sides of the third round were slow together: that is no spread of the ratio."""
+    found = bench.ratio([2.0, 2.0, 20.0, 2.0], [1.0, 1.0, 10.0, 1.0])
+    assert found == {"median": 2.0, "low": 2.0, "high": 2.0}

@@ -4,7 +4,7 @@
     python scripts/bench/embedding.py --quick
 
 Every round runs each side once, in turn, and the table gives medians, so that what else the machine does falls
-on all sides alike. Peak memory is measured with each side alone in a process of its own. Without --text the ids
+on all sides alike. A second table says how the ratios depend on what is timed (`CONDITIONS`). Peak memory is measured with each side alone in a process of its own. Without --text the ids
 follow a Zipf law (exponent 1) and the token bytes are drawn at random with GPT-2-like lengths; the output says
 which of the two it was. Writes embedding_<device>.json and .md.
 """
@@ -31,6 +31,7 @@ import torch.nn as nn
 
 from data.files import write_json, write_text
 from engine.errors import RunError, sentences
+from engine.ranks import keep_heap
 from kronecker import KroneckerEmbedding, build_byte_buffer
 from scripts import provenance
 from scripts.analysis.report import Table
@@ -112,6 +113,12 @@ def step(module: nn.Module, ids: torch.Tensor, g: torch.Tensor | None) -> None:
     module(ids).backward(g)
 
 
+def step_with_loss(module: nn.Module, ids: torch.Tensor) -> None:
+    """What a bench without a gradient at hand does: all sides pay for the loss and its own backward pass."""
+    module.zero_grad(set_to_none=True)
+    module(ids).square().mean().backward()
+
+
 def timed(run, device: str) -> float:
     """Milliseconds of one call."""
     if device == "cuda":
@@ -126,8 +133,8 @@ def timed(run, device: str) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def interleave(runs: dict, rounds: int, device: str, budget_s: float = 5.0) -> dict[str, float]:
-    """Median milliseconds a side. A side that has used up its budget leaves after three rounds or more."""
+def rounds_of(runs: dict, rounds: int, device: str, budget_s: float = 5.0) -> dict[str, list[float]]:
+    """Milliseconds of each round a side. A side that has used up its budget leaves after three rounds or more."""
     times = {side: [] for side in runs}
     for run in runs.values():
         run()
@@ -135,7 +142,18 @@ def interleave(runs: dict, rounds: int, device: str, budget_s: float = 5.0) -> d
         for side, run in runs.items():
             if i < 3 or sum(times[side]) < budget_s * 1e3:
                 times[side].append(timed(run, device))
-    return {side: statistics.median(values) for side, values in times.items()}
+    return times
+
+
+def interleave(runs: dict, rounds: int, device: str) -> dict[str, float]:
+    """Median milliseconds a side."""
+    return {side: statistics.median(times) for side, times in rounds_of(runs, rounds, device).items()}
+
+
+def ratio(over: list[float], under: list[float]) -> dict[str, float]:
+    """Median and quartiles of one side's times over the other's, round by round."""
+    low, middle, high = np.quantile([a / b for a, b in zip(over, under, strict=False)], (0.25, 0.5, 0.75))
+    return {"median": float(middle), "low": float(low), "high": float(high)}
 
 
 def copy_bandwidth(device: str) -> float:
@@ -287,6 +305,49 @@ def bench_table(tokens, pieces, args, V=50_304, d=768, pos_dim=16, n=8_192) -> d
     }
 
 
+# What a bench of an embedding may time, at GPT-2's size: (bytes of the tokens, the step, does the process keep
+# freed memory). A loss in the step adds the same milliseconds to every side and so brings the ratios closer to 1;
+# memory that is kept, as train.py does, spares nn.Embedding most of its time, which goes into clearing the pages of
+# a gradient of the table's size. The bytes themselves hardly matter.
+CONDITIONS = [
+    ("real", "gradient given", False),
+    ("real", "with a loss", False),
+    ("1 to 12 random", "gradient given", False),
+    ("1 to 12 random", "with a loss", False),
+    ("real", "gradient given", True),
+    ("real", "with a loss", True),
+]
+
+
+def bench_conditions(tokens, pieces, args, V=50_304, d=768, pos_dim=16, n=8_192) -> list[dict]:
+    """One row a condition. Comes last: a process that has once kept its memory keeps it."""
+    rng = np.random.default_rng(0)
+    random_pieces = [rng.bytes(rng.integers(1, 13)) for _ in range(V)]
+    ids = draw_ids("text", n, V, tokens)
+    g, rows = torch.randn(n, d), []
+    sides = [s for s in SIDES if s != "reference" or importlib.util.find_spec("kronecker_embeddings")]
+    for name, what, kept in CONDITIONS:
+        if kept:
+            keep_heap()
+        buffers = byte_buffers(V, pos_dim, pieces if name == "real" else random_pieces)
+        modules = {side: build(side, V, d, pos_dim, buffers, "cpu", torch.float32) for side in sides}
+        runs = {
+            side: (lambda m=m: step(m, ids, g))
+            if what == "gradient given"
+            else (lambda m=m: step_with_loss(m, ids))
+            for side, m in modules.items()
+        }
+        times = rounds_of(runs, args.rounds, "cpu")
+        row = {"bytes": name, "step": what, "memory_kept": kept}
+        row["ms"] = {side: statistics.median(values) for side, values in times.items()}
+        row["over_embedding"] = ratio(times["kronecker"], times["embedding"])
+        if "reference" in times:
+            row["reference_over"] = ratio(times["reference"], times["kronecker"])
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
 def bench_buffers(folder: str, pos_dim: int = 16) -> dict:
     """Building GPT-2's byte buffer; the reference reads a transformers tokenizer only."""
     import tiktoken
@@ -350,6 +411,25 @@ def memory_table(rows: list[dict], shares: bool) -> Table:
     return Table("Extra peak memory of a training step (MB)", header, cells, left=0, note=note)
 
 
+def conditions_table(rows: list[dict]) -> Table:
+    """A training step and its ratios under each of CONDITIONS."""
+
+    def spread(found: dict | None, digits: int) -> str:
+        if found is None:
+            return "-"
+        return f"{found['median']:.{digits}f}x ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+    cells = []
+    for row in rows:
+        times = [f"{row['ms'][s]:,.2f}" if s in row["ms"] else "-" for s in SIDES]
+        line = [row["bytes"], row["step"], "kept" if row["memory_kept"] else "given back", *times]
+        cells.append([*line, spread(row["over_embedding"], 2), spread(row.get("reference_over"), 0)])
+    header = ["bytes of a token", "step", "freed memory", "kronecker", "nn.Embedding", "reference"]
+    note = "Medians in ms; ratios are taken round by round: median (quartiles)."
+    title = "A training step of 8,192 tokens of text at GPT-2's size, by what is timed"
+    return Table(title, [*header, "/ nn.Embedding", "reference /"], cells, left=3, note=note)
+
+
 def markdown(result: dict) -> str:
     """The page of a result."""
     # on a CPU the caches hold what a step touches, so a share of the memory's bandwidth would say nothing
@@ -368,6 +448,8 @@ def markdown(result: dict) -> str:
         f"({lookup['kronecker'] / lookup['embedding']:.2f}x); largest difference from the direct path "
         f"{table['max_difference']:.1e}."
     )
+    if result.get("conditions"):
+        parts.append(conditions_table(result["conditions"]).markdown())
     if times := result.get("buffers_ms"):
         parts.append(
             "Building GPT-2's byte buffer: " + ", ".join(f"{k} {v:.0f} ms" for k, v in times.items())
@@ -436,6 +518,8 @@ def measure(args, argv) -> None:
         result["machine"] = torch.cuda.get_device_name()
     if args.hf_tokenizer:
         result["buffers_ms"] = bench_buffers(args.hf_tokenizer)
+    if kind == "cpu" and args.dtype == "float32":
+        result["conditions"] = bench_conditions(tokens, pieces, args)
     args.out.mkdir(parents=True, exist_ok=True)
     base = args.out / f"embedding_{kind}{'' if args.dtype == 'float32' else f'_{args.dtype}'}"
     write_json(base.with_suffix(".json"), result)
