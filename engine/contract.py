@@ -2,7 +2,7 @@
 
 Every key of the configuration stands in one group of CONTRACT, and what follows from data and model in IDENTITY.
 train.py holds a resume and its ranks to it, matched.py the runs that it is about to start, and the comparison those
-that are finished. A new key goes into the group whose rule it should follow; nothing else has to be told.
+that are finished. A new key goes into the group whose rule it should follow; nothing else needs to change.
 """
 
 import hashlib

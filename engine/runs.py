@@ -9,6 +9,7 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -38,7 +39,7 @@ class Segment(Record):
     """A schedule that was changed on purpose, and from which step on."""
 
     step: int
-    changed: dict[str, list]
+    changed: dict[str, Annotated[list, Field(min_length=2, max_length=2)]]  # key: before, after
 
 
 class Run(Record):

@@ -153,6 +153,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(train_tiny, ru
         ({"starts": {}}, "starts is {}"),
         ({"starts": [{"step": 1}]}, r"it has no starts.0.time"),
         ({"segments": [[]]}, "segments.0 is"),
+        ({"segments": [{"step": 1, "changed": {"max_iters": [1]}}]}, "segments.0.changed.max_iters is"),
         ({"wandb_id": 7}, "wandb_id is 7"),
         ({"wandb_id": "../../x"}, r"wandb_id is \"../../x\""),
         ({"arm": "../../x"}, r"arm is .* is not a plain file name"),
