@@ -1,7 +1,8 @@
 """Which data this is, from its contents: the SHA-256 and the highest id of each shard, found in one reading.
 
 A reading of hundreds of gigabytes takes minutes, so its result is kept beside the shards, in `.contents.json`, and
-believed as long as a file's size and time of change are the same. (Where the folder cannot be written, each
+believed as long as a file's size and both its times of change are the same. (The second, which no program sets, also
+tells a copy from the file that was read: a memory that came with the data is not believed. Where the folder cannot be written, each
 process reads again.)
 """
 
@@ -30,6 +31,7 @@ class ContentSchema(Record):
 
     size: int
     mtime_ns: int
+    ctime_ns: int
     tokens: int
     sha256: str
     highest: int
@@ -59,6 +61,7 @@ def read_through(path: Path, eot: int | None = None) -> tuple[ContentSchema, int
     content = ContentSchema(
         size=stat.st_size,
         mtime_ns=stat.st_mtime_ns,
+        ctime_ns=stat.st_ctime_ns,
         tokens=shard.n_tokens,
         sha256=digest.hexdigest(),
         highest=highest,
@@ -75,12 +78,12 @@ def shard_record(path: Path, split: str, eot: int | None = None) -> dict:
 
 
 @lru_cache(maxsize=4096)
-def _read_once(path: Path, size: int, mtime_ns: int) -> ContentSchema:
+def _read_once(path: Path, size: int, mtime_ns: int, ctime_ns: int) -> ContentSchema:
     return read_through(path)[0]
 
 
-def _settled(mtime_ns: int) -> bool:
-    return time.time() - mtime_ns / 1e9 > SETTLED_SECONDS
+def _settled(ctime_ns: int) -> bool:
+    return time.time() - ctime_ns / 1e9 > SETTLED_SECONDS
 
 
 def contents(data_dir, split: str, fresh: bool = False) -> dict[Path, ContentSchema]:
@@ -99,11 +102,12 @@ def contents(data_dir, split: str, fresh: bool = False) -> dict[Path, ContentSch
     def content(path: Path) -> ContentSchema:
         open_shard(path)  # says what is wrong with a missing or damaged file
         stat, old = path.stat(), known.get(path.name)
-        if fresh or not _settled(stat.st_mtime_ns):
+        if fresh or not _settled(stat.st_ctime_ns):
             return read_through(path)[0]
-        if old is not None and (old.size, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+        now = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        if old is not None and (old.size, old.mtime_ns, old.ctime_ns) == now:
             return old
-        return _read_once(path, stat.st_size, stat.st_mtime_ns)
+        return _read_once(path, *now)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing leaves Python's lock
         found = dict(zip(paths, threads.map(content, paths), strict=True))
@@ -114,7 +118,7 @@ def contents(data_dir, split: str, fresh: bool = False) -> dict[Path, ContentSch
                 f"{path} is not what was prepared: its SHA-256 differs from meta.json's; delete it and run its "
                 "prepare.py again, or download it again"
             )
-    settled = {path.name: content for path, content in found.items() if _settled(content.mtime_ns)}
+    settled = {path.name: content for path, content in found.items() if _settled(content.ctime_ns)}
     if any(known.get(name) != content for name, content in settled.items()):
         merged = {name: content.model_dump() for name, content in (known | settled).items()}
         # a folder that one may only read, or another rank that writes the same

@@ -74,7 +74,7 @@ class OpenShard:
         self.path, self.target, self.dtype = path, target, dtype
         self.n_tokens = self.documents = 0
         self.temporary = path.with_name(path.name + ".tmp")
-        self._file = open(self.temporary, "wb")  # noqa: SIM115
+        self._file = open(self.temporary, "xb")  # noqa: SIM115
         header = header_bytes(target, dtype)
         self._file.write(header)
         self._hash = hashlib.sha256(header)

@@ -24,7 +24,7 @@ def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: 
                 f"{out_dir} has shards without meta.json; each is checked against the hub's checksum",
                 flush=True,
             )
-        known = {record["file"]: record for record in (old or {}).get("shards", [])}
+        known = {record["file"]: record for record in (old or {}).get("shards", []) if "documents" in record}
         same = old is not None and old.get("complete") and old["made"].get("max_shards") == max_shards
         if same and all(is_whole(out_dir, record) for name, record in known.items()):
             print(f"already complete, nothing to do: {len(known)} shards in {out_dir}", flush=True)

@@ -103,7 +103,12 @@ def local_blocks(
     """
     sizes = [path.stat().st_size for path in files]
     total = max(1, sum(sizes))
-    first, place = position or (0, 0)
+    position = position or [0, 0]
+    if len(position) != 2 or not all(type(n) is int and n >= 0 for n in position):
+        raise DataError(
+            f"meta.json goes on from {str(position)[:60]}, which is no place in a file: delete the folder"
+        )
+    first, place = position
     for number in range(first, len(files)):
         before = sum(sizes[:number])
         split = ("val" if number < held_out else "train") if held_out else None

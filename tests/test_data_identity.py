@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+import time
 
 import numpy as np
 import pytest
@@ -13,11 +15,14 @@ from data.meta import characters_meta, write_meta
 from data.shards import write_shard
 
 
-def age(folder, seconds=60):
-    """Let the files look as if they had been written a while ago."""
-    for path in folder.iterdir():
-        then = path.stat().st_mtime_ns - seconds * 10**9
-        os.utime(path, ns=(then, then))
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """Let files pass for settled a moment after they were written."""
+    monkeypatch.setattr(identity, "SETTLED_SECONDS", 0.01)
+
+
+def wait() -> None:
+    time.sleep(0.03)  # some ticks of the file system's clock
 
 
 @pytest.fixture(params=["headered", "described", "nanogpt", "npy"])
@@ -44,7 +49,7 @@ def folder(request, tmp_path):
             for path, n in ((tmp_path / "x_train_000001.bin", 30_000), (tmp_path / "x_val_000000.bin", 500))
         ]
         write_meta(tmp_path, characters_meta("x", ["a"] * 100) | {"shards": records})
-    age(tmp_path)
+    wait()
     return tmp_path
 
 
@@ -80,21 +85,41 @@ def test_the_reading_is_remembered_until_size_or_time_change(folder, monkeypatch
     assert fingerprint(folder) == known and read == []
     record = json.loads((folder / CONTENTS_NAME).read_text())["shards"][shard_of(folder).name]
     assert record["sha256"] == hashlib.sha256(shard_of(folder).read_bytes()).hexdigest()
-    # the same bytes with a later time are read once more, and give the same identity
-    age(folder, seconds=-10)
+    # the same bytes at another time are read once more, and give the same identity
+    os.utime(shard_of(folder))
+    wait()
     assert fingerprint(folder) == known and read == [shard_of(folder).name]
-    # fresh believes nothing: not even a memory that was planted together with the bytes
+    # other bytes are found, whatever has been done to hide them
     stat, path = shard_of(folder).stat(), shard_of(folder)
     content = bytearray(path.read_bytes())
     content[20_000] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert fingerprint(folder) == known
+    wait()
     if (folder / "meta.json").is_file():
         with pytest.raises(DataError, match="not what was prepared"):
-            fingerprint(folder, fresh=True)
+            fingerprint(folder)
     else:
-        assert fingerprint(folder, fresh=True) != known
+        assert fingerprint(folder) != known
+
+
+def test_a_memory_that_came_with_the_data_is_not_believed(folder, tmp_path_factory):
+    known = fingerprint(folder)
+    path = shard_of(folder)
+    content = bytearray(path.read_bytes())
+    content[20_000] ^= 1
+    path.write_bytes(content)
+    there = tmp_path_factory.mktemp("copy") / "set"
+    record = json.loads((folder / CONTENTS_NAME).read_text())
+    record["shards"][path.name] |= {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+    (folder / CONTENTS_NAME).write_text(json.dumps(record))
+    shutil.copytree(folder, there)  # with its times, as cp -a, tar and rsync keep them
+    wait()
+    if (there / "meta.json").is_file():
+        with pytest.raises(DataError, match="not what was prepared"):
+            fingerprint(there)
+    else:
+        assert fingerprint(there) != known
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"shards": {"x_train_000001.bin": {"sha256": 5}}}'])

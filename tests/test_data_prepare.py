@@ -469,6 +469,25 @@ def test_a_record_that_names_files_elsewhere_deletes_nothing(tmp_path, bpe):
         shutil.rmtree(out)
 
 
+def test_a_place_that_is_none_and_links_that_lead_elsewhere(tmp_path, bpe):
+    path, out = jsonl(tmp_path / "a.jsonl"), tmp_path / "set"
+    make(out, bpe, [path], max_shards=1)
+    meta = read_meta(out)
+    for position in (["a", 0], [0], {"x": 1}, [-1, 5]):
+        meta["shards"][-1]["next"]["position"] = position
+        (out / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(DataError, match="no place in a file"):
+            make(out, bpe, [path])
+    shutil.rmtree(out)
+    out.mkdir()
+    precious = tmp_path / "precious.dat"
+    precious.write_bytes(b"precious")
+    for name in ("meta.json.tmp", "tokenizer.json.tmp", "set_val_000000.bin.tmp", "set_train_000001.bin.tmp"):
+        (out / name).symlink_to(precious)
+    make(out, bpe, [path])
+    assert precious.read_bytes() == b"precious" and not list(out.glob("*.tmp"))
+
+
 def test_files_of_others_in_the_folder_are_left_alone(tmp_path, bpe):
     out = tmp_path / "set"
     out.mkdir()
