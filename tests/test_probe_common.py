@@ -120,3 +120,24 @@ def test_unfinished_runs_do_not_pass_for_their_arm(probed_runs, tmp_path, capsys
         assert list(by_seed["by_seed"]) == ["1337"]
         module.main(["--runs", str(root), "--allow-unfinished"])
         assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "flag", "content"),
+    [
+        (spelling.main, "--pairs", '{"prompt_pairs": ["the typo"]}'),
+        (spelling.main, "--pairs", '{"prompt_pairs": [{"category": 1, "clean": "a", "typo": "b"}]}'),
+        (spelling.main, "--pairs", '{"prompt_pairs": [], "bpe": {"agg": [], "per_prompt": {}}}'),
+        (layers.main, "--families", '{"families": {"run": ["runs"]}}'),
+        (layers.main, "--families", '{"kron": {"probes": {"run": {"family_root": "run"}}}}'),
+        (layers.main, "--families", "[]"),
+        (tradeoff.main, "--pairs", '{"byte_similar": [["a"]], "kin": [], "synonyms": []}'),
+        (generation.main, "--prompts", '{"prompts": {"normal": "x"}}'),
+        (generation.main, "--prompts", '{"results": [{"condition": "odd"}]}'),
+    ],
+)
+def test_files_of_another_shape_are_one_sentence(probed_runs, tmp_path, main, flag, content):
+    (tmp_path / "given.json").write_text(content)
+    with pytest.raises(SystemExit) as e:
+        main(["--runs", str(probed_runs), flag, str(tmp_path / "given.json")])
+    assert str(e.value).startswith("error: ") and "given.json" in str(e.value) and "\n" not in str(e.value)

@@ -28,6 +28,7 @@ from pydantic import Field
 from data.files import write_json, write_text
 from data.records import Record, read_record
 from engine.errors import RunError, sentences
+from scripts.arguments import Parser
 
 # One colour and one dash an arm in every figure of the project (Okabe-Ito: safe for colour-blind readers).
 ARM_STYLE = {
@@ -199,15 +200,13 @@ def figure_source(folder: Path, file: str) -> str:
 
 
 def main(argv=None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(__doc__)
+    parser.add_argument("out", type=Path, help="folder that holds compare/sections")
+    args = parser.parse_args(argv)
     with sentences():
-        if len(argv) != 1 or argv[0].startswith("-"):
-            raise RunError(
-                "give one folder: python scripts/analysis/report.py OUT rebuilds OUT/compare/report.html"
-            )
-        if not (Path(argv[0]) / "compare" / "sections").is_dir():
-            raise RunError(f"{argv[0]} has no compare/sections; run scripts/compare.py {argv[0]} first")
-        say(str(build_report(Path(argv[0]))))
+        if not (args.out / "compare" / "sections").is_dir():
+            raise RunError(f"{args.out} has no compare/sections; run scripts/compare.py {args.out} first")
+        say(str(build_report(args.out)))
 
 
 if __name__ == "__main__":
