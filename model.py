@@ -150,7 +150,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": wte,
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "wpe": undrawn_table(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
                 "ln_f": LayerNorm(config.n_embd, config.bias),
@@ -322,7 +322,7 @@ class GPT(nn.Module):
 def input_embedding(config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | None) -> nn.Module:
     """The module ids (...) -> (..., n_embd) that config.wte names; the controls get the codec's number of parameters."""
     if config.wte == "stock":
-        return nn.Embedding(config.vocab_size, config.n_embd)
+        return undrawn_table(config.vocab_size, config.n_embd)
     V, d, rms = config.vocab_size, config.n_embd, config.wte_init_rms
     budget = d * config.char_dim * config.pos_dim
     if config.wte == "lowrank":
@@ -350,6 +350,12 @@ def input_embedding(config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | Non
         ngrams=config.wte_ngrams,
         rank=config.wte_rank,
     )
+
+
+def undrawn_table(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding without numbers of its own: init_weights draws them (and on the meta device, where parameters
+    are only counted, drawing would load torch's compiler, which takes longer than torch itself)."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def generator(seed: int, name: str) -> torch.Generator:

@@ -328,10 +328,12 @@ def draw(
     """Fill the module's named parameters from N(0, std^2), or uniformly with that deviation where named so.
 
     The numbers are drawn in row-major order, on the device of the generator if there is one: the layout and the
-    device of a parameter change nothing then.
+    device of a parameter change nothing then. On the meta device there is nothing to draw.
     """
     for name, deviation in std.items():
         p, generator = module.get_parameter(name), None
+        if p.is_meta:  # torch would load its compiler for the attempt
+            continue
         if generator_for is None:
             fresh = torch.empty_like(p, memory_format=torch.contiguous_format)
         else:

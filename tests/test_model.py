@@ -1,6 +1,8 @@
 """model.py against written-out definitions."""
 
 import math
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -371,3 +373,16 @@ def test_generation_and_slots_on_every_arm():
         if ARMS[arm][0] != "kronecker":
             with pytest.raises(ValueError, match="no slot made from bytes"):
                 model(torch.tensor([[1, 2]]), byte_overrides={(0, 0): b"ab"})
+
+
+def test_counting_parameters_does_not_load_the_compiler():
+    """It would take longer than torch's own start. In a process of its own: here it may be loaded already."""
+    code = (
+        "import sys, torch\nfrom model import GPT, GPTConfig\n"
+        "buffers = (torch.zeros(64, 16, dtype=torch.uint8), torch.zeros(64, dtype=torch.int16))\n"
+        f"for wte, tied in {list(ARMS.values())!r}:\n"
+        "    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=64, wte=wte, tie_weights=tied)\n"
+        "    with torch.device('meta'):\n        GPT(config, buffers)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
