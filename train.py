@@ -8,7 +8,6 @@ python train.py --help
 import dataclasses
 import json
 import math
-import signal
 import sys
 from pathlib import Path
 
@@ -199,7 +198,7 @@ def main(config) -> None:
         if stops:
             print0(f"stopped by {stop_signal.name} at step {step:,}; saved. ", end="")
             print0("The same command with --init_from=auto goes on from here.")
-            sys.exit(128 + (stop_signal.number or signal.SIGTERM))
+            stop_signal.leave()
         if evaluates:
             # at the end also by the frequency of the token read and of the token predicted
             counts = token_counts(data_dir, config.vocab_size) if last or config.eval_only else None

@@ -242,14 +242,22 @@ class StopSignal:
 
     def __init__(self):
         self.number: int | None = None
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.note)
+        numbers = [
+            getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")
+        ]  # Windows: no SIGHUP
+        self.heeded = [n for n in numbers if n is not None and signal.getsignal(n) != signal.SIG_IGN]
+        for number in self.heeded:
+            signal.signal(number, self.note)
 
     @property
     def name(self) -> str:
         return signal.Signals(self.number).name if self.number else "another rank"
+
+    def leave(self) -> None:
+        """End the process as the signal asks; another one on the way out must not change the exit status."""
+        for number in self.heeded:
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + (self.number or signal.SIGTERM))
 
     def note(self, number: int, frame) -> None:
         if self.number is not None and number == signal.SIGINT:

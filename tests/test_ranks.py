@@ -78,6 +78,16 @@ def test_a_signal_is_remembered_for_the_loop(name, handlers):
     assert leaving.value.code == 128 + signal.SIGINT
 
 
+def test_a_signal_on_the_way_out_changes_nothing(handlers):
+    stop = StopSignal()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as leaving:
+        stop.leave()
+    assert leaving.value.code == 128 + signal.SIGTERM
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+
+
 def test_what_nohup_ignores_stays_ignored(handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopSignal()

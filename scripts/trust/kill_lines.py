@@ -4,8 +4,8 @@
     python scripts/trust/kill_lines.py --stride 10 --only engine/checkpoint.py
 
 A kill from outside (scripts/trust/kill_train.py) seldom finds the few microseconds between two renames. Here a
-forked child trains four steps under a trace function that sends it SIGKILL as the N-th line of train.py or
-engine/ begins; a second child goes on undisturbed, and what it ends with is held against the twin that was
+forked child trains four steps under a trace function that sends it SIGKILL as the N-th line of train.py,
+engine/ or data/files.py begins; a second child goes on undisturbed, and what it ends with is held against the twin that was
 never killed, as kill_train.py does. First in a run that begins (`fresh`), then in one that goes on from what a
 kill in the middle of a checkpoint write has left (`resumed`).
 """
@@ -42,7 +42,7 @@ KEYS = {
     "max_iters": 4, "eval_interval": 2, "ckpt_interval": 1, "eval_tokens": 64, "log_interval": 1, "warmup_iters": 1,
     "learning_rate": 3e-3, "dropout": 0.1, "dtype": "float32", "device": "cpu", "keep": 2, "init_from": "auto",
 }  # fmt: skip
-TRACED = ["train.py", *sorted(f"engine/{p.name}" for p in (ROOT / "engine").glob("*.py"))]
+TRACED = ["train.py", "data/files.py", *sorted(f"engine/{p.name}" for p in (ROOT / "engine").glob("*.py"))]
 SCENES = ("fresh", "resumed")
 
 
