@@ -147,10 +147,10 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: st
         )  # fmt: skip
 
 
-def last_words(job: Job, offset: int = 0) -> str:
-    """The cause that a job's log gives from a position on: its last error sentence, else its last line."""
+def last_words(log: Path, offset: int = 0) -> str:
+    """The cause that a log gives from a position on: its last error sentence, else its last line."""
     try:
-        with open(job.out_dir / "train.log", "rb") as f:
+        with open(log, "rb") as f:
             f.seek(offset)
             lines = f.read().decode(errors="replace").strip().splitlines()
     except OSError:
@@ -299,7 +299,7 @@ def how_it_ended(a: Attempt, code: int | str, asked: bool) -> tuple[str, str]:
     if code < 0 or code in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP):
         number = -code if code < 0 else code - 128
         return "lost", f"ended by {signal.Signals(number).name} at step {step}"
-    words = last_words(a.job, a.log_start)
+    words = last_words(a.job.out_dir / "train.log", a.log_start)
     return "failed", words if code else f"it ended at step {step} of {a.job.max_iters}: {words}"
 
 

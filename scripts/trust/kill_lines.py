@@ -10,76 +10,50 @@ never killed, as kill_train.py does. First in a run that begins (`fresh`), then 
 kill in the middle of a checkpoint write has left (`resumed`).
 """
 
-import argparse
-import json
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork must not inherit a thread pool
-ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
-import torch
-import torch._dynamo  # the optimizer imports it: better once here than in every child
+import torch._dynamo  # noqa: F401 - the optimizer imports it: better once here than in every child
 
 import configurator
 import train
+from data.files import expanded, write_json
 from data.meta import characters_meta, write_meta
 from data.shards import write_shard
-from engine import runs
-from scripts.trust.kill_train import Twin, compare_end, half_written
+from engine.errors import RunError, sentences
+from scripts.analysis.report import Table
+from scripts.arguments import Parser, number, whole
+from scripts.provenance import ROOT, commit, today
+from scripts.trust import twin
 
-KEYS = {
-    "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "global_batch_size": 4,
-    "max_iters": 4, "eval_interval": 2, "ckpt_interval": 1, "eval_tokens": 64, "log_interval": 1, "warmup_iters": 1,
-    "learning_rate": 3e-3, "dropout": 0.1, "dtype": "float32", "device": "cpu", "keep": 2, "init_from": "auto",
+KEYS = twin.SMALL | {
+    "n_layer": 1, "n_embd": 16, "block_size": 16, "batch_size": 4, "global_batch_size": 4, "max_iters": 4,
+    "eval_interval": 2, "ckpt_interval": 1, "eval_tokens": 64, "warmup_iters": 1, "dropout": 0.1,
 }  # fmt: skip
 TRACED = ["train.py", "data/files.py", *sorted(f"engine/{p.name}" for p in (ROOT / "engine").glob("*.py"))]
 SCENES = ("fresh", "resumed")
 
 
-def arguments(argv: list[str]):
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--stride", type=int, default=1, help="kill at every so many-th line")
-    parser.add_argument(
-        "--only", default="", help="kill only at lines of this file, e.g. engine/checkpoint.py"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument(
-        "--minutes", type=float, default=0, help="stop after so many; the same command goes on"
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/kill_lines"), help="folder of the runs")
-    parser.add_argument("--report", type=Path, default=None, help="write REPORT.json and REPORT.md")
-    args = parser.parse_args(argv)
-    if args.only and args.only not in TRACED:
-        sys.exit(f"error: --only={args.only} is no file that is traced: choose from {', '.join(TRACED)}")
-    if min(args.stride, args.jobs) < 1:
-        sys.exit("error: --stride and --jobs must both be at least 1")
-    return args
-
-
-def child(args, out_dir: Path, kill_at: int = 0, when=None, lines: list | None = None, **changes) -> int:
-    """Train in a fork of this process; returns its exit status, negative for a signal.
+def child(out: Path, name: str, kill_at: int = 0, when=None, listed: bool = False, **changes) -> int:
+    """Train OUT/NAME in a fork of this process; returns its exit status, negative for a signal.
 
     kill_at: number of the line (from 1) at which it kills itself. when: kills itself at the first line for
-    which when() is true. lines: a list that gets "file:line" of all lines executed.
+    which when() is true. listed: OUT/NAME.lines gets "file:line" of all lines executed.
     """
     names = {str(ROOT / f): f for f in TRACED}
-    listing = out_dir.with_suffix(".lines")
     pid = os.fork()
     if pid:
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if lines is not None and listing.exists():
-            lines += listing.read_text().split()
-        return status
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     seen, status = [], 1
 
     def on_line(frame, event, arg):
@@ -90,15 +64,15 @@ def child(args, out_dir: Path, kill_at: int = 0, when=None, lines: list | None =
         return on_line
 
     try:
-        with open(out_dir.with_suffix(".log"), "w") as log:
+        with open(out / f"{name}.log", "w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        keys = KEYS | {"data_dir": args.out / "data", "out_dir": out_dir} | changes
+        keys = KEYS | {"data_dir": out / "data", "out_dir": out / name} | changes
         sys.settrace(lambda frame, event, arg: on_line if frame.f_code.co_filename in names else None)
         train.main(configurator.load([f"--{k}={v}" for k, v in keys.items()]))
         sys.settrace(None)
-        if lines is not None:
-            listing.write_text("\n".join(seen))
+        if listed:
+            (out / f"{name}.lines").write_text("\n".join(seen))
         status = 0
     except BaseException as e:
         sys.settrace(None)
@@ -107,135 +81,152 @@ def child(args, out_dir: Path, kill_at: int = 0, when=None, lines: list | None =
         os._exit(status)
 
 
-def kill_and_go_on(job) -> dict:
-    args, scene, number, line, twin = job
-    out_dir = args.out / f"{scene}_{number}"
-    shutil.rmtree(out_dir, ignore_errors=True)
+def begin(out: Path, scene: str, name: str) -> None:
+    """Empty OUT/NAME, or fill it with what a scene begins from."""
+    shutil.rmtree(out / name, ignore_errors=True)
     if scene == "resumed":
-        shutil.copytree(args.out / "torn", out_dir)
-    record = {"scene": scene, "number": number, "line": line}
-    killed = child(args, out_dir, kill_at=number)
-    went_on = child(args, out_dir)
+        shutil.copytree(out / "torn", out / name)
+
+
+def kill_and_go_on(job) -> dict:
+    out, scene, count, line, now = job
+    name = f"{scene}_{count}"
+    begin(out, scene, name)
+    killed = child(out, name, kill_at=count)
+    went_on = child(out, name)
+    trouble = None
     if killed != -signal.SIGKILL:
-        record["trouble"] = f"it ended with status {killed} before its line came"
+        trouble = f"it ended with status {killed} before its line came"
     elif went_on:
-        record["trouble"] = f"the next start ended with status {went_on}"
+        trouble = f"the next start ended with status {went_on}"
+    elif wrong := twin.differences(twin.compare(out / name, out / "twin", KEYS["keep"])):
+        trouble = f"not {', '.join(wrong)}"
     else:
-        differs = [k for k, v in compare_end(out_dir, twin).items() if k.endswith("_equal") and not v]
-        record["trouble"] = f"not {', '.join(differs)}" if differs else None
-    if record["trouble"] is None:
-        shutil.rmtree(out_dir)
-        out_dir.with_suffix(".log").unlink()
-    return record
+        shutil.rmtree(out / name)
+        (out / f"{name}.log").unlink()
+    return {"scene": scene, "number": count, "line": line, "trouble": trouble} | now
 
 
-def prepare(args) -> tuple[Twin, list[tuple]]:
-    """The twin, the folder that a kill in a write has left, and (scene, number, line) of every line to kill at."""
+def prepare(out: Path) -> list[tuple[str, int, str]]:
+    """Make data, the twin and what a kill in a write leaves; (scene, number, line) of every line executed."""
     for name in ("twin", "torn", "data"):
-        shutil.rmtree(args.out / name, ignore_errors=True)
-    (args.out / "data").mkdir()
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / "data").mkdir()
     tokens = np.random.default_rng(0).integers(0, 28, 3000).astype(np.uint16)
-    write_shard(args.out / "data" / "noise_val_000000.bin", tokens[:500])
-    write_shard(args.out / "data" / "noise_train_000001.bin", tokens[500:])
-    write_meta(args.out / "data", characters_meta("noise", list("\n abcdefghijklmnopqrstuvwxyz")))
-    if child(args, args.out / "twin", keep=10**6):
-        sys.exit(f"error: the unkilled twin does not train: see {args.out / 'twin.log'}")
+    write_shard(out / "data" / "noise_val_000000.bin", tokens[:500])
+    write_shard(out / "data" / "noise_train_000001.bin", tokens[500:])
+    write_meta(out / "data", characters_meta("noise", list("\n abcdefghijklmnopqrstuvwxyz")))
+    if child(out, "twin", keep=twin.ALL):
+        raise RunError(f"the unkilled twin does not train: see {out / 'twin.log'}")
 
     def writing_third() -> bool:
-        return any(
-            f.name.endswith("3") and (f / "optimizer.pt").exists() for f in half_written(args.out / "torn")
-        )
+        folders = twin.half_written(out / "torn")
+        return any(f.name.endswith("3") and (f / "optimizer.pt").exists() for f in folders)
 
-    if child(args, args.out / "torn", when=writing_third) != -signal.SIGKILL:
-        sys.exit("error: no kill fell into the third checkpoint's write")
+    if child(out, "torn", when=writing_third) != -signal.SIGKILL:
+        raise RunError(f"no kill fell into the third checkpoint's write: see {out / 'torn.log'}")
     todo = []
     for scene in SCENES:
-        lines: list[str] = []
-        out_dir = args.out / f"{scene}_all"
-        shutil.rmtree(out_dir, ignore_errors=True)
-        if scene == "resumed":
-            shutil.copytree(args.out / "torn", out_dir)
-        child(args, out_dir, lines=lines)
-        todo += [(scene, i + 1, line) for i, line in enumerate(lines) if line.startswith(args.only)]
-    return Twin(args.out / "twin", KEYS["keep"]), todo
+        name = f"{scene}_all"
+        begin(out, scene, name)
+        if child(out, name, listed=True):
+            raise RunError(f"an unkilled run fails under the trace function: see {out / f'{name}.log'}")
+        lines = (out / f"{name}.lines").read_text().split()
+        todo += [(scene, count, line) for count, line in enumerate(lines, 1)]
+    return todo
 
 
-def table(records: list[dict], executed: dict, provenance: dict) -> str:
-    good = sum(r["trouble"] is None for r in records)
-    text = ["# Killed at every line, against the unkilled twin", ""]
-    text += [
-        f"**{good} of {len(records)}** killed runs were finished by the next start and ended in the twin's bits.",
-        "",
-    ]
-    text += [
-        "| run | lines it executes | killed at | different lines of source | passed |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for scene in SCENES:
-        part = [r for r in records if r["scene"] == scene]
-        text.append(
-            f"| {scene} | {executed[scene]:,} | {len(part):,} | {len({r['line'] for r in part})} "
-            f"| {sum(r['trouble'] is None for r in part):,} |"
-        )
-    text += ["", "| file | killed at | passed |", "|---|---:|---:|"]
-    for file in TRACED:
-        part = [r for r in records if r["line"].startswith(file + ":")]
-        if part:
-            text.append(f"| `{file}` | {len(part):,} | {sum(r['trouble'] is None for r in part):,} |")
-    text += [
-        "",
+def tables(records: list[dict], executed: dict) -> list:
+    """The report's paragraphs and tables."""
+
+    def passed(part: list[dict]) -> str:
+        return f"{sum(r['trouble'] is None for r in part):,}"
+
+    of_scene = {scene: [r for r in records if r["scene"] == scene] for scene in SCENES}
+    of_file = {file: [r for r in records if r["line"].startswith(file + ":")] for file in TRACED}
+    return [
+        f"**{passed(records)} of {len(records):,}** killed runs were finished by the next start and ended in the "
+        "twin's bits.",
+        Table(
+            "By run",
+            ["run", "lines it executes", "killed at", "different lines of source", "passed"],
+            [
+                [
+                    scene,
+                    f"{executed[scene]:,}",
+                    f"{len(part):,}",
+                    len({r["line"] for r in part}),
+                    passed(part),
+                ]
+                for scene, part in of_scene.items()
+            ],
+        ),
+        Table(
+            "By file",
+            ["file", "killed at", "passed"],
+            [[f"`{file}`", f"{len(part):,}", passed(part)] for file, part in of_file.items() if part],
+        ),
         "`fresh`: a run that begins. `resumed`: one that goes on from what a kill in the middle of a checkpoint "
-        "write has left. Compared are weights and moments in every bit, all rows but speed and memory, the kept "
-        "checkpoints, `latest` and `best`, and that nothing half-written stays.",
-        "",
+        "write has left. Compared are weights and moments in every bit, all rows but speed and memory, the run's "
+        "record, the kept checkpoints, `latest` and `best`, and that nothing half-written stays.",
     ]
-    text += [f"- {k}: " + (f"`{v}`" if k == "command" else str(v)) for k, v in provenance.items()]
-    return "\n".join([*text, ""])
 
 
-def main(argv: list[str]) -> int:
-    args = arguments(argv)
-    args.out = args.out.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
-    twin, todo = prepare(args)
-    executed = {scene: sum(t[0] == scene for t in todo) for scene in SCENES}
-    path = args.out / "records.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(r["scene"], r["number"], r["line"]) for r in records}
-    # every stride-th, the last line too
-    jobs = [(args, *t, twin) for t in reversed(todo[:: -args.stride]) if t not in done]
-    print(f"{executed} lines are executed; {len(done)} kills are on record, {len(jobs)} to do", flush=True)
-    began = time.monotonic()
-    with multiprocessing.get_context("fork").Pool(args.jobs) as pool, open(path, "a") as f:
-        for record in pool.imap_unordered(kill_and_go_on, jobs):
-            records.append(record)
-            f.write(json.dumps(record) + "\n")
-            if record["trouble"]:
-                print(f"{record['scene']} run killed at {record['line']}: {record['trouble']}", flush=True)
-            if args.minutes and time.monotonic() - began > 60 * args.minutes:
-                break
-    bad = [r for r in records if r["trouble"]]
-    if args.report:
-        provenance = {
-            "command": " ".join(["python", "scripts/trust/kill_lines.py", *argv]),
-            "commit": runs.commit(),
-            "machine": f"{runs.machine()}, torch {torch.__version__}",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        args.report.parent.mkdir(parents=True, exist_ok=True)
-        data = provenance | {
+def main(argv=None) -> int:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--stride", type=whole(1), default=1, help="kill at every so many-th line")
+    add(
+        "--only", choices=TRACED, metavar="FILE", help="kill only at lines of FILE, e.g. engine/checkpoint.py"
+    )
+    add("--jobs", type=whole(1), default=2, help="runs side by side")
+    add(
+        "--minutes", type=number(0), default=0, help="stop after so many (0: never); the same command goes on"
+    )
+    add("--out", type=expanded, default=Path("out/kill_lines"), help="folder of the runs")
+    add("--report", type=expanded, help="write REPORT.json and REPORT.md")
+    args = parser.parse_args(argv)
+    with sentences():
+        out, began = args.out.resolve(), time.monotonic()
+        out.mkdir(parents=True, exist_ok=True)
+        lines = prepare(out)
+        executed = {scene: sum(t[0] == scene for t in lines) for scene in SCENES}
+        # lines that are executed no longer, or at another moment, were killed in other code
+        done = {(r["scene"], r["number"], r["line"]): r for r in twin.kept(out / "records.json")}
+        records = [done[line] for line in lines if line in done]
+        todo = [line for line in lines if args.only is None or line[2].startswith(args.only + ":")]
+        now = {"commit": commit(), "date": today()}
+        # every stride-th, the last line too
+        jobs = [(out, *line, now) for line in reversed(todo[:: -args.stride]) if line not in done]
+        print(
+            f"{executed} lines are executed; {len(records)} kills are on record, {len(jobs)} to do",
+            flush=True,
+        )
+        with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+            for record in pool.imap_unordered(kill_and_go_on, jobs):
+                records.append(record)
+                write_json(out / "records.json", records)
+                if record["trouble"]:
+                    print(
+                        f"{record['scene']} run killed at {record['line']}: {record['trouble']}", flush=True
+                    )
+                if args.minutes and time.monotonic() - began > 60 * args.minutes:
+                    break
+        bad = [r for r in records if r["trouble"]]
+        counts = {
             "executed": executed,
             "kills": len(records),
             "passed": len(records) - len(bad),
             "failed": bad,
         }
-        args.report.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-        args.report.with_suffix(".md").write_text(table(records, executed, provenance))
-    print(
-        f"{len(records) - len(bad)} of {len(records)} killed runs ended in the twin's bits, {time.monotonic() - began:.0f} s"
-    )
-    return 1 if bad else 0
+        if args.report:
+            title = "Killed at every line, against the unkilled twin"
+            made = twin.made_by(__file__, argv, records)
+            twin.report(args.report, made, counts, title, *tables(records, executed))
+        seconds = time.monotonic() - began
+        print(f"{counts['passed']} of {len(records)} killed runs ended in the twin's bits, {seconds:.0f} s")
+        return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

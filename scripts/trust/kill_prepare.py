@@ -23,95 +23,89 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 from data.files import expanded, sha256, write_json
 from data.shards import open_shard
+from engine.errors import RunError, sentences
 from scripts.arguments import Parser, whole
-from scripts.provenance import provenance
-
-PREPARE = Path(__file__).resolve().parents[2] / "data" / "fineweb_edu" / "prepare.py"
-
-
-def command(source: Path, out: Path, workers: int, shard_size: int) -> list[str]:
-    options = {"--input": source, "--out-dir": out, "--workers": workers, "--shard-size": shard_size}
-    return [sys.executable, str(PREPARE), *(str(part) for option in options.items() for part in option)]
+from scripts.pool import last_words
+from scripts.provenance import ROOT, provenance
+from scripts.trust import twin
 
 
-def digests(folder: Path) -> dict[str, str]:
-    files = [path for path in sorted(folder.iterdir()) if path.name != "prepare.lock"]
-    return {path.name: sha256(path) for path in files}
+def start(args, out: Path, workers: int) -> subprocess.Popen:
+    options = {"--input": args.input, "--out-dir": out, "--workers": workers, "--shard-size": args.shard_size}
+    command = [
+        ROOT / "data" / "fineweb_edu" / "prepare.py",
+        *(w for option in options.items() for w in option),
+    ]
+    return twin.launch([sys.executable, *map(str, command)], out.with_suffix(".log"))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--input", type=expanded, required=True)
-    parser.add_argument("--kills", type=whole(1), default=100)
-    parser.add_argument("--shard-size", type=whole(100), default=6000)
-    parser.add_argument("--seed", type=whole(0), default=1337)
-    parser.add_argument("--json", type=expanded)
-    args = parser.parse_args(argv)
-    if not args.input.is_file():
-        sys.exit(f"error: no input file {args.input}")
-    rng = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        # every folder has the same name, since shards are named after it
-        reference_dir = Path(scratch) / "reference" / "set"
-        started = time.perf_counter()
-        subprocess.run(
-            command(args.input, reference_dir, 1, args.shard_size), check=True, stdout=subprocess.DEVNULL
-        )
-        usual = time.perf_counter() - started
-        reference = digests(reference_dir)
-        shards = sum(name.endswith(".bin") for name in reference)
-        print(f"reference: {shards} shards in {usual:.1f} s", flush=True)
-        kills = finished = runs = 0
-        stages: collections.Counter = collections.Counter()
-        began = time.perf_counter()
-        while kills < args.kills or not finished:
-            out = Path(scratch) / f"attempt{finished}" / "set"
-            workers = rng.choice([0, 1, 2, 3])
-            process = subprocess.Popen(
-                command(args.input, out, workers, args.shard_size),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
-            runs += 1
-            if kills < args.kills:
-                kind = rng.choice(["time", "file", "shard"])
-                deadline = time.perf_counter() + (rng.uniform(0, usual) if kind == "time" else usual)
-                present = len(list(out.glob("*.bin"))) if out.is_dir() else 0
-                target = present + rng.randrange(1, max(2, shards // 8))
-                while process.poll() is None and time.perf_counter() < deadline:
-                    if kind == "file" and list(out.glob("*.tmp")) and len(list(out.glob("*.bin"))) >= target:
-                        break
-                    if kind == "shard" and len(list(out.glob("*.bin"))) >= target:
-                        break
-                    time.sleep(0.0005 if kind != "time" else 0.002)
-                if process.poll() is None:
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
-                    kills += 1
-                    names = (
-                        [p.name for p in out.iterdir() if p.name != "prepare.lock"] if out.is_dir() else []
-                    )
-                    writing = any(name.endswith(".tmp") for name in names)
-                    stages[
-                        "before the first file" if not names else "writing" if writing else "between files"
-                    ] += 1
-                    for path in out.glob("*.bin"):
-                        open_shard(path)  # raises unless header and size agree
-                        if sha256(path) != reference[path.name]:
-                            sys.exit(
-                                f"error: after kill {kills} {path.name} is there and differs from the reference"
-                            )
-                    continue
-            stderr = process.communicate()[1].decode()
-            if process.returncode:
-                sys.exit(f"error: a run after {kills} kills failed: {stderr[-500:]}")
-            if digests(out) != reference:
-                different = {name for name in reference.keys() | digests(out).keys()}
-                different = [n for n in sorted(different) if reference.get(n) != digests(out).get(n)]
-                sys.exit(f"error: after {kills} kills the finished set differs in {', '.join(different[:5])}")
-            finished += 1
-            print(f"set {finished} finished after {kills} kills in all, identical", flush=True)
-    report = {
+def finish(process: subprocess.Popen, out: Path) -> None:
+    if process.wait():
+        raise RunError(f"a run that nothing killed failed: {last_words(out.with_suffix('.log'))}")
+
+
+def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """{name: SHA-256} of a set's files."""
+    return {path.name: sha256(path) for path in sorted(folder.glob(pattern)) if path.name != "prepare.lock"}
+
+
+def check(found: dict[str, str], reference: dict[str, str], when: str) -> None:
+    """RunError if a file is another than the reference's."""
+    if wrong := sorted({name for name, _ in found.items() - reference.items()}):
+        raise RunError(f"{when} the set differs from the uninterrupted one in {', '.join(wrong[:5])}")
+
+
+def await_moment(rng: random.Random, process: subprocess.Popen, out: Path, usual: float, shards: int) -> None:
+    """Wait a random part of the usual seconds, or until one of the next files is there or is being written."""
+    kind = rng.choice(["time", "file", "shard"])
+    end = time.perf_counter() + (rng.uniform(0, usual) if kind == "time" else usual)
+    target = len(list(out.glob("*.bin"))) + rng.randrange(1, max(2, shards // 8))
+    while process.poll() is None and time.perf_counter() < end:
+        if (
+            kind != "time"
+            and len(list(out.glob("*.bin"))) >= target
+            and (kind == "shard" or [*out.glob("*.tmp")])
+        ):
+            return
+        time.sleep(0.0005)
+
+
+def kill_and_compare(args, scratch: Path) -> dict:
+    """Kills, runs and finished sets in figures; RunError at the first difference."""
+    rng, began = random.Random(args.seed), time.perf_counter()
+    whole_set = (
+        scratch / "reference" / "set"
+    )  # every folder has the same name, since shards are named after it
+    whole_set.parent.mkdir()
+    finish(start(args, whole_set, 1), whole_set)
+    usual, reference = time.perf_counter() - began, digests(whole_set)
+    shards = sum(name.endswith(".bin") for name in reference)
+    print(f"reference: {shards} shards in {usual:.1f} s", flush=True)
+    kills = runs = finished = 0
+    stages: collections.Counter = collections.Counter()
+    while kills < args.kills or not finished:
+        out = scratch / f"attempt{finished}" / "set"
+        out.parent.mkdir(exist_ok=True)
+        process = start(args, out, rng.choice([0, 1, 2, 3]))
+        runs += 1
+        if kills < args.kills:
+            await_moment(rng, process, out, usual, shards)
+            process.kill()
+            if process.wait() == -signal.SIGKILL:  # it had not ended by itself
+                kills += 1
+                names = [p.name for p in out.glob("*") if p.name != "prepare.lock"]
+                half = any(name.endswith(".tmp") for name in names)
+                stages["before the first file" if not names else "writing" if half else "between files"] += 1
+                for path in out.glob("*.bin"):
+                    open_shard(path)  # raises unless header and size agree
+                check(digests(out, "*.bin"), reference, f"after kill {kills}")
+                continue
+        finish(process, out)
+        check(digests(out), reference, f"after {kills} kills, finished,")
+        check(reference, digests(out), f"after {kills} kills, finished,")
+        finished += 1
+        print(f"set {finished} finished after {kills} kills in all, identical", flush=True)
+    return {
         "what": "random SIGKILLs of data/fineweb_edu/prepare.py; finished sets compared by SHA-256, meta.json included",
         "kills": kills,
         "runs": runs,
@@ -121,11 +115,25 @@ def main(argv: list[str] | None = None) -> None:
         "killed_while": dict(stages),
         "seconds": round(time.perf_counter() - began),
         "seed": args.seed,
-    } | provenance(__file__, argv)
-    print(json.dumps(report, indent=1))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, report)
+    }
+
+
+def main(argv=None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--input", type=expanded, required=True, help="text, as prepare.py takes it")
+    parser.add_argument("--kills", type=whole(1), default=100, help="kills in all")
+    parser.add_argument("--shard-size", type=whole(100), default=6000, help="tokens a shard")
+    parser.add_argument("--seed", type=whole(0), default=1337, help="of the instants")
+    parser.add_argument("--json", type=expanded, help="write the figures there")
+    args = parser.parse_args(argv)
+    with sentences(), tempfile.TemporaryDirectory() as scratch:
+        if not args.input.is_file():
+            raise RunError(f"there is no input file {args.input}")
+        found = kill_and_compare(args, Path(scratch)) | provenance(__file__, argv)
+        print(json.dumps(found, indent=1))
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.json, found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""What the commands of this room share: a twin that nothing disturbs, and how a run is held against it.
+
+Each of them disturbs runs in its own way. A run has come through if what it left and what it became are its twin's:
+losses, weights and moments, rows and record. All but `furthest` compare bits.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.files import write_json, write_text
+from data.records import read_record
+from engine import checkpoint, contract, runs
+from engine.metrics import read_metrics
+from scripts.provenance import ROOT, provenance
+
+# Runs that a CPU trains in seconds and to the same bits each time; every command adds its own sizes.
+SMALL = {
+    "n_layer": 2, "n_head": 2, "log_interval": 1, "learning_rate": 3e-3, "dtype": "float32", "device": "cpu",
+    "keep": 2, "init_from": "auto",
+}  # fmt: skip
+ALL = 10**6  # as `keep`: a twin keeps every checkpoint
+MEASURED = ("tok_per_sec", "mem_gb", "mfu")  # what differs between two runs of the same thing
+FIGURES = {"train": "train/loss", "val": "val/loss", "norm": "grad_norm"}
+
+
+# ---- running
+
+
+def prepared(data_dir: Path) -> Path:
+    """The folder, absolute, into which pydocs is prepared if it holds no training shards."""
+    if not list(data_dir.glob("*_train_*.bin")):
+        script = ROOT / "data" / "pydocs" / "prepare.py"
+        subprocess.run([sys.executable, str(script), f"--out_dir={data_dir}"], check=True)
+    return data_dir.resolve()
+
+
+def train_command(arm: str, out_dir: Path, keys: dict) -> list[str]:
+    """train.py's words for an arm of config/arms/; whatever starts Python goes before them."""
+    flags = [f"--{k}={v}" for k, v in (keys | {"out_dir": out_dir}).items()]
+    return [str(ROOT / "train.py"), str(ROOT / "config" / "arms" / f"{arm}.py"), *flags]
+
+
+def launch(command: list[str], log: Path, **variables: str) -> subprocess.Popen:
+    """Start a command with one thread; its output goes to the end of a file."""
+    with open(log, "a") as f:
+        return subprocess.Popen(
+            command, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        )  # fmt: skip
+
+
+def renewed(path: Path):
+    """A function that is true once another file is at `path` than when it was called first."""
+    first = []
+
+    def now() -> bool:
+        there = path.exists() and path.stat()
+        first.append(there and (there.st_ino, there.st_mtime_ns))
+        return first[-1] != first[0]
+
+    return now
+
+
+# ---- comparing bits
+
+
+def same_bits(a, b) -> bool:
+    """Equal values of equal type and every tensor equal in its bytes (so 0.0 is not -0.0, and NaN equals itself)."""
+    if isinstance(a, torch.Tensor):
+        return (
+            isinstance(b, torch.Tensor)
+            and (a.dtype, a.shape) == (b.dtype, b.shape)
+            and a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
+        )
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same_bits, a, b))
+    return type(a) is type(b) and a == b
+
+
+def rows_of(out_dir: Path) -> list[dict]:
+    """Rows without what measures the machine; all losses, norms, rates and counters stay."""
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(out_dir)]
+
+
+def record_of(out_dir: Path) -> tuple[dict, dict]:
+    """What config.json and run.json say of the training itself, not of where and how often it was started."""
+    config, run = runs.read_run(out_dir)
+    config = {k: v for k, v in config.items() if k not in ("out_dir", "keep")}
+    return config, {k: run[k] for k in ("arm", "seed", "segments", "diverged", *contract.IDENTITY)}
+
+
+def contents(folder: Path) -> tuple[dict, dict | None, dict]:
+    """(weights, moments, state) of a checkpoint, all empty where it is not whole; how its files are cut is no matter."""
+    if checkpoint.fault(folder) is not None:
+        return {}, None, {}
+    weights, moments, state = checkpoint.load(folder)
+    return weights, moments, {k: v for k, v in state.items() if k != "sha256"}
+
+
+def half_written(out_dir: Path) -> list[Path]:
+    return list(out_dir.glob("ckpt/.writing_*"))
+
+
+def left(out_dir: Path, twin: Path) -> dict:
+    """What a run has left in mid-way: its newest whole checkpoint and its rows so far, and whether they are the twin's."""
+    rows = rows_of(out_dir)
+    newest = next((f for f in reversed(checkpoint.steps(out_dir)) if checkpoint.fault(f) is None), None)
+    return {
+        "newest": newest and newest.name,
+        "rows": len(rows),
+        "rows_equal": rows == rows_of(twin)[: len(rows)],
+        "checkpoint_equal": newest is None
+        or same_bits(contents(newest), contents(twin / "ckpt" / newest.name)),
+    }
+
+
+def compare(out_dir: Path, twin: Path, keep: int) -> dict:
+    """Whether a finished run is its twin in each respect; `keep`: how many checkpoints it should have kept."""
+
+    def pointers(folder: Path) -> list:
+        return [p and p.name for p in (checkpoint.pointed(folder, name) for name in ("latest", "best"))]
+
+    saved = [folder.name for folder in checkpoint.steps(twin)]
+    ours, theirs = (contents(folder / "ckpt" / saved[-1]) for folder in (out_dir, twin))
+    rows = rows_of(out_dir)
+    kept = {*saved[-keep:], *pointers(twin)} - {None}
+    return {
+        "weights_equal": same_bits(ours[0], theirs[0]),
+        "optimizer_equal": same_bits(ours[1], theirs[1]),
+        "state_equal": same_bits(ours[2], theirs[2]),
+        "rows_equal": rows == rows_of(twin),
+        "losses": sum("train/loss" in r or "val/loss" in r for r in rows),
+        "record_equal": record_of(out_dir) == record_of(twin),
+        "pointers_equal": pointers(out_dir) == pointers(twin),
+        "kept_equal": {folder.name for folder in checkpoint.steps(out_dir)} == kept,
+        "nothing_left_equal": not [*out_dir.rglob("*.tmp"), *half_written(out_dir)],
+    }
+
+
+def differences(found: dict) -> list[str]:
+    """The respects in which `left` or `compare` found no equality."""
+    return [k for k, v in found.items() if k.endswith("_equal") and not v]
+
+
+# ---- comparing figures
+
+
+def losses(out_dir: Path) -> dict:
+    """{(iter, name): value} of all losses and gradient norms that were logged."""
+    rows = read_metrics(out_dir)
+    return {
+        (r["iter"], k): np.nan if r[k] is None else r[k]
+        for r in rows
+        for k in (*FIGURES.values(), "val/bpb")
+        if k in r
+    }
+
+
+def furthest(out_dir: Path, twin: Path) -> dict:
+    """{"train", "val", "norm"}: the largest relative difference of any row's figure; the rows must be the same ones."""
+    ours, theirs = losses(out_dir), losses(twin)
+    if ours.keys() != theirs.keys():
+        raise RuntimeError(f"these rows are in one run only: {sorted(ours.keys() ^ theirs.keys())[:4]}")
+    return {
+        short: largest(abs(theirs[k] - ours[k]) / abs(theirs[k]) for k in theirs if k[1] == name)
+        for short, name in FIGURES.items()
+    }
+
+
+def largest(values) -> float:
+    """The largest of some numbers, NaN if one is or is not there: `max` would pass over it."""
+    return float(np.max([np.nan if v is None else v for v in values]))
+
+
+# ---- what is kept
+
+
+def kept(path: Path) -> list[dict]:
+    """Records of earlier starts of a command, which goes on from them; [] at the first."""
+    return read_record(path, list[dict], "the record of an earlier start") if path.exists() else []
+
+
+def report(path: Path, made: dict, data: dict, title: str, *parts) -> None:
+    """Write PATH.json and PATH.md; parts: paragraphs and Tables. Both say where they come from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path.with_suffix(".json"), made | data)
+    text = [f"# {title}", *(p if isinstance(p, str) else p.markdown() for p in parts)]
+    text.append("\n".join(f"- {k}: `{v}`" if k == "command" else f"- {k}: {v}" for k, v in made.items()))
+    write_text(path.with_suffix(".md"), "\n\n".join(text) + "\n")
+
+
+def made_by(script: str, argv, records: list[dict] = ()) -> dict:
+    """Provenance of a command, torch included; of `records` that several starts may have left, theirs counts."""
+    made = provenance(script, argv)
+    made["machine"] += f", torch {torch.__version__}"
+    if records:
+        made["commit"] = ", ".join(sorted({str(r.get("commit")) for r in records}))
+        made["date"] = max(r.get("date", "") for r in records)
+    return made
