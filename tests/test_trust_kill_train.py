@@ -83,3 +83,30 @@ def test_a_twin_that_does_not_train_is_one_sentence(tiny_data, tmp_path):
     argv = ["--recipes=bpe_tied", f"--data_dir={tiny_data}", f"--out={tmp_path}", "--n_layres=2"]
     with pytest.raises(SystemExit, match="error: the unkilled twin does not train: unknown key n_layres"):
         kill_train.main(argv)
+
+
+def test_runs_are_begun_until_there_are_enough_kills_or_trouble(tmp_path, monkeypatch):
+    """Runs that bring fewer kills than planned are made up for; a run with trouble is the last one."""
+    kill = {"rows_equal": True, "checkpoint_equal": True}
+
+    def run(args, count, wanted, twins):
+        assert wanted <= 4
+        trouble = "it hung" if count == args.trouble_at else None
+        return {
+            "run": count,
+            "recipe": "bpe_tied",
+            "trouble": trouble,
+            "kills": [kill] * min(wanted, 2),
+            "end": {},
+        }
+
+    monkeypatch.setattr(kill_train, "killed_run", run)
+    monkeypatch.setattr(kill_train, "make_twin", lambda args, recipe: {})
+    monkeypatch.setattr(kill_train.twin, "prepared", lambda data_dir: data_dir)
+    argv = [f"--out={tmp_path}", "--kills=9", "--per_run=4", "--jobs=1", "--recipes=bpe_tied"]
+    for trouble_at, runs in ((None, [4, 5, 6, 7, 8]), (6, [4, 5, 6])):
+        args = kill_train.arguments(argv)
+        args.trouble_at, records = trouble_at, [{"run": 3, "kills": []}]
+        kill_train.kill_runs(args, records)
+        assert [r["run"] for r in records[1:]] == runs
+    assert json.loads((tmp_path / "records.json").read_text()) == records

@@ -225,16 +225,17 @@ def passed(record: dict, kill: dict) -> bool:
 
 
 def kill_runs(args, records: list[dict]) -> None:
-    """Add records of further runs, some side by side, until there are enough kills or no minutes left."""
+    """Add records of further runs, some side by side, until there are enough kills, no minutes left, or trouble."""
     args.data_dir = twin.prepared(args.data_dir)
-    began, count = time.monotonic(), len(records)
+    began, troubled = time.monotonic(), False
+    count = max((r["run"] for r in records), default=-1) + 1
     with ThreadPoolExecutor(args.jobs) as pool:
         twins = dict(zip(args.recipes, pool.map(lambda r: make_twin(args, r), args.recipes), strict=True))
         running = {}  # future: kills that it may bring
         while True:
             missing = args.kills - sum(len(r["kills"]) for r in records) - sum(running.values())
             late = args.minutes and time.monotonic() - began > 60 * args.minutes
-            if missing > 0 and len(running) < args.jobs and not late:
+            if missing > 0 and len(running) < args.jobs and not late and not troubled:
                 wanted = min(args.per_run, missing)
                 running[pool.submit(killed_run, args, count, wanted, twins)] = wanted
                 count += 1
@@ -244,6 +245,7 @@ def kill_runs(args, records: list[dict]) -> None:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 del running[future]
                 record = future.result()
+                troubled = troubled or record["trouble"] is not None
                 records.append(record)
                 write_json(args.out / "records.json", records)
                 print(
