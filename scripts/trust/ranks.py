@@ -39,13 +39,7 @@ KEYS = twin.SMALL | {
     "n_embd": 64, "block_size": 64, "global_batch_size": 8, "max_iters": 40, "eval_interval": 10, "ckpt_interval": 10,
     "eval_tokens": 4096, "warmup_iters": 4, "pos_dim": 16, "keep": 1000,
 }  # fmt: skip
-LONGER = {
-    "batch_size": 4,
-    "max_iters": 200,
-    "eval_interval": 50,
-    "ckpt_interval": 10,
-    "keep": 2,
-}  # to kill in
+LONGER = {"batch_size": 4, "max_iters": 200, "eval_interval": 50, "keep": 2}  # enough steps to kill in
 SPLITS = [(1, 4), (1, 2), (1, 1), (2, 4), (2, 2), (2, 1), (4, 2), (4, 1)]  # (ranks, batch_size); first (1, 8)
 RESUMES = [(1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)]  # (ranks before, ranks after)
 LARGEST = {1: 8, 2: 4, 4: 2}  # batch_size of one micro-step
