@@ -67,9 +67,13 @@ def two_nodes(*options: str) -> list[str]:
     return agent(1, *meet.split(), *options)
 
 
+# The agents look for each other's names otherwise, and a machine may not know its own. A store that torchrun shares
+# with the workers is not announced to a node that comes later: without the last one, a lost node is never replaced.
+VARIABLES = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 def launch(command: list[str], log: Path) -> subprocess.Popen:
-    # the agents look for each other's names otherwise, and a machine may not know its own
-    LAUNCHED.append(twin.launch(command, log, GLOO_SOCKET_IFNAME="lo", PYTHONUNBUFFERED="1"))
+    LAUNCHED.append(twin.launch(command, log, **VARIABLES))
     return LAUNCHED[-1]
 
 
