@@ -202,5 +202,5 @@ def made_by(script: str, argv, records: list[dict] = ()) -> dict:
     made["machine"] += f", torch {torch.__version__}"
     if records:
         made["commit"] = ", ".join(sorted({str(r.get("commit")) for r in records}))
-        made["date"] = max(r.get("date", "") for r in records)
+        made["date"] = max((r["date"] for r in records if "date" in r), default=made["date"])
     return made
