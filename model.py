@@ -346,6 +346,7 @@ def input_embedding(config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | Non
         length_buffer=F.pad(length_buffer, (0, padding)),
         length_normalize=config.length_normalize,
         z_normalize=config.z_normalize,
+        mode="cached",  # generation and evaluation look up in a table; training never keeps one
         init_rms=rms,
         ngrams=config.wte_ngrams,
         rank=config.wte_rank,

@@ -184,8 +184,8 @@ class KroneckerEmbedding(nn.Module):
         """
         if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
             raise TypeError(f"token ids must be integers, but they are {input_ids.dtype}")
-        if self.mode == "cached" and not self.training and not torch.is_grad_enabled():
-            return nn.functional.embedding(input_ids.long(), self._cached_table())
+        if self._caches():
+            return nn.functional.embedding(input_ids.long(), self.table())
         ids = input_ids.long()
         e = self._embed(ids, self._byte_buffer, self._length_buffer)
         if self.ngrams:
@@ -195,7 +195,21 @@ class KroneckerEmbedding(nn.Module):
         return e
 
     def table(self) -> Tensor:
-        """The whole table codec(all tokens) W^T (vocab_size, d_model): differentiable, fresh each call."""
+        """The whole table codec(all tokens) W^T (vocab_size, d_model): differentiable, fresh each call.
+
+        In mode="cached", while the module is in eval() mode and gradients are off, it is the kept one: do not write to it.
+        """
+        if self._caches():
+            versions = [p._version for p in self.parameters()]
+            if self._table is None or versions != self._table_versions:
+                self._table, self._table_versions = self._make_table(), versions
+            return self._table
+        return self._make_table()
+
+    def _caches(self) -> bool:
+        return self.mode == "cached" and not self.training and not torch.is_grad_enabled()
+
+    def _make_table(self) -> Tensor:
         ids_V = torch.arange(self.vocab_size, device=self.projection.weight.device)
         e_VxM = self._embed(ids_V, self._byte_buffer, self._length_buffer)
         if self.ngrams:
@@ -310,12 +324,6 @@ class KroneckerEmbedding(nn.Module):
     def train(self, mode: bool = True):
         self._table = None
         return super().train(mode)
-
-    def _cached_table(self) -> Tensor:
-        versions = [p._version for p in self.parameters()]
-        if self._table is None or versions != self._table_versions:
-            self._table, self._table_versions = self.table(), versions
-        return self._table
 
 
 @torch.no_grad()
