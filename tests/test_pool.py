@@ -155,7 +155,7 @@ def parent(tmp_path, job):
     )
     folders = [tmp_path / n for n in ("a", "b")]
     for folder in folders:
-        wait_for(folder / "metrics.jsonl", '"iter": 2', seconds=60)
+        wait_for(folder / "metrics.jsonl", '"iter": 2', seconds=180)
     yield process, folders
     if process.poll() is None:
         process.kill()
@@ -174,7 +174,7 @@ def test_children_of_a_killed_parent_save_and_end(parent):
 def test_a_hang_up_stops_the_jobs_in_order(parent, number):
     process, folders = parent
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert "the same command goes on from there" in out and not err
     assert all((folder / "saved").exists() for folder in folders)

@@ -109,7 +109,7 @@ def test_a_run_that_is_stopped_on_ray_saves(cluster, tmp_path, monkeypatch):
     ray.shutdown()
     engine = ray_pool.OnRay(cluster.address)
     ref = engine.start(pool.Job("a", [sys.executable, "-c", child], tmp_path / "a", 5))
-    deadline = time.time() + 60
+    deadline = time.time() + 180
     while not (tmp_path / "begun").exists():
         assert time.time() < deadline
         time.sleep(0.05)
