@@ -172,14 +172,14 @@ def test_scores_do_not_depend_on_the_batch(gpt2_runs):
         (tokenizer.encode("The " * n), tokenizer.encode(" quick fox" * k))
         for n, k in ((1, 2), (150, 1), (9, 30), (4, 1))
     ]
-    slots = [{0: b" zorblescope"}, {149: b" quin", 2: b" gone"}, {}, {3: b"x"}]
+    slots = [{1: b" zorblescope"}, {149: b" quin", 2: b" gone"}, {}, {3: b"x"}]
     together, hits = likelihood.score(model, pairs, slots, batch_tokens=10_000, greedy=True)
     for k, pair in enumerate(pairs):
         (alone,), (hit,) = likelihood.score(model, [pair], [slots[k]], greedy=True)
         np.testing.assert_allclose(together[k], alone, atol=1e-5)
         assert hit == hits[k] and len(alone) == len(pair[1])
     (plain,), _ = likelihood.score(model, pairs[:1])
-    assert abs(plain - together[0]).max() > 1e-4  # the slot's bytes count
+    assert abs(plain - together[0]).max() > 1e-3  # the slot's bytes count: it stands before the first that is scored
     # a position in the context that was cut off is gone with it, the others move with the text
     (without,), _ = likelihood.score(model, [pairs[1]], [{149: b" quin"}])
     np.testing.assert_allclose(without, together[1], atol=1e-5)

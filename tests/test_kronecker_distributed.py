@@ -52,6 +52,8 @@ def worker(rank, port, kind, result):
             grad = emb.projection.weight.grad.full_tensor()
         if rank == 0:
             torch.save(grad, result)
+        dist.barrier()  # a rank that leaves while gloo's threads still work for the other is ended by SIGABRT
+        del model
     finally:
         dist.destroy_process_group()
 
