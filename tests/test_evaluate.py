@@ -179,7 +179,7 @@ def test_scores_do_not_depend_on_the_batch(gpt2_runs):
         np.testing.assert_allclose(together[k], alone, atol=1e-5)
         assert hit == hits[k] and len(alone) == len(pair[1])
     (plain,), _ = likelihood.score(model, pairs[:1])
-    assert abs(plain - together[0]).max() > 1e-3  # the slot's bytes count: it stands before the first that is scored
+    assert abs(plain - together[0]).max() > 1e-3  # the slot's bytes count
     # a position in the context that was cut off is gone with it, the others move with the text
     (without,), _ = likelihood.score(model, [pairs[1]], [{149: b" quin"}])
     np.testing.assert_allclose(without, together[1], atol=1e-5)
