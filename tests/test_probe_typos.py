@@ -106,6 +106,16 @@ def test_costs_against_the_model_asked_plainly(gpt2_runs, pairs):
         assert r["bpb_cost"] == r["bpb_typo"] - r["bpb_clean"]
 
 
+def test_a_continuation_longer_than_a_context_is_scored_in_part(gpt2_runs):
+    model, tokenizer, _ = load_run(gpt2_runs / "kronecker_s1")
+    words = {"clean": "It was then", "typo": "It was thne", "typo_word": "thne", "category": "swapped"}
+    pair = words | {"continuation": " 7q" * 200}
+    (record,) = spelling.measure(model, tokenizer, [pair], 8)
+    half = {**pair, "continuation": tokenizer.decode(tokenizer.encode(pair["continuation"])[:64])}
+    (same,) = spelling.measure(model, tokenizer, [half], 8)
+    assert record["bpb_clean"] == pytest.approx(same["bpb_clean"]) and record["bpb_typo"] > 0
+
+
 def test_the_command_with_drawn_pairs(gpt2_runs, tmp_path, capsys):
     text, out = tmp_path / "held_out.txt", tmp_path / "out"
     text.write_text(TEXT)

@@ -103,14 +103,14 @@ def measure(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> list[d
                 }
             )
     if pairs and "continuation" in pairs[0]:
-        follows = [(tokenizer.encode(p["continuation"]), len(p["continuation"].encode())) for p in pairs]
+        # at most half a context of it: words that are no prose can take a hundred tokens of a small vocabulary
+        longest, n_bytes_of = model.config.block_size // 2, tokenizer.byte_lengths()
+        follows = [tokenizer.encode(p["continuation"])[:longest] for p in pairs]
         for side in ("clean", "typo"):
-            texts = [
-                (tokenizer.encode(p[side]), tokens) for p, (tokens, _) in zip(pairs, follows, strict=True)
-            ]
+            texts = [(tokenizer.encode(p[side]), tokens) for p, tokens in zip(pairs, follows, strict=True)]
             nats, _ = score(model, texts)
-            for r, x, (_, n_bytes) in zip(records, nats, follows, strict=True):
-                r[f"bpb_{side}"] = float(x.sum() / math.log(2) / n_bytes)
+            for r, x, tokens in zip(records, nats, follows, strict=True):
+                r[f"bpb_{side}"] = float(x.sum() / math.log(2) / n_bytes_of[tokens].sum())
         for r in records:
             r["bpb_cost"] = r["bpb_typo"] - r["bpb_clean"]
             more = r["n_tokens_typo"] - r["n_tokens_clean"]
