@@ -24,6 +24,7 @@ from data.records import Record, read_record, validated
 from engine.contract import RULES
 from engine.errors import RunError
 from engine.metrics import read_metrics
+from engine.runs import read_run
 from model import USUAL_RMS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,8 +358,7 @@ def record_path(exp: Experiment, run: Run, root: Path = ROOT) -> Path:
 
 def write_record(exp: Experiment, run: Run, out_dir: Path, state: str, root: Path = ROOT) -> None:
     """Keep what a finished (or diverged) run's folder says, on one line, without where on this machine it lay."""
-    config = json.loads((out_dir / "config.json").read_text())
-    about = json.loads((out_dir / "run.json").read_text())
+    config, about = read_run(out_dir)
     rows = []
     for row in read_metrics(out_dir):
         if "val/loss" in row or row.get("iter", 0) % 64 == 0:

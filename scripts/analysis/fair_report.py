@@ -263,24 +263,17 @@ def draw(c: dict, folder: Path) -> list[tuple[str, str]]:
 
 def draw_tuning(c: dict):
     """Two panels for each rung: loss by learning rate, and loss by the multiplier of the input side."""
-    points = [p for p in c["curves"] if p["loss"] is not None]
+    points = [p for p in c["curves"] if p["loss"] is not None and p["stage"] == "tune"]
     if not points:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     for arm in sorted({p["arm"] for p in points}, key=arm_sort_key):
         usual = experiment.own_keys(arm)
-        mine = [p for p in points if p["arm"] == arm and p["stage"] == "tune"]
+        mine = [p for p in points if p["arm"] == arm]
         at_default = [p for p in mine if all(p[k] == usual[k] for k in ("wte_lr_mult", "wte_init_rms"))]
         at_default.sort(key=lambda p: p["learning_rate"])
         style = arm_style(arm, c["arms"])
-        left.plot(
-            [p["learning_rate"] for p in at_default],
-            [p["loss"] for p in at_default],
-            marker="o",
-            markersize=4,
-            label=label(arm),
-            **style,
-        )
+        draw_line(left, at_default, "learning_rate", arm, style)
         best = min(mine, key=lambda p: p["loss"])
         line = sorted(
             (
@@ -290,21 +283,14 @@ def draw_tuning(c: dict):
             ),
             key=lambda p: p["wte_lr_mult"],
         )
-        right.plot(
-            [p["wte_lr_mult"] for p in line],
-            [p["loss"] for p in line],
-            marker="o",
-            markersize=4,
-            label=label(arm),
-            **style,
-        )
+        draw_line(right, line, "wte_lr_mult", arm, style)
     low = min(p["loss"] for p in points)
     for ax, key, title in (
         (left, "learning_rate", "Loss by learning rate"),
         (right, "wte_lr_mult", "Loss by the input side's multiplier"),
     ):
         ax.set_xscale("log", base=2)
-        ticks = sorted({p[key] for p in points if p["stage"] == "tune"})
+        ticks = sorted({p[key] for p in points})
         ax.set_xticks(ticks, [f"{v:g}" for v in ticks])
         ax.xaxis.set_minor_formatter(lambda v, _: "")
         ax.set_title(title)
@@ -314,6 +300,18 @@ def draw_tuning(c: dict):
         ax.set_ylim(low - 0.03, min(low + 1.0, max(p["loss"] for p in points) + 0.03))
     legend_below(figure, left)
     return figure
+
+
+def draw_line(ax, points: list[dict], key: str, arm: str, style: dict) -> None:
+    """Loss of an arm's tuning runs by one key, a mark a run."""
+    ax.plot(
+        [p[key] for p in points],
+        [p["loss"] for p in points],
+        marker="o",
+        markersize=4,
+        label=label(arm),
+        **style,
+    )
 
 
 def draw_gap(c: dict):
