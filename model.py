@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.linear import Linear, linear
 from engine.loss import cross_entropy, liger_loss, matmul_dtype
 from kronecker import KroneckerEmbedding, controls
 
@@ -98,8 +99,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, past: Tensor | None = None, pos: int = 0) -> Tensor:
@@ -117,8 +118,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout, self.gelu = nn.Dropout(config.dropout), config.gelu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class GPT(nn.Module):
             }
         )
         # A tied head has no weights of its own, and so no second name in a checkpoint.
-        self.lm_head = None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_weights else Linear(config.n_embd, config.vocab_size, bias=False)
         # A tied head multiplies by a table of RMS 0.02, as GPT-2's does: where the table starts at another, a learned
         # scalar makes up for it. (Without it the first loss of kronecker_tied would be about 94 instead of ln V.)
         scaled_tie = config.tie_weights and config.wte_init_rms != 0.02
@@ -206,7 +207,7 @@ class GPT(nn.Module):
         """
         x, weight = self.hidden(idx, byte_overrides, past, pos)
         if targets is None:
-            return F.linear(x[:, -1:], weight), None
+            return linear(x[:, -1:], weight), None
         if self.liger is not None and reduction == "mean" and torch.is_grad_enabled():
             dtype = matmul_dtype(x)
             return None, self.liger(weight.to(dtype), x.flatten(0, 1).to(dtype), targets.flatten())
