@@ -5,7 +5,6 @@
 # 1.5 GPU-hours; at 30% of an A100's 312, 6.4. Four arms with three seeds: 12 times as much.
 dataset = "fineweb_edu"
 out_dir = "out/gpt2_124m/one"
-wandb_project = "kronecker-nanogpt"
 
 n_layer, n_head, n_embd, block_size = 12, 12, 768, 1024
 vocab_size = 50304
