@@ -87,26 +87,36 @@ def test_a_twin_that_does_not_train_is_one_sentence(tiny_data, tmp_path):
 
 def test_runs_are_begun_until_there_are_enough_kills_or_trouble(tmp_path, monkeypatch):
     """Runs that bring fewer kills than planned are made up for; a run with trouble is the last one."""
-    kill = {"rows_equal": True, "checkpoint_equal": True}
+    of_kill = {"in_write": True, "between_rename_and_pointer": False, "torn_row": False, "newest": None}
 
-    def run(args, count, wanted, twins):
+    def run(job):
+        args, count, wanted, _ = job
         assert wanted <= 4
         trouble = "it hung" if count == args.trouble_at else None
+        kills = [of_kill] * min(wanted, 2)
         return {
             "run": count,
             "recipe": "bpe_tied",
             "trouble": trouble,
-            "kills": [kill] * min(wanted, 2),
-            "end": {},
+            "missed": 0,
+            "kills": kills,
+            "end": {"losses": 0},
         }
 
     monkeypatch.setattr(kill_train, "killed_run", run)
-    monkeypatch.setattr(kill_train, "make_twin", lambda args, recipe: {})
+    monkeypatch.setattr(kill_train, "make_twin", lambda job: {})
+    monkeypatch.setattr(kill_train.twin, "side_by_side", lambda function, jobs, count: map(function, jobs))
     monkeypatch.setattr(kill_train.twin, "prepared", lambda data_dir: data_dir)
-    argv = [f"--out={tmp_path}", "--kills=9", "--per_run=4", "--jobs=1", "--recipes=bpe_tied"]
-    for trouble_at, runs in ((None, [4, 5, 6, 7, 8]), (6, [4, 5, 6])):
-        args = kill_train.arguments(argv)
-        args.trouble_at, records = trouble_at, [{"run": 3, "kills": []}]
+    argv = [f"--out={tmp_path}", "--kills=9", "--per_run=4", "--recipes=bpe_tied"]
+    for jobs, trouble_at, numbers in (
+        (1, None, [4, 5, 6, 7, 8]),
+        (1, 6, [4, 5, 6]),
+        (2, None, [4, 5, 6, 7, 8]),
+        (2, 4, [4, 5]),
+    ):
+        args = kill_train.arguments([*argv, f"--jobs={jobs}"])
+        args.trouble_at = trouble_at
+        records = [run((args, 3, 0, {}))]
         kill_train.kill_runs(args, records)
-        assert [r["run"] for r in records[1:]] == runs
+        assert [r["run"] for r in records[1:]] == numbers
     assert json.loads((tmp_path / "records.json").read_text()) == records

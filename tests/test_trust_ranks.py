@@ -65,12 +65,12 @@ def test_who_listens_where(listening):
 
 
 def test_a_launch_that_fails_says_why(tmp_path):
-    log = tmp_path / "log"
-    process = ranks.launch([sys.executable, "-c", "print('error: no such thing'); raise SystemExit(3)"], log)
+    code = "print('error: no such thing'); raise SystemExit(3)"
+    process = ranks.twin.launch([sys.executable, "-c", code], tmp_path / "run")
     with pytest.raises(ranks.RunError, match=r"ended with \[3\], not 0: no such thing"):
-        ranks.finish([process], log)
-    ranks.finish([process], log, 3)
-    ranks.finish([process], log, None)
+        ranks.finish([process], tmp_path / "run")
+    ranks.finish([process], tmp_path / "run", 3)
+    ranks.finish([process], tmp_path / "run", None)
 
 
 def test_a_cut_run_ends_with_its_checkpoint(tmp_path):
@@ -82,20 +82,43 @@ def test_a_cut_run_ends_with_its_checkpoint(tmp_path):
 
 
 def test_kept_rows_are_reported_and_a_nan_fails(tmp_path, tiny_data, monkeypatch, capsys):
-    """Rows of earlier starts count, and null, which a NaN is in a file, is no small difference."""
-    new = [{"kind": "evaluation", "arm": "bpe_tied", "what": "4 ranks", "val": 1e-7}]
-    monkeypatch.setattr(ranks, "matrix", lambda args, arm: new)
+    """What an earlier start measured is not measured again, and null, a NaN in a file, is no small difference."""
+    measured = []
+
+    def measure(args, arm, number):
+        measured.append(number)
+        return {"val": number * 1e-7}
+
+    jobs = [("evaluation", "bpe_tied", f"{n} ranks", measure, n) for n in (2, 4)]
+    jobs += [("splits", "bpe_tied", "of no chosen part", measure, 8)]
+    monkeypatch.setattr(ranks, "jobs", lambda args: jobs)
     node = {"kind": "nodes", "arm": "kronecker", "what": "two nodes", "train": 0.0, "val": 0.0, "norm": 0.0}
-    argv = ["--parts=evaluation", "--arms=bpe_tied", f"--data_dir={tiny_data}", f"--out={tmp_path}"]
+    argv = [
+        "--parts=evaluation",
+        f"--data_dir={tiny_data}",
+        f"--out={tmp_path}",
+        f"--report={tmp_path / 'r'}",
+    ]
     for val, status in ((0.0, 0), (None, 1)):
-        kept = [node | {"bit_identical": val == 0, "val": val, "peers_gone_s": 1.5}, new[0] | {"val": 1.0}]
+        known = {"kind": "evaluation", "arm": "bpe_tied", "what": "2 ranks", "val": 2e-7}
+        kept = [node | {"bit_identical": val == 0, "val": val, "peers_gone_s": 1.5}, known]
         (tmp_path / "rows.json").write_text(json.dumps(kept))
-        assert ranks.main([*argv, f"--report={tmp_path / 'r'}"]) == status
+        assert ranks.main(argv) == status and measured == [4]
+        assert ranks.main(argv) == status and measured == [4]
+        measured.clear()
         text = (tmp_path / "r.md").read_text()
-        assert "| bpe_tied | 4 ranks |  | 1.0e-07 |  |" in text
+        assert "| bpe_tied | 2 ranks |  | 2.0e-07 |  |\n| bpe_tied | 4 ranks |  | 4.0e-07 |  |" in text
         assert f"| two nodes | {'yes' if val == 0 else 'no, nan'} | 1.5 s |  |  |" in text
-        worst = math.nan if val is None else 1e-7
+        worst = math.nan if val is None else 4e-7
         assert f"difference of a loss: {worst:.1e}" in capsys.readouterr().out
+
+
+def test_every_job_has_a_name_of_its_own_and_is_counted():
+    """8 splits, 6 resumes and 2 evaluations of each arm, and 6 jobs on nodes."""
+    args = ranks.twin.Parser("").parse_args([])
+    args.arms = ["bpe_tied", "kronecker"]
+    names = [job[:3] for job in ranks.jobs(args)]
+    assert len(set(names)) == len(names) == 2 * (8 + 6 + 2) + 6
 
 
 def test_bad_arguments():

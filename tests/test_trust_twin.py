@@ -171,23 +171,39 @@ def test_rows_that_one_run_lacks(tmp_path):
 
 
 def test_a_file_that_is_made_anew(tmp_path):
-    renewed = twin.renewed(tmp_path / "file")
-    assert not renewed()
-    twin.write_text(tmp_path / "file", "same")
-    assert renewed()
-    renewed = twin.renewed(tmp_path / "file")
-    assert not renewed() and not renewed()
-    twin.write_text(tmp_path / "file", "same")
-    assert renewed()
+    for _ in range(2):
+        renewed = twin.renewed(tmp_path / "file")
+        assert not renewed() and not renewed()
+        twin.write_text(tmp_path / "file", "same")
+        assert renewed() and renewed()
+
+
+def test_forks_work_side_by_side_and_answer_in_order():
+    assert list(twin.side_by_side(math.sqrt, [4.0, 9.0, 1.0], 2)) == [2.0, 3.0, 1.0]
+
+
+def test_the_clock_without_a_limit_never_rings():
+    assert not twin.clock(0)() and twin.clock(1e-9)() and not twin.clock(60)()
 
 
 def test_a_report_says_where_it_comes_from(tmp_path):
     records = [{"commit": "b", "date": "2026-01-02"}, {"commit": "a", "date": "2026-01-03"}]
-    made = twin.made_by(twin.__file__, ["--report", "x"], records)
-    twin.report(tmp_path / "new" / "x", made, {"n": math.nan}, "Title", "Words.", Table("T", ["a"], [["b"]]))
+    table = Table("T", ["a"], [["b"]])
+    path, argv = tmp_path / "new" / "x", ["--report", "x"]
+    twin.report(None, twin.__file__, argv, records, {}, "Title", [])
+    twin.report(path, twin.__file__, argv, records, {"n": math.nan}, "Title", ["Words.", table])
     found = json.loads((tmp_path / "new" / "x.json").read_text())
-    assert found == made | {"n": None}
+    assert found["n"] is None and list(found) == ["command", "commit", "machine", "date", "n"]
     assert (found["commit"], found["date"]) == ("a, b", "2026-01-03")
     text = (tmp_path / "new" / "x.md").read_text()
     assert text.startswith("# Title\n\nWords.\n\n## T\n\n| a |\n")
     assert "- command: `python scripts/trust/twin.py --report x`\n- commit: a, b\n- machine: " in text
+
+
+def test_records_are_kept_with_commit_and_date(tmp_path):
+    records = twin.kept(tmp_path / "records.json")
+    assert records == []
+    twin.keep(tmp_path / "records.json", records, {"a": 1})
+    twin.keep(tmp_path / "records.json", records, {"a": 2})
+    assert twin.kept(tmp_path / "records.json") == records
+    assert [r["a"] for r in records] == [1, 2] and set(records[0]) == {"a", "commit", "date"}

@@ -2,38 +2,33 @@
 
     python scripts/trust/kill_lines.py --report results/trust/kill_lines
     python scripts/trust/kill_lines.py --stride 10 --only engine/checkpoint.py
+    python scripts/trust/kill_lines.py --minutes 4                           a slice; the same command goes on
 
 A kill from outside (scripts/trust/kill_train.py) seldom finds the few microseconds between two renames. Here a
 forked child trains four steps under a trace function that sends it SIGKILL as the N-th line of train.py,
-engine/ or data/files.py begins; a second child goes on undisturbed, and what it ends with is held against the twin that was
-never killed, as kill_train.py does. First in a run that begins (`fresh`), then in one that goes on from what a
-kill in the middle of a checkpoint write has left (`resumed`).
+engine/ or data/files.py begins; a second child goes on undisturbed, and what it ends with is held against the twin
+that was never killed. First in a run that begins (`fresh`), then in one that goes on from what a kill in the middle
+of a checkpoint write has left (`resumed`).
 """
 
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork must not inherit a thread pool
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import numpy as np
 import torch._dynamo  # noqa: F401 - the optimizer imports it: better once here than in every child
 
 import configurator
 import train
-from data.files import expanded, write_json
-from data.meta import characters_meta, write_meta
-from data.shards import write_shard
 from engine.errors import RunError, sentences
 from scripts.analysis.report import Table
-from scripts.arguments import Parser, number, whole
-from scripts.provenance import ROOT, commit, today
+from scripts.arguments import whole
+from scripts.provenance import ROOT
 from scripts.trust import twin
 
 KEYS = twin.SMALL | {
@@ -44,11 +39,11 @@ TRACED = ["train.py", "data/files.py", *sorted(f"engine/{p.name}" for p in (ROOT
 SCENES = ("fresh", "resumed")
 
 
-def child(out: Path, name: str, kill_at: int = 0, when=None, listed: bool = False, **changes) -> int:
+def child(args, name: str, kill_at: int = 0, when=None, lines_to=None, **changes) -> int:
     """Train OUT/NAME in a fork of this process; returns its exit status, negative for a signal.
 
     kill_at: number of the line (from 1) at which it kills itself. when: kills itself at the first line for
-    which when() is true. listed: OUT/NAME.lines gets "file:line" of all lines executed.
+    which when() is true. lines_to: a file that gets "file:line" of all lines executed.
     """
     names = {str(ROOT / f): f for f in TRACED}
     pid = os.fork()
@@ -64,15 +59,15 @@ def child(out: Path, name: str, kill_at: int = 0, when=None, listed: bool = Fals
         return on_line
 
     try:
-        with open(out / f"{name}.log", "w") as log:
+        with open(args.out / f"{name}.log", "w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        keys = KEYS | {"data_dir": out / "data", "out_dir": out / name} | changes
+        keys = KEYS | {"data_dir": args.data_dir, "out_dir": args.out / name} | changes
         sys.settrace(lambda frame, event, arg: on_line if frame.f_code.co_filename in names else None)
         train.main(configurator.load([f"--{k}={v}" for k, v in keys.items()]))
         sys.settrace(None)
-        if listed:
-            (out / f"{name}.lines").write_text("\n".join(seen))
+        if lines_to:
+            lines_to.write_text("\n".join(seen))
         status = 0
     except BaseException as e:
         sys.settrace(None)
@@ -89,83 +84,67 @@ def begin(out: Path, scene: str, name: str) -> None:
 
 
 def kill_and_go_on(job) -> dict:
-    out, scene, count, line, now = job
-    name = f"{scene}_{count}"
-    begin(out, scene, name)
-    killed = child(out, name, kill_at=count)
-    went_on = child(out, name)
-    trouble = None
+    """The record of a run killed at line number `count` and started again."""
+    args, scene, count, line = job
+    name, trouble = f"{scene}_{count}", None
+    begin(args.out, scene, name)
+    killed = child(args, name, kill_at=count)
     if killed != -signal.SIGKILL:
         trouble = f"it ended with status {killed} before its line came"
-    elif went_on:
+    elif went_on := child(args, name):
         trouble = f"the next start ended with status {went_on}"
-    elif wrong := twin.differences(twin.compare(out / name, out / "twin", KEYS["keep"])):
+    elif wrong := twin.differences(twin.compare(args.out / name, args.out / "twin", KEYS["keep"])):
         trouble = f"not {', '.join(wrong)}"
     else:
-        shutil.rmtree(out / name)
-        (out / f"{name}.log").unlink()
-    return {"scene": scene, "number": count, "line": line, "trouble": trouble} | now
+        shutil.rmtree(args.out / name)
+        (args.out / f"{name}.log").unlink()
+    return {"scene": scene, "number": count, "line": line, "trouble": trouble}
 
 
-def prepare(out: Path) -> list[tuple[str, int, str]]:
-    """Make data, the twin and what a kill in a write leaves; (scene, number, line) of every line executed."""
-    for name in ("twin", "torn", "data"):
+def prepare(args) -> list[tuple[str, int, str]]:
+    """Make the twin and what a kill in a write leaves; (scene, number, line) of every line executed."""
+    out, lines = args.out, []
+    for name in ("twin", "torn"):
         shutil.rmtree(out / name, ignore_errors=True)
-    (out / "data").mkdir()
-    tokens = np.random.default_rng(0).integers(0, 28, 3000).astype(np.uint16)
-    write_shard(out / "data" / "noise_val_000000.bin", tokens[:500])
-    write_shard(out / "data" / "noise_train_000001.bin", tokens[500:])
-    write_meta(out / "data", characters_meta("noise", list("\n abcdefghijklmnopqrstuvwxyz")))
-    if child(out, "twin", keep=twin.ALL):
+    if child(args, "twin", keep=twin.ALL):
         raise RunError(f"the unkilled twin does not train: see {out / 'twin.log'}")
 
     def writing_third() -> bool:
         folders = twin.half_written(out / "torn")
         return any(f.name.endswith("3") and (f / "optimizer.pt").exists() for f in folders)
 
-    if child(out, "torn", when=writing_third) != -signal.SIGKILL:
+    if child(args, "torn", when=writing_third) != -signal.SIGKILL:
         raise RunError(f"no kill fell into the third checkpoint's write: see {out / 'torn.log'}")
-    todo = []
     for scene in SCENES:
         name = f"{scene}_all"
         begin(out, scene, name)
-        if child(out, name, listed=True):
+        if child(args, name, lines_to=out / f"{name}.lines"):
             raise RunError(f"an unkilled run fails under the trace function: see {out / f'{name}.log'}")
-        lines = (out / f"{name}.lines").read_text().split()
-        todo += [(scene, count, line) for count, line in enumerate(lines, 1)]
-    return todo
+        executed = (out / f"{name}.lines").read_text().split()
+        lines += [(scene, count, line) for count, line in enumerate(executed, 1)]
+    return lines
 
 
-def tables(records: list[dict], executed: dict) -> list:
+def parts(records: list[dict], executed: dict) -> list:
     """The report's paragraphs and tables."""
 
     def passed(part: list[dict]) -> str:
         return f"{sum(r['trouble'] is None for r in part):,}"
 
-    of_scene = {scene: [r for r in records if r["scene"] == scene] for scene in SCENES}
-    of_file = {file: [r for r in records if r["line"].startswith(file + ":")] for file in TRACED}
+    scenes, files = [], []
+    for scene in SCENES:
+        part = [r for r in records if r["scene"] == scene]
+        different = len({r["line"] for r in part})
+        scenes.append([scene, f"{executed[scene]:,}", f"{len(part):,}", different, passed(part)])
+    for file in TRACED:
+        if part := [r for r in records if r["line"].startswith(file + ":")]:
+            files.append([f"`{file}`", f"{len(part):,}", passed(part)])
+    header = ["run", "lines it executes", "killed at", "different lines of source", "passed"]
     return [
         f"**{passed(records)} of {len(records):,}** killed runs were finished by the next start and ended in the "
         "twin's bits.",
-        Table(
-            "By run",
-            ["run", "lines it executes", "killed at", "different lines of source", "passed"],
-            [
-                [
-                    scene,
-                    f"{executed[scene]:,}",
-                    f"{len(part):,}",
-                    len({r["line"] for r in part}),
-                    passed(part),
-                ]
-                for scene, part in of_scene.items()
-            ],
-        ),
-        Table(
-            "By file",
-            ["file", "killed at", "passed"],
-            [[f"`{file}`", f"{len(part):,}", passed(part)] for file, part in of_file.items() if part],
-        ),
+        Table("By run", header, scenes),
+        Table("By file", ["file", "killed at", "passed"], files),
         "`fresh`: a run that begins. `resumed`: one that goes on from what a kill in the middle of a checkpoint "
         "write has left. Compared are weights and moments in every bit, all rows but speed and memory, the run's "
         "record, the kept checkpoints, `latest` and `best`, and that nothing half-written stays.",
@@ -173,45 +152,35 @@ def tables(records: list[dict], executed: dict) -> list:
 
 
 def main(argv=None) -> int:
-    parser = Parser(__doc__)
+    parser = twin.parser(__doc__, "out/kill_lines")
     add = parser.add_argument
     add("--stride", type=whole(1), default=1, help="kill at every so many-th line")
     add(
         "--only", choices=TRACED, metavar="FILE", help="kill only at lines of FILE, e.g. engine/checkpoint.py"
     )
-    add("--jobs", type=whole(1), default=2, help="runs side by side")
-    add(
-        "--minutes", type=number(0), default=0, help="stop after so many (0: never); the same command goes on"
-    )
-    add("--out", type=expanded, default=Path("out/kill_lines"), help="folder of the runs")
-    add("--report", type=expanded, help="write REPORT.json and REPORT.md")
     args = parser.parse_args(argv)
     with sentences():
-        out, began = args.out.resolve(), time.monotonic()
-        out.mkdir(parents=True, exist_ok=True)
-        lines = prepare(out)
-        executed = {scene: sum(t[0] == scene for t in lines) for scene in SCENES}
+        late, args.out = twin.clock(args.minutes), args.out.resolve()
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.data_dir = twin.prepared(args.data_dir)
+        lines = prepare(args)
+        executed = {scene: sum(line[0] == scene for line in lines) for scene in SCENES}
         # lines that are executed no longer, or at another moment, were killed in other code
-        done = {(r["scene"], r["number"], r["line"]): r for r in twin.kept(out / "records.json")}
+        done = {(r["scene"], r["number"], r["line"]): r for r in twin.kept(args.out / "records.json")}
         records = [done[line] for line in lines if line in done]
         todo = [line for line in lines if args.only is None or line[2].startswith(args.only + ":")]
-        now = {"commit": commit(), "date": today()}
         # every stride-th, the last line too
-        jobs = [(out, *line, now) for line in reversed(todo[:: -args.stride]) if line not in done]
+        jobs = [(args, *line) for line in reversed(todo[:: -args.stride]) if line not in done]
         print(
             f"{executed} lines are executed; {len(records)} kills are on record, {len(jobs)} to do",
             flush=True,
         )
-        with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-            for record in pool.imap_unordered(kill_and_go_on, jobs):
-                records.append(record)
-                write_json(out / "records.json", records)
-                if record["trouble"]:
-                    print(
-                        f"{record['scene']} run killed at {record['line']}: {record['trouble']}", flush=True
-                    )
-                if args.minutes and time.monotonic() - began > 60 * args.minutes:
-                    break
+        for record in twin.side_by_side(kill_and_go_on, jobs, args.jobs):
+            twin.keep(args.out / "records.json", records, record)
+            if record["trouble"]:
+                print(f"{record['scene']} run killed at {record['line']}: {record['trouble']}", flush=True)
+            if late():
+                break
         bad = [r for r in records if r["trouble"]]
         counts = {
             "executed": executed,
@@ -219,12 +188,9 @@ def main(argv=None) -> int:
             "passed": len(records) - len(bad),
             "failed": bad,
         }
-        if args.report:
-            title = "Killed at every line, against the unkilled twin"
-            made = twin.made_by(__file__, argv, records)
-            twin.report(args.report, made, counts, title, *tables(records, executed))
-        seconds = time.monotonic() - began
-        print(f"{counts['passed']} of {len(records)} killed runs ended in the twin's bits, {seconds:.0f} s")
+        title = "Killed at every line, against the unkilled twin"
+        twin.report(args.report, __file__, argv, records, counts, title, parts(records, executed))
+        print(f"{counts['passed']} of {len(records)} killed runs ended in the twin's bits")
         return 1 if bad else 0
 
 

@@ -31,17 +31,16 @@ from scripts.trust import twin
 
 
 def start(args, out: Path, workers: int) -> subprocess.Popen:
-    options = {"--input": args.input, "--out-dir": out, "--workers": workers, "--shard-size": args.shard_size}
-    command = [
-        ROOT / "data" / "fineweb_edu" / "prepare.py",
-        *(w for option in options.items() for w in option),
-    ]
-    return twin.launch([sys.executable, *map(str, command)], out.with_suffix(".log"))
+    script, size = ROOT / "data" / "fineweb_edu" / "prepare.py", f"--shard-size={args.shard_size}"
+    words = [f"--input={args.input}", f"--out-dir={out}", f"--workers={workers}", size]
+    return twin.launch([sys.executable, script, *words], out.parent)
 
 
-def finish(process: subprocess.Popen, out: Path) -> None:
+def finish(process: subprocess.Popen, out: Path) -> dict[str, str]:
+    """The set's digests, once it is through."""
     if process.wait():
-        raise RunError(f"a run that nothing killed failed: {last_words(out.with_suffix('.log'))}")
+        raise RunError(f"a run that nothing killed failed: {last_words(out.parent / 'train.log')}")
+    return digests(out)
 
 
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
@@ -61,11 +60,8 @@ def await_moment(rng: random.Random, process: subprocess.Popen, out: Path, usual
     end = time.perf_counter() + (rng.uniform(0, usual) if kind == "time" else usual)
     target = len(list(out.glob("*.bin"))) + rng.randrange(1, max(2, shards // 8))
     while process.poll() is None and time.perf_counter() < end:
-        if (
-            kind != "time"
-            and len(list(out.glob("*.bin"))) >= target
-            and (kind == "shard" or [*out.glob("*.tmp")])
-        ):
+        there = len(list(out.glob("*.bin"))) >= target
+        if kind != "time" and there and (kind == "shard" or [*out.glob("*.tmp")]):
             return
         time.sleep(0.0005)
 
@@ -73,19 +69,14 @@ def await_moment(rng: random.Random, process: subprocess.Popen, out: Path, usual
 def kill_and_compare(args, scratch: Path) -> dict:
     """Kills, runs and finished sets in figures; RunError at the first difference."""
     rng, began = random.Random(args.seed), time.perf_counter()
-    whole_set = (
-        scratch / "reference" / "set"
-    )  # every folder has the same name, since shards are named after it
-    whole_set.parent.mkdir()
-    finish(start(args, whole_set, 1), whole_set)
-    usual, reference = time.perf_counter() - began, digests(whole_set)
-    shards = sum(name.endswith(".bin") for name in reference)
+    first = scratch / "reference" / "set"  # every folder has the same name, since shards are named after it
+    reference = finish(start(args, first, 1), first)
+    usual, shards = time.perf_counter() - began, sum(name.endswith(".bin") for name in reference)
     print(f"reference: {shards} shards in {usual:.1f} s", flush=True)
     kills = runs = finished = 0
     stages: collections.Counter = collections.Counter()
     while kills < args.kills or not finished:
         out = scratch / f"attempt{finished}" / "set"
-        out.parent.mkdir(exist_ok=True)
         process = start(args, out, rng.choice([0, 1, 2, 3]))
         runs += 1
         if kills < args.kills:
@@ -100,9 +91,9 @@ def kill_and_compare(args, scratch: Path) -> dict:
                     open_shard(path)  # raises unless header and size agree
                 check(digests(out, "*.bin"), reference, f"after kill {kills}")
                 continue
-        finish(process, out)
-        check(digests(out), reference, f"after {kills} kills, finished,")
-        check(reference, digests(out), f"after {kills} kills, finished,")
+        found = finish(process, out)
+        check(found, reference, f"after {kills} kills, finished,")
+        check(reference, found, f"after {kills} kills, finished,")
         finished += 1
         print(f"set {finished} finished after {kills} kills in all, identical", flush=True)
     return {

@@ -22,19 +22,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from data.files import expanded, write_json
 from engine import checkpoint
 from engine.errors import RunError, sentences
 from scripts.analysis.report import Table
-from scripts.arguments import Parser, number, some_of, whole
+from scripts.arguments import some_of, whole
 from scripts.pool import last_words
-from scripts.provenance import ROOT, commit, today
 from scripts.trust import twin
 
 KEYS = twin.SMALL | {
@@ -58,17 +55,12 @@ AIMS = {
 
 
 def arguments(argv) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = twin.parser(__doc__, "out/kill_train")
     add = parser.add_argument
     add("--kills", type=whole(1), default=100, help="kills that must land on a living process")
     add("--seed", type=int, default=1, help="of the instants")
     add("--per_run", type=whole(1), default=5, help="kills that one run suffers")
-    add("--jobs", type=whole(1), default=2, help="runs side by side")
-    add("--minutes", type=number(0), default=0, help="begin no further run after so many (0: no limit)")
     add("--recipes", type=some_of(RECIPES), default=",".join(RECIPES), help="with commas")
-    add("--data_dir", type=expanded, default=ROOT / "data" / "pydocs", help="prepared if empty")
-    add("--out", type=expanded, default=Path("out/kill_train"), help="folder of the runs")
-    add("--report", type=expanded, help="write REPORT.json and REPORT.md")
     args, passed = parser.parse_known_args(argv)
     if wrong := [p for p in passed if not p.startswith("--") or "=" not in p]:
         parser.error(f"{' '.join(wrong)} is unknown here: further keys of train.py are written --key=value")
@@ -80,18 +72,18 @@ def keys_of(args, recipe: str) -> dict:
     return KEYS | RECIPES[recipe] | {"data_dir": args.data_dir} | args.passed
 
 
-def start(args, recipe: str, out_dir: Path, **changes) -> subprocess.Popen:
+def begin(args, recipe: str, out_dir: Path, **changes) -> subprocess.Popen:
     command = twin.train_command(recipe, out_dir, keys_of(args, recipe) | changes)
-    return twin.launch([sys.executable, *command], out_dir / "train.log")
+    return twin.launch([sys.executable, *command], out_dir)
 
 
-def make_twin(args, recipe: str) -> dict:
+def make_twin(job) -> dict:
     """Train it, and measure how long its parts take now, in seconds: "awake" until its loop, a "write", the "total"."""
+    args, recipe = job
     out_dir = args.out / f"twin_{recipe}"
     shutil.rmtree(out_dir, ignore_errors=True)
-    out_dir.mkdir(parents=True)
     began, awake, since, writes = time.monotonic(), 0.0, None, []
-    process = start(args, recipe, out_dir, keep=twin.ALL)
+    process = begin(args, recipe, out_dir, keep=twin.ALL)
     while process.poll() is None:
         time.sleep(0.0005)
         now = time.monotonic()
@@ -113,16 +105,12 @@ def make_twin(args, recipe: str) -> dict:
 def draw_aim(rng: random.Random, times: dict) -> dict:
     """What to wait for, and how long after it to strike; the times are those of `make_twin`."""
     kind = rng.choices(list(AIMS), [share for _, share in AIMS.values()])[0]
-    aim = {"kind": kind, "nth": rng.randint(1, 5)}
-    if kind == "write":
-        aim["delay"] = rng.uniform(0, 1.2 * times["write"])
-    elif kind == "file":
-        aim |= {"file": rng.choice([*FILES, "latest"]), "delay": 0.0}
-    elif kind == "running":
-        aim["delay"] = rng.uniform(0, 0.9 * (times["total"] - times["awake"]))
-    else:
-        aim["delay"] = rng.uniform(0, 0.9 * times["total"])
-    return aim
+    longest = {
+        "write": 1.2 * times["write"], "file": 0, "running": 0.9 * (times["total"] - times["awake"]),
+        "any": 0.9 * times["total"],
+    }  # fmt: skip
+    aim = {"kind": kind, "nth": rng.randint(1, 5), "delay": rng.uniform(0, longest[kind])}
+    return aim | ({"file": rng.choice([*FILES, "latest"])} if kind == "file" else {})
 
 
 def writing(out_dir: Path, aim: dict):
@@ -132,29 +120,30 @@ def writing(out_dir: Path, aim: dict):
     def now() -> bool:
         folders = twin.half_written(out_dir)
         seen.update(f.name for f in folders)
-        return len(seen) >= aim["nth"] and any(
-            "file" not in aim or (f / aim["file"]).exists() for f in folders
-        )
+        there = any("file" not in aim or (f / aim["file"]).exists() for f in folders)
+        return len(seen) >= aim["nth"] and there
 
     return now
 
 
 def await_aim(process: subprocess.Popen, out_dir: Path, aim: dict, patience: float) -> bool:
     """Wait until the moment to strike; False if the process ended by itself or hangs before it came."""
-    signs = []
-    if aim["kind"] != "any":
-        signs.append(
-            twin.renewed(out_dir / "metrics.jsonl")
-        )  # right before the loop, earlier leftovers being cleared
-    if aim["kind"] in ("write", "file"):  # a new `latest`: the rename is behind it, pruning is being done
-        latest = aim.get("file") == "latest"
-        signs.append(twin.renewed(out_dir / "latest") if latest else writing(out_dir, aim))
     end = time.monotonic() + patience
-    for sign in signs:
+
+    def comes(sign) -> bool:
         while not sign():
             if process.poll() is not None or time.monotonic() > end:
                 return False
             time.sleep(0.0002)
+        return True
+
+    # right before its loop a start writes metrics.jsonl anew, earlier leftovers being cleared
+    if aim["kind"] != "any" and not comes(twin.renewed(out_dir / "metrics.jsonl")):
+        return False
+    if aim["kind"] in ("write", "file"):  # a new `latest`: the rename is behind it, pruning is being done
+        latest = aim.get("file") == "latest"
+        if not comes(twin.renewed(out_dir / "latest") if latest else writing(out_dir, aim)):
+            return False
     if aim["delay"]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(aim["delay"])
@@ -163,60 +152,79 @@ def await_aim(process: subprocess.Popen, out_dir: Path, aim: dict, patience: flo
 
 def post_mortem(out_dir: Path, twin_dir: Path) -> dict:
     """What a kill left behind, and whether it is the twin's."""
-    half = twin.half_written(out_dir)
-    metrics = out_dir / "metrics.jsonl"
-    raw = metrics.read_text() if metrics.exists() else ""
-    found = twin.left(out_dir, twin_dir)
-    latest = checkpoint.pointed(out_dir, "latest")
+    half, metrics = twin.half_written(out_dir), out_dir / "metrics.jsonl"
+    found, latest = twin.left(out_dir, twin_dir), checkpoint.pointed(out_dir, "latest")
     return found | {
         "in_write": bool(half),
         "files_there": sorted(p.name for p in half[0].iterdir()) if half else [],
         "between_rename_and_pointer": bool(found["newest"] and not half)
         and (latest is None or latest.name != found["newest"]),
-        "torn_row": bool(raw) and not raw.endswith("\n"),
+        "torn_row": metrics.exists() and metrics.read_bytes()[-1:] not in (b"", b"\n"),
     }
 
 
-# ---- one run, killed a few times
+# ---- runs, each killed a few times
 
 
-def killed_run(args, count: int, wanted: int, twins: dict) -> dict:
+def killed_run(job) -> dict:
     """The record of run number `count`: up to `wanted` kills, what each left, and what the run became."""
+    args, count, wanted, twins = job
     rng = random.Random(f"{args.seed}/{count}")
     recipe = args.recipes[count % len(args.recipes)]
-    times = twins[recipe]
+    times, out_dir = twins[recipe], args.out / f"run_{count:03d}"
     patience = 60 + 20 * times["total"]
-    out_dir = args.out / f"run_{count:03d}"
     shutil.rmtree(out_dir, ignore_errors=True)
-    out_dir.mkdir(parents=True)
     record = {"run": count, "recipe": recipe, "missed": 0, "trouble": None, "kills": []}
-    while True:
+    through = False
+    while not through and record["trouble"] is None:
         aim = draw_aim(rng, times) if len(record["kills"]) < wanted else None
         began = time.monotonic()
-        process = start(args, recipe, out_dir)
+        process = begin(args, recipe, out_dir)
         if aim and await_aim(process, out_dir, aim, patience):
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             if process.wait() == -signal.SIGKILL:
                 kill = {"aim": aim, "after_s": round(time.monotonic() - began, 3)}
                 record["kills"].append(kill | post_mortem(out_dir, times["dir"]))
                 continue
+        record["missed"] += aim is not None
         try:
-            status = process.wait(patience)
+            if status := process.wait(patience):
+                log = out_dir / "train.log"
+                record["trouble"] = f"a start ended with status {status}: {last_words(log)}"
+            through = not status
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
             record["trouble"] = f"a start hung for {patience:.0f} s"
-            break
-        record["missed"] += aim is not None
-        if status:
-            record["trouble"] = f"a start ended with status {status}: {last_words(out_dir / 'train.log')}"
-        break
-    record |= {"commit": commit(), "date": today()}
-    if record["trouble"] is None:
+    if through:
         record["end"] = twin.compare(out_dir, times["dir"], int(keys_of(args, recipe)["keep"]))
         if not twin.differences(record["end"]):
             shutil.rmtree(out_dir)  # a run that differs stays, to be looked into
     return record
+
+
+def kill_runs(args, records: list[dict]) -> None:
+    """Add records of further runs, some side by side, until there are enough kills, no minutes left, or trouble."""
+    late = twin.clock(args.minutes)
+    args.data_dir = twin.prepared(args.data_dir)
+    jobs = [(args, recipe) for recipe in args.recipes]
+    twins = dict(zip(args.recipes, twin.side_by_side(make_twin, jobs, args.jobs), strict=True))
+    while not late() and not any(r["trouble"] for r in records):
+        count = max((r["run"] for r in records), default=-1) + 1
+        missing = args.kills - summary(records)["kills"]
+        wanted = [min(args.per_run, missing - i * args.per_run) for i in range(args.jobs)]
+        jobs = [(args, count + i, kills, twins) for i, kills in enumerate(wanted) if kills > 0]
+        if not jobs:
+            return
+        for record in twin.side_by_side(killed_run, jobs, args.jobs):
+            twin.keep(args.out / "records.json", records, record)
+            one, done = summary([record]), summary(records)["kills"]
+            print(
+                f"run {record['run']:3d} {record['recipe']:<15} {one['passed']} of {one['kills']} kills passed, "
+                f"{done} of {args.kills} done", *one["trouble"], flush=True,
+            )  # fmt: skip
+
+
+# ---- the report
 
 
 def passed(record: dict, kill: dict) -> bool:
@@ -224,88 +232,51 @@ def passed(record: dict, kill: dict) -> bool:
     return record["trouble"] is None and not twin.differences(kill) and not twin.differences(record["end"])
 
 
-def kill_runs(args, records: list[dict]) -> None:
-    """Add records of further runs, some side by side, until there are enough kills, no minutes left, or trouble."""
-    args.data_dir = twin.prepared(args.data_dir)
-    began, troubled = time.monotonic(), False
-    count = max((r["run"] for r in records), default=-1) + 1
-    with ThreadPoolExecutor(args.jobs) as pool:
-        twins = dict(zip(args.recipes, pool.map(lambda r: make_twin(args, r), args.recipes), strict=True))
-        running = {}  # future: kills that it may bring
-        while True:
-            missing = args.kills - sum(len(r["kills"]) for r in records) - sum(running.values())
-            late = args.minutes and time.monotonic() - began > 60 * args.minutes
-            if missing > 0 and len(running) < args.jobs and not late and not troubled:
-                wanted = min(args.per_run, missing)
-                running[pool.submit(killed_run, args, count, wanted, twins)] = wanted
-                count += 1
-                continue
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[future]
-                record = future.result()
-                troubled = troubled or record["trouble"] is not None
-                records.append(record)
-                write_json(args.out / "records.json", records)
-                print(
-                    f"run {record['run']:3d} {record['recipe']:<15} {sum(passed(record, k) for k in record['kills'])} of "
-                    f"{len(record['kills'])} kills passed, {sum(len(r['kills']) for r in records)} of {args.kills} done, "
-                    f"{time.monotonic() - began:.0f} s{'  TROUBLE: ' * bool(record['trouble'])}{record['trouble'] or ''}",
-                    flush=True,
-                )
-
-
-# ---- the report
+def kills_of(records: list[dict]) -> list[dict]:
+    """All kills, each with its recipe and whether it passed."""
+    return [k | {"recipe": r["recipe"], "passed": passed(r, k)} for r in records for k in r["kills"]]
 
 
 def summary(records: list[dict]) -> dict:
-    kills = [(r, k) for r in records for k in r["kills"]]
+    """The kills and the runs in figures."""
+    kills = kills_of(records)
     return {
         "kills": len(kills),
-        "passed": sum(passed(r, k) for r, k in kills),
+        "passed": sum(k["passed"] for k in kills),
         "runs": len(records),
-        "in_a_write": sum(k["in_write"] for _, k in kills),
-        "between_rename_and_pointer": sum(k["between_rename_and_pointer"] for _, k in kills),
-        "with_a_torn_row": sum(k["torn_row"] for _, k in kills),
-        "before_the_first_checkpoint": sum(k["newest"] is None for _, k in kills),
+        "in_a_write": sum(k["in_write"] for k in kills),
+        "between_rename_and_pointer": sum(k["between_rename_and_pointer"] for k in kills),
+        "with_a_torn_row": sum(k["torn_row"] for k in kills),
+        "before_the_first_checkpoint": sum(k["newest"] is None for k in kills),
         "ended_before_the_kill": sum(r["missed"] for r in records),
         "losses_compared": sum(r["end"]["losses"] for r in records if "end" in r),
         "trouble": [r["trouble"] for r in records if r["trouble"]],
     }
 
 
-def tables(records: list[dict], s: dict) -> list:
+def parts(records: list[dict], s: dict) -> list:
     """The report's paragraphs and tables."""
-    kills = [(r, k) for r in records for k in r["kills"]]
+    kills = kills_of(records)
 
-    def row(name: str, part: list, *more) -> list:
-        return [name, *more, len(part), sum(k["in_write"] for _, k in part), sum(passed(*p) for p in part)]
+    def counted(name: str, part: list[dict], *more) -> list:
+        return [name, *more, len(part), sum(k["in_write"] for k in part), sum(k["passed"] for k in part)]
 
-    by_aim = [
-        row(name, [p for p in kills if p[1]["aim"]["kind"] == kind]) for kind, (name, _) in AIMS.items()
-    ]
-    by_recipe = [
-        row(
-            f"{name}, {keys}",
-            [p for p in kills if p[0]["recipe"] == name],
-            sum(r["recipe"] == name for r in records),
-        )
+    aims = [counted(name, [k for k in kills if k["aim"]["kind"] == kind]) for kind, (name, _) in AIMS.items()]
+    runs = Counter(r["recipe"] for r in records)
+    recipes = [
+        counted(f"{name}, {keys}", [k for k in kills if k["recipe"] == name], runs[name])
         for name, keys in RECIPES.items()
     ]
-    stages = Counter(
-        ", ".join(f"`{f}`" for f in FILES if f in k["files_there"]) for _, k in kills if k["in_write"]
-    )
-    counted = ["kills", "fell into a checkpoint write", "passed"]
+    written = [", ".join(f"`{f}`" for f in FILES if f in k["files_there"]) for k in kills if k["in_write"]]
+    stages = [
+        [s or "an empty folder", n] for s, n in sorted(Counter(written).items(), key=lambda i: len(i[0]))
+    ]
+    header = ["kills", "fell into a checkpoint write", "passed"]
     return [
         f"**{s['passed']} of {s['kills']}** kills left the twin's bits behind and ended in the twin's bits.",
-        Table("By aim", ["aimed at", *counted], [*by_aim, row("all", kills)]),
-        Table(
-            "By what the writes had finished when they were killed",
-            ["files", "kills"],
-            [[stage or "an empty folder", n] for stage, n in sorted(stages.items(), key=lambda i: len(i[0]))],
-        ),
-        Table("By recipe", ["recipe", "runs", *counted], by_recipe),
+        Table("By aim", ["aimed at", *header], [*aims, counted("all", kills)]),
+        Table("By what the writes had finished when they were killed", ["files", "kills"], stages),
+        Table("By recipe", ["recipe", "runs", *header], recipes),
         f"{s['runs']} runs of {KEYS['max_iters']} steps; {s['losses_compared']:,} logged rows compared at their ends. "
         f"{s['between_rename_and_pointer']} kills fell between a checkpoint's rename and its pointer, "
         f"{s['with_a_torn_row']} tore a row of metrics.jsonl, {s['before_the_first_checkpoint']} came before the first "
@@ -320,18 +291,13 @@ def main(argv=None) -> int:
     with sentences():
         args.out.mkdir(parents=True, exist_ok=True)
         records = twin.kept(args.out / "records.json")
-        done = sum(len(r["kills"]) for r in records)
-        if done:
-            print(f"{done} kills in {len(records)} runs are on record in {args.out}; going on from there")
-        if done < args.kills:
+        if records:
+            print(f"{summary(records)['kills']} kills are on record in {args.out}; going on from there")
+        if summary(records)["kills"] < args.kills:
             kill_runs(args, records)
-        if not records:
-            return 0
         s = summary(records)
-        if args.report:
-            data = {"summary": s, "runs": sorted(records, key=lambda r: r["run"])}
-            title = "Killed at random instants, against the unkilled twin"
-            twin.report(args.report, twin.made_by(__file__, argv, records), data, title, *tables(records, s))
+        data, title = {"summary": s, "runs": records}, "Killed at random instants, against the unkilled twin"
+        twin.report(args.report, __file__, argv, records, data, title, parts(records, s))
         print(f"{s['passed']} of {s['kills']} kills passed; {s['in_a_write']} fell into a checkpoint write")
         if s["kills"] < args.kills:
             print("the same command goes on from here")

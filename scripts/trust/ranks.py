@@ -1,18 +1,17 @@
 """Any number of ranks gives the same training: splits, resumes, two nodes, a worker killed in the middle.
 
     python scripts/trust/ranks.py --report results/trust/ranks
-    python scripts/trust/ranks.py --parts nodes        some of: splits, resumes, evaluation, nodes
+    python scripts/trust/ranks.py --minutes 4            a slice; the same command goes on
+    python scripts/trust/ranks.py --parts nodes          some of: splits, resumes, evaluation, nodes
 
 Everything runs here on the CPU in fp32 over gloo, through torchrun as on a cluster; the two nodes are two
 torchrun agents that meet on loopback through the c10d rendezvous. Losses are compared row by row with one
 process that takes the whole global batch at once.
 """
 
-import atexit
 import contextlib
 import json
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -24,14 +23,13 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 import psutil
 
-from data.files import expanded, write_json
 from engine import checkpoint
 from engine.errors import RunError, sentences
-from engine.metrics import read_metrics
+from engine.metrics import is_finished, read_metrics
 from scripts.analysis.report import Table
-from scripts.arguments import Parser, some_of
+from scripts.arguments import some_of
 from scripts.pool import last_words
-from scripts.provenance import ROOT, commit, today
+from scripts.provenance import ROOT
 from scripts.trust import twin
 
 ARMS = sorted(path.stem for path in (ROOT / "config" / "arms").glob("*.py"))
@@ -40,46 +38,35 @@ KEYS = twin.SMALL | {
     "eval_tokens": 4096, "warmup_iters": 4, "pos_dim": 16, "keep": 1000,
 }  # fmt: skip
 LONGER = {"batch_size": 4, "max_iters": 200, "eval_interval": 50, "keep": 2}  # enough steps to kill in
-SPLITS = [(1, 4), (1, 2), (1, 1), (2, 4), (2, 2), (2, 1), (4, 2), (4, 1)]  # (ranks, batch_size); first (1, 8)
+SPLITS = [(1, 4), (1, 2), (1, 1), (2, 4), (2, 2), (2, 1), (4, 2), (4, 1)]  # (ranks, batch_size)
 RESUMES = [(1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)]  # (ranks before, ranks after)
-LARGEST = {1: 8, 2: 4, 4: 2}  # batch_size of one micro-step
 PARTS = ("splits", "resumes", "evaluation", "nodes")
 ALLOWED = 1e-5  # relative difference of a loss: sums in another order
 PATIENCE = 600  # seconds after which anything here counts as hung
 
 
-# ---- launching
-
-LAUNCHED: list[subprocess.Popen] = []
-
-
-def agent(ranks: int, *options: str) -> list[str]:
-    """torchrun's command for one node with so many ranks."""
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *options]
-
-
-def two_nodes(*options: str) -> list[str]:
-    """The same for one of two nodes that meet on a free port of loopback."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    meet = f"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=two --local-addr=127.0.0.1"
-    return agent(1, *meet.split(), *options)
-
+# ---- processes
 
 # The agents look for each other's names otherwise, and a machine may not know its own. A store that torchrun shares
 # with the workers is not announced to a node that comes later: without the last one, a lost node is never replaced.
-VARIABLES = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+VARIABLES = ("GLOO_SOCKET_IFNAME=lo", "PYTHONUNBUFFERED=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
 
 
-def launch(command: list[str], log: Path) -> subprocess.Popen:
-    LAUNCHED.append(twin.launch(command, log, **VARIABLES))
-    return LAUNCHED[-1]
+def torchrun(ranks: int, *options: str) -> list[str]:
+    """The command of one node with so many ranks: its agent, which starts them."""
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    return ["env", *VARIABLES, *launcher, f"--nproc_per_node={ranks}", *options]
 
 
-def finish(processes: list[subprocess.Popen], log: Path, expected: int | None = 0) -> None:
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def finish(processes: list[subprocess.Popen], out_dir: Path, expected: int | None = 0) -> None:
     """Wait until they have ended, with this status (None: any); else RunError with what the log says."""
-    end = time.monotonic() + PATIENCE
+    end, log = time.monotonic() + PATIENCE, out_dir / "train.log"
     try:
         statuses = {p.wait(max(0.1, end - time.monotonic())) for p in processes}
     except subprocess.TimeoutExpired:
@@ -90,25 +77,18 @@ def finish(processes: list[subprocess.Popen], log: Path, expected: int | None = 
         )
 
 
-def stop(process: subprocess.Popen) -> None:
+def stop(agent: subprocess.Popen) -> None:
     """SIGKILL to an agent and then to its workers: it would start others."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
+    below = psutil.Process(agent.pid).children(recursive=True)
+    agent.kill()
     for worker in below:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.kill()
-    process.wait()
-
-
-def clear() -> None:
-    """End whatever is still running of what was launched."""
-    for process in LAUNCHED:
-        if process.poll() is None:
-            stop(process)
+    agent.wait()
 
 
 def workers(agent: subprocess.Popen) -> dict[int, psutil.Process]:
-    """{rank: process} of what a torchrun agent has started."""
+    """{rank: process} of what an agent has started."""
     found = [(p.environ().get("RANK"), p) for p in psutil.Process(agent.pid).children()]
     return {int(rank): p for rank, p in found if rank is not None}
 
@@ -124,7 +104,7 @@ def await_sign(sign, agents: list[subprocess.Popen], what: str) -> None:
     end = time.monotonic() + PATIENCE
     while not sign():
         if time.monotonic() > end or any(a.poll() is not None for a in agents):
-            raise RunError(f"{what} never came: see the log beside its folder")
+            raise RunError(f"{what} never came: see the train.log in its folder")
         time.sleep(0.01)
 
 
@@ -135,7 +115,26 @@ def await_step(out_dir: Path, step: int, agents: list[subprocess.Popen]) -> None
     await_sign(there, agents, f"step {step} of {out_dir}")
 
 
-# ---- the parts
+# ---- splits over ranks and micro-steps, resumes on another number of ranks, evaluation of one checkpoint
+
+
+def train(args, arm: str, name: str, ranks: int, batch_size: int, **changes) -> Path:
+    """Train OUT/ARM/NAME to its end, from the checkpoint that it holds if any; the folder."""
+    out_dir = args.out / arm / name
+    head = [sys.executable] if ranks == 1 else torchrun(ranks, "--standalone")
+    keys = args.keys | {"batch_size": batch_size} | changes
+    finish([twin.launch([*head, *twin.train_command(arm, out_dir, keys)], out_dir)], out_dir)
+    return out_dir
+
+
+def whole(args, arm: str, ranks: int, batch_size: int = 0) -> Path:
+    """A run that nothing interrupts, in the fewest micro-steps unless batch_size says otherwise; made once."""
+    batch_size = batch_size or 8 // ranks
+    name = f"whole_{ranks}_{batch_size}"
+    if not is_finished(args.out / arm / name, KEYS["max_iters"]):
+        shutil.rmtree(args.out / arm / name, ignore_errors=True)
+        train(args, arm, name, ranks, batch_size)
+    return args.out / arm / name
 
 
 def cut(source: Path, target: Path, step: int) -> None:
@@ -147,137 +146,126 @@ def cut(source: Path, target: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def matrix(args, arm: str) -> list[dict]:
-    """Splits over ranks and micro-steps, resumes on another number of ranks, evaluation of one checkpoint."""
-    folder, rows = args.out / arm, []
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-    def go(name: str, ranks: int, batch_size: int, **changes) -> Path:
-        out_dir, log = folder / name, folder / f"{name}.log"
-        head = [sys.executable] if ranks == 1 else agent(ranks, "--standalone")
-        keys = args.keys | {"batch_size": batch_size} | changes
-        finish([launch([*head, *twin.train_command(arm, out_dir, keys)], log)], log)
-        return out_dir
-
-    def add(kind: str, what: str, figures: dict) -> None:
-        rows.append({"kind": kind, "arm": arm, "what": what} | figures)
-        print(f"{arm:<10} {what:<46} " + "  ".join(f"{k} {v:.1e}" for k, v in figures.items()), flush=True)
-
-    whole = {1: go("whole_1", 1, 8)}
-    for ranks, batch_size in SPLITS if "splits" in args.parts else [(2, 4), (4, 2)]:
-        out_dir = go(f"whole_{ranks}_{batch_size}", ranks, batch_size)
-        if batch_size == LARGEST[ranks]:
-            whole[ranks] = out_dir
-        what = f"{ranks} rank{'s' * (ranks > 1)} x {8 // ranks // batch_size} micro-steps of {batch_size}"
-        add("splits", what, twin.furthest(out_dir, whole[1]))
-    for before, after in RESUMES if "resumes" in args.parts else []:
-        name = f"resume_{before}_{after}"
-        cut(whole[before], folder / name, 20)
-        out_dir = go(name, after, LARGEST[after])
-        add("resumes", f"{before} rank(s) to step 20, then {after}", twin.furthest(out_dir, whole[1]))
-    if "evaluation" in args.parts:
-        losses = {}
-        for ranks in (1, 2, 4):
-            cut(whole[1], folder / f"evaluate_{ranks}", 20)
-            out_dir = go(f"evaluate_{ranks}", ranks, 2, eval_only=True)
-            losses[ranks] = twin.losses(out_dir)[20, "val/loss"]
-        for ranks in (2, 4):
-            difference = abs(losses[ranks] / losses[1] - 1)
-            add("evaluation", f"one checkpoint evaluated on {ranks} ranks", {"val": difference})
-    return [row for row in rows if row["kind"] in args.parts]
+def split(args, arm: str, ranks: int, batch_size: int) -> dict:
+    return twin.furthest(whole(args, arm, ranks, batch_size), whole(args, arm, 1))
 
 
-def nodes(args) -> list[dict]:
-    """Two ranks as two nodes; then with one worker killed, with SIGTERM, and with a node lost and replaced."""
-    rows, folder = [], args.out / "nodes"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-    def begin(name: str, count: int, *options: str) -> list[subprocess.Popen]:
-        """The agents of so many nodes, of two ranks in all, that train into FOLDER/NAME."""
-        head = two_nodes(*options) if count == 2 else agent(2, "--standalone", *options)
-        command = [*head, *twin.train_command("kronecker", folder / name, args.keys | LONGER)]
-        return [launch(command, folder / f"{name}.log") for _ in range(count)]
-
-    def end(agents: list[subprocess.Popen], name: str, what: str = "", **seconds: float) -> None:
-        finish(agents, folder / f"{name}.log")
-        if what:
-            ours, theirs = folder / name, folder / "undisturbed"
-            row = {"kind": "nodes", "arm": "kronecker", "what": what} | twin.furthest(ours, theirs)
-            row |= {"bit_identical": twin.losses(ours) == twin.losses(theirs)} | seconds
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-
-    end(begin("undisturbed", 1), "undisturbed")
-    end(begin("two_nodes", 2), "two_nodes", "two nodes of one rank, c10d on loopback")
-    for name, count, restarts, kills, what in (
-        ("killed", 2, 3, [(95, 1)], "two nodes, a worker killed by SIGKILL, --max-restarts=3"),
-        ("killed_twice", 2, 3, [(45, 1), (125, 0)], "the same, killed twice"),
-        ("one_node", 1, 1, [(95, 1)], "one node of two ranks, a worker killed"),
-    ):
-        agents = begin(name, count, f"--max-restarts={restarts}")
-        for step, rank in kills:
-            seconds = kill_a_worker(folder / name, agents, step, rank)
-        end(agents, name, what, **seconds)
-
-    agents = begin("terminated", 2)
-    await_step(folder / "terminated", 95, agents)
-    asked = time.monotonic()
-    for a in agents:
-        a.send_signal(signal.SIGTERM)
-    finish(agents, folder / "terminated.log", None)
-    gone = round(time.monotonic() - asked, 1)
-    what = "two nodes, SIGTERM to both agents, the same command again"
-    end(begin("terminated", 2), "terminated", what, all_gone_s=gone)
-
-    agents = begin("replaced", 2, "--max-restarts=3")
-    await_step(folder / "replaced", 95, agents)
-    # the agent that was first holds the rendezvous; the other one's machine goes away (rank 0's agent listens, too)
-    endpoint = next(word for word in agents[0].args if word.startswith("--rdzv-endpoint="))
-    lost = 1 if listens(agents[0].pid, int(endpoint.rpartition(":")[2])) else 0
-    stop(agents[lost])
-    agents[lost] = launch(agents[lost].args, folder / "replaced.log")
-    end(agents, "replaced", "two nodes, one of them lost whole and replaced")
-    return rows
+def resume(args, arm: str, before: int, after: int) -> dict:
+    name = f"resume_{before}_{after}"
+    cut(whole(args, arm, before), args.out / arm / name, 20)
+    return twin.furthest(train(args, arm, name, after, 8 // after), whole(args, arm, 1))
 
 
-def kill_a_worker(out_dir: Path, agents: list[subprocess.Popen], step: int, rank: int) -> dict:
-    """SIGKILL to the worker of a rank after `step` is logged; what the job did then, in seconds."""
-    await_step(out_dir, step, agents)
+def evaluate(args, arm: str, ranks: int) -> dict:
+    losses = {}
+    for n in (1, ranks):
+        cut(whole(args, arm, 1), args.out / arm / f"evaluate_{n}", 20)
+        out_dir = train(args, arm, f"evaluate_{n}", n, 2, eval_only=True)
+        losses[n] = twin.losses(out_dir)[20, "val/loss"]
+    return {"val": abs(losses[ranks] / losses[1] - 1)}
+
+
+# ---- two ranks as two nodes; with a worker killed, with SIGTERM, with a node lost and replaced
+
+
+def launch_nodes(args, arm: str, name: str, count: int, restarts: int) -> list[subprocess.Popen]:
+    """The agents of so many nodes, of two ranks in all, that train into OUT/nodes/NAME."""
+    meet = f"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{free_port()} --rdzv-id=two --local-addr=127.0.0.1"
+    options = [f"--max-restarts={restarts}", *(meet.split() if count == 2 else ["--standalone"])]
+    out_dir = args.out / "nodes" / name
+    shutil.rmtree(out_dir, ignore_errors=True)
+    command = [*torchrun(2 // count, *options), *twin.train_command(arm, out_dir, args.keys | LONGER)]
+    return [twin.launch(command, out_dir) for _ in range(count)]
+
+
+def node_job(args, arm: str, name: str, count: int, restarts: int, *blows) -> dict:
+    """Figures of a job that suffers some blows, each a function and its arguments, against one that suffers none."""
+    theirs, ours, seconds = args.out / "nodes" / "undisturbed", args.out / "nodes" / name, {}
+    if not is_finished(theirs, LONGER["max_iters"]):
+        finish(launch_nodes(args, arm, theirs.name, 1, 0), theirs)
+    agents = launch_nodes(args, arm, name, count, restarts)
+    for blow, *details in blows:
+        await_step(ours, details[0], agents)
+        seconds = blow(ours, agents, *details)
+    finish(agents, ours)
+    return twin.furthest(ours, theirs) | {"bit_identical": twin.losses(ours) == twin.losses(theirs)} | seconds
+
+
+def kill_worker(out_dir: Path, agents: list[subprocess.Popen], step: int, rank: int) -> dict:
+    """SIGKILL to the worker of a rank; what the job did then, in seconds."""
     there = {k: p for a in agents for k, p in workers(a).items()}
-    resumed = twin.renewed(out_dir / "metrics.jsonl")  # without the rows after its checkpoint
-    resumed()
     killed = time.monotonic()
     there.pop(rank).kill()
     if psutil.wait_procs(there.values(), PATIENCE)[1]:
         raise RunError(f"{out_dir}: the other ranks never left")
-    seconds = {"peers_gone_s": round(time.monotonic() - killed, 1)}
-    await_sign(resumed, agents, f"a resume of {out_dir}")
+    gone = time.monotonic() - killed
+    # at its start the next one writes the rows up to its checkpoint anew
+    await_sign(twin.renewed(out_dir / "metrics.jsonl"), agents, f"a resume of {out_dir}")
     await_step(out_dir, step, agents)
-    return seconds | {"back_at_that_step_s": round(time.monotonic() - killed, 1)}
+    return {"peers_gone_s": round(gone, 1), "back_at_that_step_s": round(time.monotonic() - killed, 1)}
+
+
+def terminate(out_dir: Path, agents: list[subprocess.Popen], step: int) -> dict:
+    """SIGTERM to all agents, and the same commands again; seconds until all were gone."""
+    asked = time.monotonic()
+    for a in agents:
+        a.terminate()
+    finish(agents, out_dir, None)
+    gone = time.monotonic() - asked
+    agents[:] = [twin.launch(a.args, out_dir) for a in agents]
+    return {"all_gone_s": round(gone, 1)}
+
+
+def lose_node(out_dir: Path, agents: list[subprocess.Popen], step: int) -> dict:
+    """The machine of the node that does not hold the rendezvous goes away; another one takes its place."""
+    endpoint = next(word for word in agents[0].args if word.startswith("--rdzv-endpoint="))
+    # the agent that was first holds it (rank 0's agent listens, too)
+    lost = 1 if listens(agents[0].pid, int(endpoint.rpartition(":")[2])) else 0
+    stop(agents[lost])
+    agents[lost] = twin.launch(agents[lost].args, out_dir)
+    return {}
+
+
+def jobs(args):
+    """(part, arm, what it is, the function that measures it, its arguments) of everything there is to do."""
+    for arm in args.arms:
+        for ranks, size in SPLITS:
+            what = f"{ranks} rank{'s' * (ranks > 1)} x {8 // ranks // size} micro-steps of {size}"
+            yield "splits", arm, what, split, ranks, size
+        for before, after in RESUMES:
+            yield "resumes", arm, f"{before} rank(s) to step 20, then {after}", resume, before, after
+        for ranks in (2, 4):
+            yield "evaluation", arm, f"one checkpoint evaluated on {ranks} ranks", evaluate, ranks
+    for what, *job in (
+        ("two nodes of one rank, c10d on loopback", "two_nodes", 2, 0),
+        ("two nodes, a worker killed by SIGKILL, --max-restarts=3", "killed", 2, 3, (kill_worker, 95, 1)),
+        ("the same, killed twice", "killed_twice", 2, 3, (kill_worker, 45, 1), (kill_worker, 125, 0)),
+        ("one node of two ranks, a worker killed", "one_node", 1, 1, (kill_worker, 95, 1)),
+        ("two nodes, SIGTERM to both agents, the same command again", "terminated", 2, 0, (terminate, 95)),
+        ("two nodes, one of them lost whole and replaced", "replaced", 2, 3, (lose_node, 95)),
+    ):
+        yield "nodes", "kronecker", what, node_job, *job
 
 
 # ---- the report
 
 
-def tables(rows: list[dict]) -> list:
+def parts(rows: list[dict]) -> list:
     """The report's paragraphs and tables."""
 
-    def figures(row: dict, *names: str) -> list[str]:
-        return ["" if k not in row else f"{twin.largest([row[k]]):.1e}" for k in names]
+    def figure(row: dict, name: str) -> str:
+        return f"{twin.largest([row[name]]):.1e}" if name in row else ""
 
-    def seconds(row: dict, *names: str) -> list[str]:
-        return [f"{row[k]} s" if k in row else "" for k in names]
+    def cells(row: dict) -> list[str]:
+        if row["kind"] != "nodes":
+            return [row["arm"], row["what"], *(figure(row, name) for name in ("train", "val", "norm"))]
+        same = "yes" if row["bit_identical"] else f"no, {twin.largest([row['train'], row['val']]):.1e}"
+        seconds = ("peers_gone_s", "back_at_that_step_s", "all_gone_s")
+        return [row["what"], same, *(f"{row[name]} s" if name in row else "" for name in seconds)]
 
-    def same(row: dict) -> str:
-        return "yes" if row["bit_identical"] else f"no, {twin.largest([row['train'], row['val']]):.1e}"
-
-    jobs = [
-        [r["what"], same(r), *seconds(r, "peers_gone_s", "back_at_that_step_s", "all_gone_s")]
-        for r in rows
-        if r["kind"] == "nodes"
-    ]
+    runs, nodes = (
+        [cells(r) for r in rows if (r["kind"] == "nodes") == of_nodes] for of_nodes in (False, True)
+    )
     return [
         f"fp32, CPU, gloo; {KEYS['max_iters']} steps of {KEYS['global_batch_size']} sequences of "
         f"{KEYS['block_size']} tokens. Largest relative differences over all logged rows to one process that takes the "
@@ -285,47 +273,36 @@ def tables(rows: list[dict]) -> list:
         Table(
             "Splits, resumes, evaluation",
             ["arm", "run", "train loss", "val loss", "gradient norm"],
-            [
-                [r["arm"], r["what"], *figures(r, "train", "val", "norm")]
-                for r in rows
-                if r["kind"] != "nodes"
-            ],
+            runs,
             left=2,
         ),
         f"{LONGER['max_iters']} steps on two ranks, against an undisturbed torchrun of two ranks on one node. Seconds "
         "count from the signal; `back` is when the step that was interrupted is logged again.",
-        Table("Nodes", ["job", "every loss bit-identical", "peers gone", "back", "all gone"], jobs, left=2),
+        Table("Nodes", ["job", "every loss bit-identical", "peers gone", "back", "all gone"], nodes, left=2),
     ]
 
 
 def main(argv=None) -> int:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--parts", type=some_of(PARTS), default=",".join(PARTS), help="with commas")
-    add("--arms", type=some_of(ARMS), default="bpe_tied,kronecker", help="with commas")
-    add("--data_dir", type=expanded, default=ROOT / "data" / "pydocs", help="prepared if empty")
-    add("--out", type=expanded, default=Path("out/check_ranks"), help="folder of the runs")
-    add("--report", type=expanded, help="write REPORT.json and REPORT.md")
+    parser = twin.parser(__doc__, "out/check_ranks", jobs=False)
+    parser.add_argument("--parts", type=some_of(PARTS), default=",".join(PARTS), help="with commas")
+    parser.add_argument("--arms", type=some_of(ARMS), default="bpe_tied,kronecker", help="with commas")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    atexit.register(clear)
     with sentences():
-        args.keys = KEYS | {"data_dir": twin.prepared(args.data_dir)}
-        args.out = args.out.resolve()
+        late, args.out = twin.clock(args.minutes), args.out.resolve()
         args.out.mkdir(parents=True, exist_ok=True)
-        now = {"commit": commit(), "date": today()}
-        # each part's rows are kept, so that the parts can be run one by one and reported together
+        args.keys = KEYS | {"data_dir": twin.prepared(args.data_dir)}
         rows = twin.kept(args.out / "rows.json")
-        for arm in [*(args.arms if set(args.parts) - {"nodes"} else []), *({"nodes"} & set(args.parts))]:
-            new = [r | now for r in (nodes(args) if arm == "nodes" else matrix(args, arm))]
-            made = {(n["kind"], n["arm"]) for n in new}
-            rows = [r for r in rows if (r["kind"], r["arm"]) not in made] + new
-            write_json(args.out / "rows.json", rows)
-        if args.report:
-            title = "Any number of ranks, the same training"
-            twin.report(args.report, twin.made_by(__file__, argv, rows), {"rows": rows}, title, *tables(rows))
+        for kind, arm, what, measure, *details in jobs(args):
+            job = {"kind": kind, "arm": arm, "what": what}
+            if kind in args.parts and not late() and not any(job.items() <= row.items() for row in rows):
+                twin.keep(args.out / "rows.json", rows, job | measure(args, arm, *details))
+                print(json.dumps(rows[-1]), flush=True)
+        title = "Any number of ranks, the same training"
+        twin.report(args.report, __file__, argv, rows, {"rows": rows}, title, parts(rows))
         worst = twin.largest(r[name] for r in rows for name in ("train", "val") if name in r)
         print(f"largest relative difference of a loss: {worst:.1e} (allowed: {ALLOWED:.0e})")
+        if late():
+            print("the same command goes on from here")
         return 0 if worst <= ALLOWED else 1
 
 

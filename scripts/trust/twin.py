@@ -1,22 +1,25 @@
-"""What the commands of this room share: a twin that nothing disturbs, and how a run is held against it.
+"""What the commands of this room share: a twin that nothing disturbs, how a run is held against it, and records.
 
 Each of them disturbs runs in its own way. A run has come through if what it left and what it became are its twin's:
 losses, weights and moments, rows and record. All but `furthest` compare bits.
 """
 
-import os
+import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.files import write_json, write_text
+from data.files import expanded, write_json, write_text
 from data.records import read_record
 from engine import checkpoint, contract, runs
 from engine.metrics import read_metrics
-from scripts.provenance import ROOT, provenance
+from scripts.arguments import Parser, number, whole
+from scripts.pool import Job, start_child
+from scripts.provenance import ROOT, commit, provenance, today
 
 # Runs that a CPU trains in seconds and to the same bits each time; every command adds its own sizes.
 SMALL = {
@@ -29,6 +32,19 @@ FIGURES = {"train": "train/loss", "val": "val/loss", "norm": "grad_norm"}
 
 
 # ---- running
+
+
+def parser(doc: str, out: str, jobs: bool = True) -> Parser:
+    """The arguments that the commands share."""
+    parser = Parser(doc)
+    add = parser.add_argument
+    add("--minutes", type=number(0), default=0, help="begin nothing more after so many (0: no limit)")
+    add("--data_dir", type=expanded, default=ROOT / "data" / "pydocs", help="prepared if empty")
+    add("--out", type=expanded, default=Path(out), help="folder of runs and records; delete it to begin anew")
+    add("--report", type=expanded, help="write REPORT.json and REPORT.md")
+    if jobs:
+        add("--jobs", type=whole(1), default=2, help="runs side by side")
+    return parser
 
 
 def prepared(data_dir: Path) -> Path:
@@ -45,25 +61,32 @@ def train_command(arm: str, out_dir: Path, keys: dict) -> list[str]:
     return [str(ROOT / "train.py"), str(ROOT / "config" / "arms" / f"{arm}.py"), *flags]
 
 
-def launch(command: list[str], log: Path, **variables: str) -> subprocess.Popen:
-    """Start a command with one thread; its output goes to the end of a file."""
-    with open(log, "a") as f:
-        return subprocess.Popen(
-            command, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
-        )  # fmt: skip
+def launch(command: list, folder: Path) -> subprocess.Popen:
+    """Start a command with one thread, which does not outlive this process; it writes to FOLDER/train.log."""
+    return start_child(Job(folder.name, list(map(str, command)), folder, 0))
+
+
+def side_by_side(function, jobs: list, count: int):
+    """function(job) of each in its order, so many at a time, each in a fork of this process."""
+    with multiprocessing.get_context("fork").Pool(count) as pool:
+        yield from pool.imap(function, jobs)
+
+
+def clock(minutes: float):
+    """A function that is true once so many minutes are over (0: never)."""
+    end = time.monotonic() + 60 * minutes
+    return lambda: bool(minutes) and time.monotonic() > end
 
 
 def renewed(path: Path):
-    """A function that is true once another file is at `path` than when it was called first."""
-    first = []
+    """A function that is true once another file is at `path` than now."""
 
-    def now() -> bool:
+    def mark():
         there = path.exists() and path.stat()
-        first.append(there and (there.st_ino, there.st_mtime_ns))
-        return first[-1] != first[0]
+        return there and (there.st_ino, there.st_mtime_ns)
 
-    return now
+    first = mark()
+    return lambda: mark() != first
 
 
 # ---- comparing bits
@@ -112,12 +135,12 @@ def left(out_dir: Path, twin: Path) -> dict:
     """What a run has left in mid-way: its newest whole checkpoint and its rows so far, and whether they are the twin's."""
     rows = rows_of(out_dir)
     newest = next((f for f in reversed(checkpoint.steps(out_dir)) if checkpoint.fault(f) is None), None)
+    equal = newest is None or same_bits(contents(newest), contents(twin / "ckpt" / newest.name))
     return {
         "newest": newest and newest.name,
         "rows": len(rows),
         "rows_equal": rows == rows_of(twin)[: len(rows)],
-        "checkpoint_equal": newest is None
-        or same_bits(contents(newest), contents(twin / "ckpt" / newest.name)),
+        "checkpoint_equal": equal,
     }
 
 
@@ -154,13 +177,8 @@ def differences(found: dict) -> list[str]:
 
 def losses(out_dir: Path) -> dict:
     """{(iter, name): value} of all losses and gradient norms that were logged."""
-    rows = read_metrics(out_dir)
-    return {
-        (r["iter"], k): np.nan if r[k] is None else r[k]
-        for r in rows
-        for k in (*FIGURES.values(), "val/bpb")
-        if k in r
-    }
+    names, rows = (*FIGURES.values(), "val/bpb"), read_metrics(out_dir)
+    return {(r["iter"], k): np.nan if r[k] is None else r[k] for r in rows for k in names if k in r}
 
 
 def furthest(out_dir: Path, twin: Path) -> dict:
@@ -179,7 +197,7 @@ def largest(values) -> float:
     return float(np.max([np.nan if v is None else v for v in values]))
 
 
-# ---- what is kept
+# ---- records
 
 
 def kept(path: Path) -> list[dict]:
@@ -187,20 +205,25 @@ def kept(path: Path) -> list[dict]:
     return read_record(path, list[dict], "the record of an earlier start") if path.exists() else []
 
 
-def report(path: Path, made: dict, data: dict, title: str, *parts) -> None:
-    """Write PATH.json and PATH.md; parts: paragraphs and Tables. Both say where they come from."""
+def keep(path: Path, records: list[dict], new: dict) -> None:
+    """Add a record to those on disk, with the commit and the date of now."""
+    records.append(new | {"commit": commit(), "date": today()})
+    write_json(path, records)
+
+
+def report(path: Path | None, script: str, argv, records: list[dict], data: dict, title: str, parts) -> None:
+    """Write PATH.json and PATH.md (None: nothing), which both say where the records of all starts come from.
+
+    script, argv: what ran (see provenance); parts: paragraphs and Tables.
+    """
+    if path is None:
+        return
+    made = provenance(script, argv)
+    made["machine"] += f", torch {torch.__version__}"
+    made["commit"] = ", ".join(sorted({str(r["commit"]) for r in records if "commit" in r}))
+    made["date"] = max((r["date"] for r in records if "date" in r), default=made["date"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path.with_suffix(".json"), made | data)
     text = [f"# {title}", *(p if isinstance(p, str) else p.markdown() for p in parts)]
     text.append("\n".join(f"- {k}: `{v}`" if k == "command" else f"- {k}: {v}" for k, v in made.items()))
     write_text(path.with_suffix(".md"), "\n\n".join(text) + "\n")
-
-
-def made_by(script: str, argv, records: list[dict] = ()) -> dict:
-    """Provenance of a command, torch included; of `records` that several starts may have left, theirs counts."""
-    made = provenance(script, argv)
-    made["machine"] += f", torch {torch.__version__}"
-    if records:
-        made["commit"] = ", ".join(sorted({str(r.get("commit")) for r in records}))
-        made["date"] = max((r["date"] for r in records if "date" in r), default=made["date"])
-    return made
