@@ -10,7 +10,7 @@ from conftest import ROOT, losses
 from engine.metrics import read_metrics
 from kronecker import KroneckerEmbedding, build_byte_buffer
 from scripts.gpu import candidates
-from scripts.gpu.candidates import CandidateEmbedding, Slots, TableWay
+from scripts.gpu.candidates import Slots, TableWay, going
 
 
 @pytest.mark.parametrize("way", [TableWay, Slots])
@@ -21,7 +21,7 @@ def test_it_is_the_same_embedding(way, V, n, monkeypatch):
     pieces = [bytes([32, *torch.randint(0, 256, (i % 6,), generator=g).tolist()])[: i % 7] for i in range(V)]
     buffers = build_byte_buffer(pieces, 4)
     one = KroneckerEmbedding(V, 24, pos_dim=4, byte_buffer=buffers[0], length_buffer=buffers[1])
-    two = CandidateEmbedding(one, way)
+    two = going(way, one)
     ids = torch.randint(0, V, (n // 3, 3), generator=g)
     out_grad = torch.randn(n // 3, 3, 24, generator=g)
     found = []
@@ -35,7 +35,7 @@ def test_it_is_the_same_embedding(way, V, n, monkeypatch):
 
 
 def test_all_ways_are_measured(capsys):
-    rows = candidates.measure("cpu", toy=True, rounds=3)
+    rows = candidates.measure("cpu", candidates.TOY, 3)
     assert [r["dtype"] for r in rows] == ["float32", "bfloat16"]
     assert all(set(r["ms"]) == {"package", "table", "slots", "nn.Embedding"} for r in rows)
 
@@ -57,10 +57,8 @@ def test_table_compiles_without_a_break():
     module = KroneckerEmbedding(20, 8, pos_dim=4, byte_buffer=buffers[0], length_buffer=buffers[1])
     ids = torch.arange(20).repeat(2)
     found = []
-    for run in (
-        module,
-        torch.compile(CandidateEmbedding(module, TableWay), fullgraph=True, backend="aot_eager"),
-    ):
+    compiled = torch.compile(going(TableWay, module), fullgraph=True, backend="aot_eager")
+    for run in (module, compiled):
         module.zero_grad()
         run(ids).square().sum().backward()
         found.append(module.projection.weight.grad.clone())

@@ -14,7 +14,9 @@ slots   the distinct tokens, like the package, in as many slots as there could b
 Whichever is fastest in the training step should become the package's way; until it is measured, nothing is changed.
 """
 
+import copy
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -31,9 +33,16 @@ from kronecker import KroneckerEmbedding
 from scripts import provenance
 from scripts.analysis.report import Table
 from scripts.arguments import Parser, device
-from scripts.bench.embedding import byte_buffers, draw_ids, interleave
+from scripts.bench.embedding import byte_buffers, draw_ids, interleave, step
 
 CHUNK = 64
+
+
+def weighted(bag_TxM: Tensor, wT_DxM: Tensor, scale_Tx1: Tensor, shift_Tx1: Tensor) -> Tensor:
+    """Embeddings (T, M) of T tokens whose rows of W^T are summed up in bag."""
+    bag_TxM = bag_TxM.to(scale_Tx1.dtype)
+    e_TxM = torch.addcmul(scale_Tx1 * bag_TxM, shift_Tx1, wT_DxM.sum(0, dtype=bag_TxM.dtype), value=-1)
+    return e_TxM.to(wT_DxM.dtype)
 
 
 class TableWay:
@@ -62,11 +71,8 @@ class TableWay:
         self.all_C = torch.arange(n_pieces, device=device)
 
     def forward(self, ids_N: Tensor, wT_DxM: Tensor) -> Tensor:
-        bag_VxM = F.embedding_bag(self.flat_K, wT_DxM, self.starts_V, mode="sum").to(self.scale_Vx1.dtype)
-        e_VxM = torch.addcmul(
-            self.scale_Vx1 * bag_VxM, self.shift_Vx1, wT_DxM.sum(0, dtype=bag_VxM.dtype), value=-1
-        )
-        return e_VxM.to(wT_DxM.dtype).index_select(0, ids_N)
+        bag_VxM = F.embedding_bag(self.flat_K, wT_DxM, self.starts_V, mode="sum")
+        return weighted(bag_VxM, wT_DxM, self.scale_Vx1, self.shift_Vx1).index_select(0, ids_N)
 
     def backward(self, ids_N: Tensor, g_NxM: Tensor, D: int) -> Tensor:
         g_VxM = torch.ops.aten.embedding_dense_backward(g_NxM, ids_N, len(self.scale_Vx1), -1, False)
@@ -100,11 +106,7 @@ class Slots:
         self.inverse_N, self.lengths_S = slot_V[ids_N], lengths_S
         self.scale_Sx1, self.shift_Sx1 = self.coef_Lx2[lengths_S].unsqueeze(2).unbind(1)
         bag_SxM = F.embedding_bag(self.flat_SxP, F.pad(wT_DxM, (0, 0, 0, 1)), mode="sum", padding_idx=self.D)
-        bag_SxM = bag_SxM.to(self.scale_Sx1.dtype)
-        e_SxM = torch.addcmul(
-            self.scale_Sx1 * bag_SxM, self.shift_Sx1, wT_DxM.sum(0, dtype=bag_SxM.dtype), value=-1
-        )
-        return e_SxM.to(wT_DxM.dtype).index_select(0, self.inverse_N)
+        return weighted(bag_SxM, wT_DxM, self.scale_Sx1, self.shift_Sx1).index_select(0, self.inverse_N)
 
     def backward(self, ids_N: Tensor, g_NxM: Tensor, D: int) -> Tensor:
         S, P = self.flat_SxP.shape
@@ -132,91 +134,72 @@ class _Candidate(torch.autograd.Function):
         return None, ctx.way.backward(ids_N, g_NxM.contiguous(), ctx.D).t(), None
 
 
-class CandidateEmbedding(nn.Module):
-    """A KroneckerEmbedding whose sums go another way."""
+class Candidate(KroneckerEmbedding):
+    """A KroneckerEmbedding whose sums go its `way`."""
 
-    def __init__(self, module: KroneckerEmbedding, way):
-        super().__init__()
-        self.module = module
-        self.way = way(module._byte_buffer, module._length_buffer, module._coef, module.D)
+    way = TableWay
+
+    def _place_constants(self) -> None:
+        super()._place_constants()
+        if self.projection.weight.device.type != "meta":
+            self._way = self.way(self._byte_buffer, self._length_buffer, self._coef, self.D)
 
     def forward(self, ids: Tensor) -> Tensor:
-        out = _Candidate.apply(ids.reshape(-1), self.module.projection.weight, self.way)
-        return out.view(*ids.shape, -1)
-
-
-def install(way) -> None:
-    """Let every KroneckerEmbedding of this process compute its forward pass `way` (to measure a training step)."""
-    place = KroneckerEmbedding._place_constants
-
-    def placed(self):
-        place(self)
-        if self.projection.weight.device.type != "meta":
-            self._way = way(self._byte_buffer, self._length_buffer, self._coef, self.D)
-
-    def forward(self, ids):
         out = _Candidate.apply(ids.reshape(-1), self.projection.weight, self._way)
         return out.view(*ids.shape, -1)
 
-    KroneckerEmbedding._place_constants, KroneckerEmbedding.forward = placed, forward
+
+def going(way, module: KroneckerEmbedding) -> Candidate:
+    """The same embedding, with the same weight, whose sums go another way."""
+    other = copy.copy(module)
+    other.__class__, other.way = Candidate, way
+    other._place_constants()
+    return other
 
 
-def measure(device: str, toy: bool = False, rounds: int = 20) -> list[dict]:
+SETTINGS = [
+    (50_304, 768, 16, 65_536),
+    (50_304, 768, 16, 8_192),
+    (131_072, 4_096, 32, 65_536),
+]  # V, d, pos_dim, ids
+TOY = [(512, 32, 8, 300)]
+
+
+def measure(device: str, settings=SETTINGS, rounds: int = 20) -> list[dict]:
     """Median ms of forward and backward of every way and of nn.Embedding, interleaved."""
-    settings = [(512, 32, 8, 300)] if toy else [(50_304, 768, 16, 65_536), (50_304, 768, 16, 8_192), (131_072, 4_096, 32, 65_536)]  # fmt: skip
     rows = []
     for V, d, pos_dim, n in settings:
         for dtype in (torch.float32, torch.bfloat16):
-            buffers = byte_buffers(V, pos_dim, None)
-            package = KroneckerEmbedding(
-                V, d, pos_dim=pos_dim, byte_buffer=buffers[0], length_buffer=buffers[1]
-            )
-            package = package.to(device=device, dtype=dtype)
-            sides = {
-                "package": package,
-                "table": CandidateEmbedding(package, TableWay),
-                "slots": CandidateEmbedding(package, Slots),
-                "nn.Embedding": nn.Embedding(V, d, device=device, dtype=dtype),
-            }
+            buffers = dict(zip(("byte_buffer", "length_buffer"), byte_buffers(V, pos_dim, None), strict=True))
+            package = KroneckerEmbedding(V, d, pos_dim=pos_dim, **buffers).to(device=device, dtype=dtype)
+            sides = {"package": package, "table": going(TableWay, package), "slots": going(Slots, package)}
+            sides["nn.Embedding"] = nn.Embedding(V, d, device=device, dtype=dtype)
             ids = draw_ids("text", n, V, None).to(device)
             g = torch.randn(n, d, device=device, dtype=dtype)
-
-            def step(module, ids=ids, g=g):
-                module.zero_grad(set_to_none=True)
-                module(ids).backward(g)
-
-            ms = interleave(
-                {name: lambda m=m, step=step: step(m) for name, m in sides.items()}, rounds, device
-            )
+            runs = {name: partial(step, module, ids, g) for name, module in sides.items()}
+            ms = interleave(runs, rounds, device)
             rows.append({"V": V, "d": d, "pos_dim": pos_dim, "tokens": n, "dtype": str(dtype)[6:], "ms": ms})
-            del sides, package, g
     return rows
 
 
 def ways_table(rows: list[dict]) -> Table:
     """Milliseconds of the package's way, of the candidates and of nn.Embedding."""
-    sides = list(rows[0]["ms"])
-    cells = [
-        [
-            f"{r['V']:,} x {r['d']:,}, pos_dim {r['pos_dim']}",
-            r["dtype"],
-            f"{r['tokens']:,}",
-            *(f"{r['ms'][s]:.3f}" for s in sides),
-        ]
-        for r in rows
-    ]
-    header = ["embedding", "dtype", "tokens", *(f"{s}, ms" for s in sides)]
-    return Table(
-        "Ways to the same embedding", header, cells, left=2, note="Forward and backward; ids by a Zipf law."
-    )
+    cells = []
+    for r in rows:
+        embedding = f"{r['V']:,} x {r['d']:,}, pos_dim {r['pos_dim']}"
+        cells.append([embedding, r["dtype"], f"{r['tokens']:,}", *(f"{ms:.3f}" for ms in r["ms"].values())])
+    header = ["embedding", "dtype", "tokens", *(f"{side}, ms" for side in rows[0]["ms"])]
+    note = "Forward and backward; ids by a Zipf law."
+    return Table("Ways to the same embedding", header, cells, left=2, note=note)
 
 
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:2] == ["train", "table"]:  # slots keeps something between its passes, which no compiler takes
+        import model
         import train
 
-        install(TableWay)
+        model.KroneckerEmbedding = Candidate
         sys.exit(train.cli(argv[2:]))
     parser = Parser(__doc__)
     parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, auto (%(default)s)")
@@ -224,14 +207,14 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, help="write candidates.json and candidates.md to this folder")
     args = parser.parse_args(argv)
     with sentences():
-        rows = measure(args.device, args.toy, 3 if args.toy else 20)
+        rows = measure(args.device, TOY, 3) if args.toy else measure(args.device)
         table, made = ways_table(rows), provenance.provenance(__file__, argv)
         print(table.text())
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             write_json(args.out / "candidates.json", made | {"rows": rows})
-            told = f"`{made['command']}` at commit {made['commit']}, {made['machine']}, {made['date']}."
-            write_text(args.out / "candidates.md", f"{table.markdown()}\n\n{told}\n")
+            source = f"`{made['command']}` at commit {made['commit']}, {made['machine']}, {made['date']}."
+            write_text(args.out / "candidates.md", f"{table.markdown()}\n\n{source}\n")
 
 
 if __name__ == "__main__":

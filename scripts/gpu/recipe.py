@@ -20,10 +20,8 @@ gather       records, comparison and tables of all pieces in --out; refuses runs
 a network. In a copy without .git, the variable KNG_COMMIT says which commit it is.
 """
 
-import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -35,17 +33,15 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 from data.records import read_record
 from engine.errors import RunError, sentences
+from scripts import matched
 from scripts.arguments import Parser, names, number, whole
 from scripts.gpu import gather
 
-RECIPE = "config/gpt2_124m_short.py"
+RECIPE, ARMS = ROOT / "config" / "gpt2_124m_short.py", ROOT / "config" / "arms"
 PIECES = "correctness embedding speed train probes sweep gather".split()
-ARMS = ["bpe_tied", "bpe_untied", "kronecker"]
-SWEEP_ARMS = [
-    "bpe_untied",
-    "kronecker",
-    *(p.stem for p in sorted((ROOT / "config/arms").glob("kronecker_*.py"))),
-]
+PROBES = "spelling layers tradeoff norms generation".split()
+COMPARED = ["bpe_tied", "bpe_untied", "kronecker"]
+SWEPT = ["bpe_untied", "kronecker", *sorted(path.stem for path in ARMS.glob("kronecker_*.py"))]
 SWEEP = {
     "max_iters": 400,
     "eval_interval": 100,
@@ -65,20 +61,11 @@ def arguments(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("pieces", nargs="+", choices=PIECES, metavar="PIECE", help=", ".join(PIECES))
-    add("--work", type=Path, default=None, help="runs and caches (default: out/gpu; toy: out/gpu_toy)")
-    add(
-        "--out",
-        type=Path,
-        default=None,
-        help="figures and records (default: results/124m; toy: WORK/results)",
-    )
+    add("--work", type=Path, help="runs and caches (default: out/gpu; toy: out/gpu_toy)")
+    add("--out", type=Path, help="figures and records (default: results/124m; toy: WORK/results)")
     add("--data-dir", type=Path, default=ROOT / "data" / "edu_mix", help="prepared shards (%(default)s)")
-    add(
-        "--minutes",
-        type=number(0, 1e6, above=True),
-        default=8.7,
-        help="what this call may take (%(default)s)",
-    )
+    minutes = number(0, 1e6, above=True)
+    add("--minutes", type=minutes, default=8.7, help="what this call may take (%(default)s)")
     add("--arms", type=names, default=[], help="train, sweep: names in config/arms/, with commas")
     add("--seeds", type=names, default=["1337"], help="train, sweep: with commas (1337)")
     add("--text", type=Path, help="embedding: a pack of text whose ids are looked up; probes: held-out text")
@@ -99,20 +86,15 @@ def script(path: str, *words) -> list[str]:
     return [sys.executable, str(ROOT / path), *map(str, words)]
 
 
-def keys(values: dict) -> list[str]:
+def keys(args, more: dict) -> list[str]:
+    """train.py's keys beside the recipe."""
+    values = (TOY if args.toy else {}) | more | {"data_dir": args.data_dir}
     return [f"--{k}={v}" for k, v in values.items()]
-
-
-def matched(args, folder: str, arms: list[str], more: dict) -> list[str]:
-    """matched.py on the recipe, within the time that is left."""
-    words = [ROOT / RECIPE, f"--arms={','.join(args.arms or arms)}", f"--seeds={','.join(args.seeds)}"]
-    words += [f"--out={args.work / folder}", f"--minutes={left(args):.2f}", f"--data_dir={args.data_dir}"]
-    return script("scripts/matched.py", *words, *keys((TOY if args.toy else {}) | more))
 
 
 def commands(args, piece: str) -> list[list[str]]:
     """The commands of a piece, in their order."""
-    device = "cpu" if args.toy else "cuda"
+    measured = ["--device", "cpu" if args.toy else "cuda", "--out", args.out]
     text = ["--text", args.text] if args.text else []
     if piece == "correctness":
         record = f"--junitxml={args.out / 'gpu_tests.xml'}"
@@ -120,59 +102,40 @@ def commands(args, piece: str) -> list[list[str]]:
             [sys.executable, "-m", "pytest", "-q", "-m", "gpu", record, str(ROOT / "tests" / "test_gpu.py")]
         ]
     if piece == "embedding":
-        bench = script("scripts/bench/embedding.py", "--device", device, "--out", args.out, *text)
         size = ["--quick", "--rounds", "3", "--no-memory"] if args.toy else ["--reference-gb", "60"]
-        ways = script("scripts/gpu/candidates.py", "--device", device, "--out", args.out)
-        return [
-            [*bench, *size],
-            [*bench, *size, "--dtype", "bfloat16", "--no-memory"],
-            ways + (["--toy"] if args.toy else []),
-        ]
+        bench = script("scripts/bench/embedding.py", *measured, *text, *size)
+        ways = script("scripts/gpu/candidates.py", *measured, *["--toy"] * args.toy)
+        return [bench, [*bench, "--dtype", "bfloat16", "--no-memory"], ways]
     if piece == "speed":
-        sides = ["--arms=bpe_tied,bpe_untied,kronecker", f"--rounds={args.rounds}", f"--out={args.out}"]
-        sides += [f"--nanogpt-dir={args.nanogpt_dir}"] if args.nanogpt_dir else []
-        if args.toy:
-            return [script("scripts/bench/train.py", "--setting=toy", "--steps=4", *sides)]
         # half a million tokens a step, as in nanoGPT's recipe, which cuts them up its own way
-        size = ["--setting=124m", "--device=cuda", "--dtype=bfloat16", "--compile", "--steps=9", "--skip=3"]
-        batch = ["--batch_size=64", "--accumulate=8", "--nanogpt-batch=12", "--nanogpt-accumulate=40"]
-        return [script("scripts/bench/train.py", *size, *batch, f"--minutes={left(args):.2f}", *sides)]
-    if piece == "train":
-        return [matched(args, "runs", ARMS, {})]
-    if piece == "sweep":
-        return [matched(args, "sweep", SWEEP_ARMS, TOY_SWEEP if args.toy else SWEEP)]
+        size = "--setting=124m --device=cuda --dtype=bfloat16 --compile --steps=9 --skip=3 --batch_size=64 --accumulate=8"
+        size += f" --nanogpt-batch=12 --nanogpt-accumulate=40 --minutes={left(args):.2f}"
+        size = "--setting=toy --steps=4" if args.toy else size
+        nanogpt = [f"--nanogpt-dir={args.nanogpt_dir}"] if args.nanogpt_dir else []
+        sides = [f"--arms={','.join(COMPARED)}", f"--rounds={args.rounds}", f"--out={args.out}", *nanogpt]
+        return [script("scripts/bench/train.py", *size.split(), *sides)]
+    if piece in ("train", "sweep"):
+        folder, arms, more = ("runs", COMPARED, {}) if piece == "train" else ("sweep", SWEPT, SWEEP)
+        more = TOY_SWEEP if args.toy and piece == "sweep" else more
+        words = [f"--arms={','.join(args.arms or arms)}", f"--seeds={','.join(args.seeds)}"]
+        words += [f"--out={args.work / folder}", f"--minutes={left(args):.2f}"]
+        return [script("scripts/matched.py", RECIPE, *words, *keys(args, more))]
     if piece == "probes":
-        common = ["--runs", args.work / "runs", "--out", args.out, "--device", device]
-        few = ["--samples=1", "--max_new_tokens=4"] if args.toy else []
-        probes = [
-            script(f"scripts/probes/{name}.py", *common)
-            for name in ("spelling", "layers", "tradeoff", "norms")
-        ]
-        generated = ["--generate", "1000", "--text", args.text]
-        more = [script("scripts/probes/spelling.py", *common, *generated)] if args.text else []
-        return [*probes, script("scripts/probes/generation.py", *common, *few), *more]
+        options = {"generation": ["--samples=1", "--max_new_tokens=4"] if args.toy else []}
+        probes = [(name, options.get(name, [])) for name in PROBES]
+        probes += [("spelling", ["--generate", "1000", *text])] if text else []
+        common = ["--runs", args.work / "runs", *measured]
+        return [script(f"scripts/probes/{name}.py", *common, *more) for name, more in probes]
     return []
 
 
 def check_plan(args) -> None:
     """Hold the runs that are about to start to --out/plan.json, where there is one."""
-    plan = args.out / "plan.json"
-    if not plan.is_file():
-        return
-    words = [
-        ROOT / RECIPE,
-        ROOT / "config/arms/bpe_tied.py",
-        f"--data_dir={args.data_dir}",
-        "--check_only=True",
-    ]
-    ask = subprocess.run(
-        script("train.py", *words, *keys(TOY if args.toy else {})), capture_output=True, text=True
-    )
-    if ask.returncode:
-        raise RunError((ask.stderr.strip().splitlines() or ["train.py --check_only failed"])[-1])
-    gather.check_facts(
-        "these runs", json.loads(ask.stdout.splitlines()[-1]), read_record(plan, dict, "a plan")
-    )
+    if (args.out / "plan.json").is_file():
+        command = script("train.py", RECIPE, ARMS / "bpe_tied.py", *keys(args, {}))
+        first = matched.identities([("the first run", "bpe_tied", 1337, command)])[0]
+        plan = read_record(args.out / "plan.json", dict, "a plan")
+        gather.check_facts("these runs", first.run, first.config["max_iters"], plan)
 
 
 def left(args) -> float:
@@ -185,15 +148,13 @@ def run(command: list[str], args) -> str:
     process = subprocess.Popen(command, cwd=ROOT)
     try:
         status = process.wait(60 * left(args) + 30)  # those that know the time save what they have
+        return f"exit status {status}" if status else ""
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
         return "no time was left; the same command goes on"
-    except BaseException:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise
-    return f"exit status {status}" if status else ""
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
 
 
 def main(argv=None) -> None:
@@ -209,9 +170,9 @@ def main(argv=None) -> None:
                 check_plan(args)
             for command in commands(args, piece):
                 print(f"{piece}: {shlex.join(command)}", flush=True)
-                told = "" if args.show else run(command, args)
-                if told:
-                    failed.append(f"{piece} ({Path(command[1]).name}): {told}")
+                trouble = "" if args.show else run(command, args)
+                if trouble:
+                    failed.append(f"{piece} ({Path(command[1]).name}): {trouble}")
             if piece == "gather" and not args.show:
                 gather.gather(args.work, args.out, argv)
         if failed:
