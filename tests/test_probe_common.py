@@ -40,7 +40,7 @@ def test_records_have_the_published_keys(shared_dir, probed_runs):
     assert set(theirs["kron"]["per_prompt"][0]) == set(ours)
     assert set(theirs["kron"]["agg"]["overall"]) == set(spelling.summarise([ours]))
     theirs, _ = published(shared_dir, "generation_probe_results.json")
-    prompts = generation.read_prompts(common.DATA / "generation_prompts.json")[:3]
+    prompts = generation.read_prompts(common.DATA / "generation_prompts.json")[0][:3]
     ours = generation.measure(net, tokenizer, run, prompts, args_for())[0]
     assert set(theirs["results"][0]) <= set(ours)
     theirs, _ = published(shared_dir, "layered_probe_results.json")

@@ -36,20 +36,23 @@ def test_a_slot_with_a_tokens_own_bytes_is_that_token(probed_runs):
 
 
 def test_echo_and_gibberish_rules():
-    assert generation.echoes(["zorblescope"], "of a Zorblescope!") == (True, True)
-    assert generation.echoes(["zorblescope"], "the zorblesc is") == (False, True)
-    assert generation.echoes(["zorblescope"], "the scope is") == (False, False)
+    def judged(completion):
+        return tuple(generation.judge(["zorblescope"], completion).values())
+
+    assert judged("of a Zorblescope!") == (True, True, False)
+    assert judged("the zorblesc is") == (False, True, False)
+    assert judged("the scope is a a a a") == (False, False, False)
+    assert judged("a b a c a d a e a") == (False, False, True)
     assert generation.changed_words("The telescpoe is used", "The telescope is used") == ["telescpoe"]
-    assert generation.is_gibberish("a b a c a d a e a") and not generation.is_gibberish("a b a c a d a")
     assert generation.longest_common("kitten", "mittens") == 5
 
 
 def test_gibberish_rule_gives_the_published_flags(shared_dir):
     content, path = published(shared_dir, "generation_probe_results.json")
     for r in content["results"]:
-        assert generation.is_gibberish(r["completion"]) == r["gibberish_flag"]
-    prompts = generation.read_prompts(path)
+        assert generation.judge([], r["completion"])["gibberish_flag"] == r["gibberish_flag"]
+    prompts, rates = generation.read_prompts(path)
     assert len(prompts) == 44
     forced = [p for p in prompts if p["condition"] == "forced_oov"]
     assert forced[0]["text"] == "{{kubernetes}} is a system for" and forced[0]["targets"] == ["kubernetes"]
-    assert generation.published_rates(path)["misspelled"]["kron"]["echo"] > 0
+    assert rates["misspelled"]["kron"]["echo"] > 0

@@ -163,8 +163,8 @@ def wandb_api():
 # ---------------------------------------------------------------------------------------------- matching
 
 
-def check_match(runs: list[Run], swept=()) -> None:
-    """Refuse runs that differ in what has to be equal, naming the field and the two runs (see engine/contract.py)."""
+def refuse_twins(runs: list[Run]) -> None:
+    """RunError where two runs are of one arm and seed."""
     seen: dict = {}
     for run in runs:
         other = seen.setdefault((run.arm, run.seed), run)
@@ -172,6 +172,11 @@ def check_match(runs: list[Run], swept=()) -> None:
             raise RunError(
                 f"{other.name} and {run.name} are both arm {run.arm}, seed {run.seed}; give only one of them"
             )
+
+
+def check_match(runs: list[Run], swept=()) -> None:
+    """Refuse runs that differ in what has to be equal, naming the field and the two runs (see engine/contract.py)."""
+    refuse_twins(runs)
     contract.check_match([contract.Member(r.name, r.arm, r.seed, r.config, r.info) for r in runs], swept)
 
 

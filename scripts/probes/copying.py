@@ -213,7 +213,7 @@ def main(argv=None) -> None:
             "words": drawn["words"],
         }
         common.finish(
-            __file__, argv, common.out_folder(args), "copying", "Copying", 35, result,
+            __file__, argv, args, "copying", "Copying", 35, result,
             {"words": args.words, "sentences": args.sentences, "seed": args.seed},
             make_tables(by_run, arms, comparisons), draw(by_run, arms),
             "Large points: means over seeds; small points: seeds.",

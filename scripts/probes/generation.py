@@ -17,6 +17,7 @@ import math
 import re
 import sys
 from collections import Counter
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,8 @@ from scripts.arguments import Parser, number, whole
 from scripts.probes import common
 
 CONDITIONS = ("normal", "misspelled", "forced_oov")
-RATES = {"echo": "echo", "partial_echo": "partial", "gibberish_flag": "gibberish"}
+RATES = ("echo", "partial_echo", "gibberish_flag")
+GREEDY = {key: "greedy_" + key.removesuffix("_flag") for key in RATES}  # the same of greedy continuations
 
 
 class Prompt(Record):
@@ -52,55 +54,54 @@ class PublishedRecord(Record):
     oov_target: str | None = None
     arm: str
     completion: str
-    gibberish_flag: bool
 
 
 class Prompts(Record):
     """Our own file of prompts, or the published results."""
 
     prompts: list[Prompt] | None = None
-    results: list[PublishedRecord] | None = None  # what the paper published, instead
+    results: list[PublishedRecord] | None = None
 
 
-def read_prompts(path: Path) -> list[dict]:
-    """Prompts as [{"prompt_id", "condition", "text", "targets", "oov_target"}], from our file or the published one."""
-    content = read_record(path, Prompts, "prompts").model_dump()
-    if content["prompts"] is not None:
-        found = {(p["prompt_id"], c): p[c] for p in content["prompts"] for c in CONDITIONS if p.get(c)}
-    elif content["results"] is not None:
-        found = {}
-        for r in content["results"]:
-            text, target = r["prompt_text"], r.get("oov_target")
-            if (
-                r["condition"] == "forced_oov" and target
-            ):  # published: the word stands in the text, in any case
-                text = re.sub(re.escape(target), "{{" + target + "}}", text, count=1, flags=re.IGNORECASE)
-            found[r["prompt_id"], r["condition"]] = text
-    else:
+def read_prompts(path: Path) -> tuple[list[dict], dict]:
+    """(prompts, rates of the published continuations or {}), from our file or the published one.
+
+    A prompt is {"prompt_id", "condition", "text", "prompt_text": without braces, "targets", "oov_target"}; the rates
+    are {condition: {arm: {rate: mean}}}.
+    """
+    content = read_record(path, Prompts, "prompts")
+    ours, published = content.prompts or [], content.results or [] if content.prompts is None else []
+    texts = {(p.prompt_id, c): text for p in ours for c in CONDITIONS if (text := getattr(p, c))}
+    for r in published:
+        text, target = r.prompt_text, r.oov_target
+        if r.condition == "forced_oov" and target:  # the word stands in the text, in any case
+            text = re.sub(re.escape(target), "{{" + target + "}}", text, count=1, flags=re.IGNORECASE)
+        texts[r.prompt_id, r.condition] = text
+    if not texts:
         raise RunError(f"{path} holds neither 'prompts' nor published 'results'")
-    prompts = []
-    for (prompt_id, condition), text in sorted(
-        found.items(), key=lambda x: (x[0][0], CONDITIONS.index(x[0][1]))
-    ):
-        normal, wrong = found.get((prompt_id, "normal"), ""), found.get((prompt_id, "misspelled"), "")
-        slots = SLOT.findall(text)
-        if condition == "forced_oov":
-            targets = slots
-        else:
-            ours, other = (normal, wrong) if condition == "normal" else (wrong, normal)
-            targets = changed_words(ours, other)
-        prompts.append(
-            {
-                "prompt_id": prompt_id,
-                "condition": condition,
-                "text": text,
-                "targets": targets,
-                "oov_target": slots[0] if slots else None,
-            }
-        )
-    if not prompts:
-        raise RunError(f"{path} holds no prompt")
-    return prompts
+    prompts = {}
+    for prompt_id, condition in sorted(texts, key=lambda x: (x[0], CONDITIONS.index(x[1]))):
+        text = texts[prompt_id, condition]
+        targets = slots = SLOT.findall(text)
+        if condition != "forced_oov":
+            other = "misspelled" if condition == "normal" else "normal"
+            targets = changed_words(text, texts.get((prompt_id, other), ""))
+        prompts[prompt_id, condition] = {
+            "prompt_id": prompt_id,
+            "condition": condition,
+            "text": text,
+            "prompt_text": text.replace("{{", "").replace("}}", ""),
+            "targets": targets,
+            "oov_target": slots[0] if slots else None,
+        }
+    rates = {}
+    for r in published:
+        judged = judge(prompts[r.prompt_id, r.condition]["targets"], r.completion)
+        rates.setdefault(r.condition, {}).setdefault(r.arm, []).append(judged)
+    return list(prompts.values()), {
+        condition: {arm: {k: float(np.mean([x[k] for x in of])) for k in RATES} for arm, of in by_arm.items()}
+        for condition, by_arm in rates.items()
+    }
 
 
 def changed_words(mine: str, other: str) -> list[str]:
@@ -109,112 +110,64 @@ def changed_words(mine: str, other: str) -> list[str]:
     return [w for w in re.findall(r"\w+", mine.lower()) if w not in theirs and len(w) > 2]
 
 
-def is_gibberish(completion: str) -> bool:
-    """Some word comes back five times or more."""
-    return max(Counter(completion.split()).values(), default=0) >= 5
-
-
-def echoes(targets: list[str], completion: str) -> tuple[bool, bool]:
-    """(a target comes back whole, a target comes back at least in part)."""
+def judge(targets: list[str], completion: str) -> dict[str, bool]:
+    """Does a target come back whole, or at least in part, and does some word come back five times or more?"""
     low = completion.lower()
     whole = any(t.lower() in low for t in targets)
-    part = whole or any(longest_common(t.lower(), low) >= max(4, math.ceil(0.6 * len(t))) for t in targets)
-    return whole, part
+    part = any(longest_common(t.lower(), low) >= max(4, math.ceil(0.6 * len(t))) for t in targets)
+    often = max(Counter(completion.split()).values(), default=0)
+    return {"echo": whole, "partial_echo": whole or part, "gibberish_flag": often >= 5}
 
 
 def longest_common(a: str, b: str) -> int:
     """Length of the longest substring that two strings share."""
-    best, row = 0, [0] * (len(b) + 1)
-    for x in a:
-        old, row = row, [0] * (len(b) + 1)
-        for j, y in enumerate(b, 1):
-            if x == y:
-                row[j] = old[j - 1] + 1
-                best = max(best, row[j])
-    return best
+    return SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
 
 
 @torch.no_grad()
 def complete(model, prompts: list[tuple], args, greedy: bool) -> list[list[int]]:
     """Continuations (ids) of prompts [(ids, {position: bytes})]; prompts of one length go as one batch."""
-    device = model.transformer.wpe.weight.device
-    result = [None] * len(prompts)
-    by_length = {}
-    for i, (ids, _) in enumerate(prompts):
-        by_length.setdefault(len(ids), []).append(i)
-    for _, members in sorted(by_length.items()):
-        for start in range(0, len(members), args.batch_size):
-            batch = members[start : start + args.batch_size]
-            overrides = {(row, p): b for row, i in enumerate(batch) for p, b in prompts[i][1].items()}
-            generator = torch.Generator(device=device).manual_seed(args.seed)
-            idx = torch.tensor([prompts[i][0] for i in batch], device=device)
-            steps = model.generate(
-                idx,
-                args.max_new_tokens,
-                temperature=0 if greedy else args.temperature,
-                top_p=None if greedy else args.top_p,
-                generator=generator,
-                byte_overrides=overrides or None,
-            )
-            tokens = torch.cat(list(steps), dim=1).tolist()
-            for row, i in enumerate(batch):
-                result[i] = tokens[row]
+    device, result = model.transformer.wpe.weight.device, [None] * len(prompts)
+    drawn = {"temperature": 0} if greedy else {"temperature": args.temperature, "top_p": args.top_p}
+    for batch in common.by_length([ids for ids, _ in prompts], args.batch_size):
+        overrides = {(row, p): b for row, i in enumerate(batch) for p, b in prompts[i][1].items()}
+        steps = model.generate(
+            torch.tensor([prompts[i][0] for i in batch], device=device),
+            args.max_new_tokens,
+            generator=torch.Generator(device=device).manual_seed(args.seed),
+            byte_overrides=overrides or None,
+            **drawn,
+        )
+        for i, tokens in zip(batch, torch.cat(list(steps), dim=1).tolist(), strict=True):
+            result[i] = tokens
     return result
 
 
 def measure(model, tokenizer, run, prompts: list[dict], args) -> list[dict]:
     """One record a prompt and sample, with the keys of the published results and ours behind them."""
     kronecker = model.config.wte == "kronecker"
-    encoded = []
-    for p in prompts:
-        text = (
-            p["text"]
-            if kronecker
-            else SLOT.sub(lambda m: m.group().replace("{{", "").replace("}}", ""), p["text"])
-        )
-        ids, overrides = parse_prompt(text, tokenizer, model.config.vocab_size)
-        encoded.append((ids, overrides))
+    texts = [p["text" if kronecker else "prompt_text"] for p in prompts]
+    encoded = [parse_prompt(text, tokenizer, model.config.vocab_size) for text in texts]
     greedy = complete(model, encoded, args, True)
     sampled = complete(model, encoded * args.samples, args, False)
-    samples = [sampled[k * len(encoded) : (k + 1) * len(encoded)] for k in range(args.samples)]
-    settings = {
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
-    }
+    settings = {k: getattr(args, k) for k in ("temperature", "top_p", "max_new_tokens", "seed")}
     records = []
-    for i, p in enumerate(prompts):
+    for i, (p, (ids, _)) in enumerate(zip(prompts, encoded, strict=True)):
         greedy_text = tokenizer.decode(greedy[i])
-        greedy_whole, greedy_part = echoes(p["targets"], greedy_text)
-        for k in range(args.samples):
-            text = tokenizer.decode(samples[k][i])
-            whole, part = echoes(p["targets"], text)
-            records.append(
-                {
-                    "prompt_id": p["prompt_id"],
-                    "prompt_text": p["text"].replace("{{", "").replace("}}", ""),
-                    "condition": p["condition"],
-                    "arm": run.arm,
-                    "oov_target": p["oov_target"],
-                    "bpe_oov_equivalence_flag": p["condition"] == "forced_oov" and not kronecker,
-                    "input_token_count": len(encoded[i][0]),
-                    "input_tokens": encoded[i][0],
-                    "completion": text,
-                    "completion_tokens": samples[k][i],
-                    "greedy_completion": greedy_text,
-                    "gibberish_flag": is_gibberish(text),
-                    "settings": settings,
-                    "run_seed": run.seed,
-                    "sample": k,
-                    "targets": p["targets"],
-                    "echo": whole,
-                    "partial_echo": part,
-                    "greedy_echo": greedy_whole,
-                    "greedy_partial_echo": greedy_part,
-                    "greedy_gibberish": is_gibberish(greedy_text),
-                }
-            )
+        of_prompt = {k: v for k, v in p.items() if k != "text"} | {
+            "arm": run.arm,
+            "run_seed": run.seed,
+            "bpe_oov_equivalence_flag": p["condition"] == "forced_oov" and not kronecker,
+            "input_token_count": len(ids),
+            "input_tokens": ids,
+            "settings": settings,
+            "greedy_completion": greedy_text,
+            **{GREEDY[k]: x for k, x in judge(p["targets"], greedy_text).items()},
+        }
+        for k, tokens in enumerate(sampled[i :: len(prompts)]):
+            text = tokenizer.decode(tokens)
+            of_sample = {"sample": k, "completion": text, "completion_tokens": tokens}
+            records.append(of_prompt | of_sample | judge(p["targets"], text))
     return records
 
 
@@ -224,42 +177,18 @@ def sanity(model, tokenizer) -> dict:
     return {"top5_after_The": [tokenizer.decode([i]) for i in logits[0].topk(5).indices.tolist()]}
 
 
-def rates(records: list[dict], arms, baseline: str) -> dict:
+def rates(by_run: dict, arms: list[str], baseline: str) -> dict:
     """{condition: {rate: {arm: over seeds}}}, of sampled continuations and (greedy_...) greedy ones."""
-    found = {}
-    for condition in dict.fromkeys(r["condition"] for r in records):
-        mine = [r for r in records if r["condition"] == condition]
-        seeds = {(r["arm"], r["run_seed"]) for r in mine}
-        found[condition] = {
-            key: common.over_seeds(
-                {
-                    run: float(np.mean([r[key] for r in mine if (r["arm"], r["run_seed"]) == run]))
-                    for run in sorted(seeds)
-                },
-                arms,
-                baseline,
-            )
-            for key in (*RATES, "greedy_echo", "greedy_partial_echo", "greedy_gibberish")
+
+    def of_runs(condition: str, key: str) -> dict:
+        return {
+            run: float(np.mean([r[key] for r in records if r["condition"] == condition]))
+            for run, records in by_run.items()
         }
-    return found
 
-
-def published_rates(path: Path) -> dict:
-    """The same rates of the published continuations: {condition: {arm: {"echo", "partial_echo", ...}}}."""
-    content = read_record(path, Prompts, "prompts").model_dump()
-    if content["results"] is None:
-        return {}
-    targets = {(p["prompt_id"], p["condition"]): p["targets"] for p in read_prompts(path)}
-    found = {}
-    for r in content["results"]:
-        whole, part = echoes(targets[r["prompt_id"], r["condition"]], r["completion"])
-        cell = found.setdefault(r["condition"], {}).setdefault(r["arm"], {k: [] for k in RATES})
-        for key, value in (("echo", whole), ("partial_echo", part), ("gibberish_flag", r["gibberish_flag"])):
-            cell[key].append(value)
-    return {
-        c: {a: {k: float(np.mean(v)) for k, v in x.items()} for a, x in arms.items()}
-        for c, arms in found.items()
-    }
+    conditions = dict.fromkeys(r["condition"] for r in next(iter(by_run.values())))
+    keys = (*RATES, *GREEDY.values())
+    return {c: {k: common.over_seeds(of_runs(c, k), arms, baseline) for k in keys} for c in conditions}
 
 
 def make_tables(found: dict, arms: list[str], baseline: str, published: dict, n: int) -> list[Table]:
@@ -267,14 +196,12 @@ def make_tables(found: dict, arms: list[str], baseline: str, published: dict, n:
     rows = []
     for condition, by_rate in found.items():
         for arm in arms:
-            if by_rate["echo"][arm] is None:
-                continue
             keys = (*RATES, "greedy_echo", "greedy_gibberish")
             cells = [common.cell(by_rate[k][arm], 1, 100) for k in keys]
-            less = common.difference_cell(by_rate["partial_echo"][arm], 1, 100)
+            less = common.interval_cell(by_rate["partial_echo"][arm]["difference"], 1, 100)
             rows.append([condition, arm, *cells, less])
-        for arm, cell in published.get(condition, {}).items():
-            rows.append([condition, f"paper: {arm}", *(f"{100 * cell[k]:.1f}" for k in RATES), "-", "-", ""])
+        for arm, of in published.get(condition, {}).items():
+            rows.append([condition, f"paper: {arm}", *(f"{100 * of[k]:.1f}" for k in RATES), "-", "-", ""])
     header = ["condition", "arm", "echo", "partial", "gibberish", "greedy echo", "gibberish"]
     return [
         Table(
@@ -288,28 +215,20 @@ def make_tables(found: dict, arms: list[str], baseline: str, published: dict, n:
     ]
 
 
-def draw(found: dict, arms):
+def draw(found: dict, arms: list[str]):
     """Echo and gibberish as bars by condition, seeds as points."""
+    titles = {"partial_echo": "Echo, whole or in part (%)", "gibberish_flag": "Gibberish (%)"}
     with figures.plt.rc_context(figures.STYLE):
         figure, axes = figures.plt.subplots(1, 2, figsize=(10.0, 3.6))
-        for ax, key, title in (
-            (axes[0], "partial_echo", "Echo, whole or in part (%)"),
-            (axes[1], "gibberish_flag", "Gibberish (%)"),
-        ):
+        for ax, (key, title) in zip(axes, titles.items(), strict=True):
             for k, arm in enumerate(arms):
                 x = np.arange(len(found)) + 0.8 / len(arms) * (k - (len(arms) - 1) / 2)
                 entries = [by_rate[key][arm] for by_rate in found.values()]
-                colour = report.arm_style(arm, arms)["color"]
-                ax.bar(
-                    x,
-                    [100 * e["mean"] if e else 0 for e in entries],
-                    0.74 / len(arms),
-                    color=colour,
-                    label=figures.label(arm),
-                )
-                for xx, e in zip(x, entries, strict=True):
-                    points = [100 * v for v in e["by_seed"].values()] if e else []
-                    ax.plot([xx] * len(points), points, ".", color=report.INK, markersize=4)
+                style = {"color": report.arm_style(arm, arms)["color"], "label": figures.label(arm)}
+                ax.bar(x, [100 * e["mean"] for e in entries], 0.74 / len(arms), **style)
+                for at, e in zip(x, entries, strict=True):
+                    points = [100 * v for v in e["by_seed"].values()]
+                    ax.plot([at] * len(points), points, ".", color=report.INK, markersize=4)
             ax.set_xticks(range(len(found)), [c.replace("_", " ") for c in found])
             ax.grid(axis="x", visible=False)
             ax.set_title(title)
@@ -317,16 +236,12 @@ def draw(found: dict, arms):
     return figure
 
 
-def examples(records: list[dict], arms, count: int = 4) -> list[dict]:
+def examples(by_run: dict, arms: list[str], count: int = 4) -> list[dict]:
     """A few continuations as blocks of the page: the first run of each arm, the first sample."""
-    first = {a: min(r["run_seed"] for r in records if r["arm"] == a) for a in arms}
-    with_slot = {r["prompt_id"] for r in records if r["condition"] == "forced_oov"}
-    wanted = sorted(with_slot or {r["prompt_id"] for r in records})[:count]
-    shown = [
-        r
-        for r in records
-        if r["prompt_id"] in wanted and r["sample"] == 0 and r["run_seed"] == first[r["arm"]]
-    ]
+    first = [by_run[min(run for run in by_run if run[0] == arm)] for arm in arms]
+    with_slot = {r["prompt_id"] for r in first[0] if r["condition"] == "forced_oov"}
+    wanted = sorted(with_slot or {r["prompt_id"] for r in first[0]})[:count]
+    shown = [r for of_run in first for r in of_run if r["prompt_id"] in wanted and r["sample"] == 0]
     shown.sort(key=lambda r: (r["prompt_id"], CONDITIONS.index(r["condition"])))
     quotes = [
         [f"{r['prompt_text']} ({r['condition'].replace('_', ' ')}, {r['arm']})", r["completion"]]
@@ -347,8 +262,7 @@ def main(argv=None) -> None:
     add("--batch_size", type=whole(1), default=256, help="continuations at a time (%(default)s)")
     args = parser.parse_args(argv)
     with sentences():
-        prompts = read_prompts(Path(args.prompts))
-        published = published_rates(Path(args.prompts))
+        prompts, published = read_prompts(Path(args.prompts))
         checks = {}
 
         def measure_one(run, model, tokenizer, _) -> list[dict]:
@@ -357,7 +271,7 @@ def main(argv=None) -> None:
 
         by_run, arms, baseline = common.measure_runs(args, "generation", measure_one)
         records = [r for of_run in by_run.values() for r in of_run]
-        found = rates(records, arms, baseline)
+        found = rates(by_run, arms, baseline)
         result = {
             "results": records,
             "sanity": checks,
@@ -367,13 +281,13 @@ def main(argv=None) -> None:
         }
         n = sum(p["condition"] == "normal" for p in prompts) * args.samples
         common.finish(
-            __file__, argv, common.out_folder(args),
+            __file__, argv, args,
             "generation_published" if published else "generation",
             "Generation" + (", the paper's prompts" if published else ""), 30 + bool(published),
             result, {}, make_tables(found, arms, baseline, published, n), draw(found, arms),
             "Bars: mean over seeds of sampled continuations; points: seeds.",
             "Does a misspelled or made-up word of the prompt come back in what the model writes?",
-            examples(records, arms),
+            examples(by_run, arms),
         )  # fmt: skip
 
 

@@ -67,73 +67,66 @@ def read_families(path: Path) -> tuple[list[dict], dict]:
     """(families, published results or {}) from our file or the published one."""
     content = read_record(path, dict[str, object], "word families")
     if "families" in content:
-        return [f.model_dump() for f in read_record(path, Families, "word families").families], {}
-    arms = {a: x for a, x in content.items() if isinstance(x, dict) and "probes" in x}
+        return validated(content, Families, str(path), "word families").model_dump()["families"], {}
+    arms = {
+        arm: validated(x, PublishedArm, f"{path}, {arm}", "published results")
+        for arm, x in content.items()
+        if isinstance(x, dict) and "probes" in x
+    }
     if not arms:
         raise RunError(f"{path} holds neither 'families' nor published 'probes'")
-    arms = {
-        a: validated(x, PublishedArm, f"{path}, {a}", "published results").model_dump()
-        for a, x in arms.items()
-    }
     families = [
-        {
-            "family": name,
-            "family_root": f["family_root"],
-            "exact_family": f["exact_family"],
-            "probes": [p["probe"] for p in f["per_probe"]],
-        }
-        for name, f in next(iter(arms.values()))["probes"].items()
+        {"family": name, "family_root": f.family_root, "exact_family": f.exact_family}
+        | {"probes": [p.probe for p in f.per_probe]}
+        for name, f in next(iter(arms.values())).probes.items()
     ]
-    return families, arms
+    return families, {arm: x.overall_aggregate for arm, x in arms.items()}
 
 
 def scores(strings: list[str], probe: str, root: str, family) -> dict:
     """The three counts of a list of neighbours, as shares."""
     forms = [s.strip().lower() for s in strings]
-    n = len(forms)
-    return {
-        "L": sum(f != probe.lower() for f in forms) / n,
-        "M": sum(root in f for f in forms) / n,
-        "S": sum(f in set(family) for f in forms) / n,
+    counts = {
+        "L": sum(f != probe.lower() for f in forms),
+        "M": sum(root in f for f in forms),
+        "S": sum(f in set(family) for f in forms),
     }
+    return {score: count / len(forms) for score, count in counts.items()}
 
 
 def probe_token(word: str, tokenizer, bare: bool) -> tuple[int, bool]:
     """(token id that stands for a word, whether it is the whole word)."""
-    forms = [word] if bare else [" " + word, word]
-    for form in forms:
+    for form in [word] if bare else [" " + word, word]:
         ids = tokenizer.encode(form)
         if len(ids) == 1:
             return ids[0], True
     return tokenizer.encode(word)[0], False
 
 
-def vocabulary_states(model, ids: np.ndarray, batch_size: int) -> dict[str, torch.Tensor]:
-    """Every token by itself at position 0: {level: centred unit rows (n, n_embd)}, and norms under 'norm'."""
-    parts = {level: [] for level in LEVELS}
+def vocabulary_states(
+    model, ids: np.ndarray, batch_size: int
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Every token by itself at position 0: ({level: centred unit rows (n, n_embd)}, {level: mean centred norm})."""
+    parts = []
     position = model.transformer.wpe.weight[0].detach().float().cpu()
-    for start in range(0, len(ids), batch_size):
-        batch = torch.from_numpy(ids[start : start + batch_size])[:, None]
-        states = [s[:, 0] for s in common.block_states(model, batch, blocks=2)]
-        states = [states[0], states[0] + position, *states[1:]]
-        for level, state in zip(LEVELS, states, strict=False):  # a one-block model has no L1
-            parts[level].append(state)
-    rows = {level: torch.cat(part) for level, part in parts.items() if part}
+    for batch in torch.from_numpy(ids)[:, None].split(batch_size):
+        raw, *after = [s[:, 0] for s in common.block_states(model, batch, blocks=2)]
+        parts.append([raw, raw + position, *after])
+    rows = dict(zip(LEVELS, map(torch.cat, zip(*parts, strict=True)), strict=False))  # one block gives no L1
     centred = {level: x - x.mean(0) for level, x in rows.items()}
     norms = {level: x.norm(dim=1).mean().item() for level, x in centred.items()}
-    return {level: torch.nn.functional.normalize(x, dim=1) for level, x in centred.items()} | {"norm": norms}
+    return {level: torch.nn.functional.normalize(x, dim=1) for level, x in centred.items()}, norms
 
 
 def measure(model, tokenizer, run, families: list[dict], bare: bool, args) -> dict:
     """One run in the published schema; `whole` on each probe and the *_whole aggregates are ours."""
-    lengths = tokenizer.byte_lengths()
-    ids = np.nonzero(lengths[: model.config.vocab_size])[0].astype(np.int64)
+    ids = np.nonzero(tokenizer.byte_lengths()[: model.config.vocab_size])[0].astype(np.int64)
     row_of = {int(i): r for r, i in enumerate(ids)}
-    states = vocabulary_states(model, ids, args.batch_size)
-    levels = [level for level in LEVELS if level in states]
+    states, norms = vocabulary_states(model, ids, args.batch_size)
     rng = np.random.default_rng(args.seed)
-    i, j = rng.integers(0, len(ids), 4000), rng.integers(0, len(ids), 4000)
+    i, j = rng.integers(0, len(ids), (2, 4000))
     i, j = i[i != j], j[i != j]
+    random = {level: (x[i] * x[j]).sum(1).mean().item() for level, x in states.items()}
 
     probes, self_found, in_vocab = {}, True, True
     for family in families:
@@ -143,12 +136,12 @@ def measure(model, tokenizer, run, families: list[dict], bare: bool, args) -> di
             if token not in row_of:
                 in_vocab = False
                 continue
-            entry = {"probe": word, "first_token_id": token, "first_token_decoded": tokenizer.decode([token])}
-            entry["whole"] = whole
-            for level in levels:
-                cosines = states[level] @ states[level][row_of[token]]
-                self_found &= bool(cosines[row_of[token]] >= cosines.max() - 1e-4)
-                cosines[row_of[token]] = -2
+            row, text = row_of[token], tokenizer.decode([token])
+            entry = {"probe": word, "first_token_id": token, "first_token_decoded": text, "whole": whole}
+            for level, x in states.items():
+                cosines = x @ x[row]
+                self_found &= bool(cosines[row] >= cosines.max() - 1e-4)
+                cosines[row] = -2
                 top = cosines.topk(min(NEIGHBOURS, len(ids) - 1))
                 near = ids[top.indices.numpy()].tolist()
                 strings = [tokenizer.decode([t]) for t in near]
@@ -159,75 +152,54 @@ def measure(model, tokenizer, run, families: list[dict], bare: bool, args) -> di
                     **scores(strings, word, family["family_root"], family["exact_family"]),
                 }
             entries.append(entry)
-        probes[family["family"]] = {
-            "family_root": family["family_root"],
-            "exact_family": family["exact_family"],
-            "per_probe": entries,
+        probes[family["family"]] = {k: family[k] for k in ("family_root", "exact_family")} | {
+            "per_probe": entries
         }
-    kronecker = model.config.wte == "kronecker"
-    result = {
+    return {
         "model_info": {
             "checkpoint_path": run.name,
             "vocab_size": model.config.vocab_size,
             "d_model": model.config.n_embd,
             "num_layers": model.config.n_layer,
-            "embed_type": "kronecker" if kronecker else "bpe",
+            "embed_type": "kronecker" if model.config.wte == "kronecker" else "bpe",
             "architecture_notes": "GPT-2 as in nanoGPT: pre-norm blocks, learned positions",
             "preprocessing_before_layer_0": "x = wte(id) + wpe(0)",
             "stream_collapse_used": "n/a (single-stream)",
-            **{f"centered_norm_{level}": states["norm"][level] for level in levels},
+            **{f"centered_norm_{level}": x for level, x in norms.items()},
         },
         "sanity_checks": {
             "self_retrieval_pass": self_found,
-            **{
-                f"centered_random_pair_cos_{level}": (states[level][i] * states[level][j])
-                .sum(1)
-                .mean()
-                .item()
-                for level in levels
-            },
             "probe_in_vocab_pass": in_vocab,
+            **{f"centered_random_pair_cos_{level}": x for level, x in random.items()},
         },
         "probes": probes,
+        **aggregate(probes),
     }
-    return result | aggregate(probes)
+
+
+def means(entries: list[dict], suffix: str = "", of_change: str = "") -> dict:
+    """{level: {score: mean}} of some probes, and by how much a level has more than the one before it."""
+    levels = [level for level in LEVELS if any(level in e for e in entries)]
+    by_level = {x: {s: round(float(np.mean([e[x][s] for e in entries])), 4) for s in "LMS"} for x in levels}
+    changes = {
+        f"delta_{high}_minus_{low.replace('_', '')}{of_change}": {
+            s: round(by_level[high][s] - by_level[low][s], 4) for s in "LMS"
+        }
+        for low, high in (("E_raw", "L0"), ("L0", "L1"))
+        if high in levels
+    }
+    return {x: {s + suffix: v for s, v in of.items()} for x, of in by_level.items()} | changes
 
 
 def aggregate(probes: dict) -> dict:
     """per_family_aggregate and overall_aggregate as published, and the overall one over whole words only."""
-    per_family, whole = {}, []
-    levels = [level for level in LEVELS if any(level in p for f in probes.values() for p in f["per_probe"])]
-    everything = [p for f in probes.values() for p in f["per_probe"]]
-
-    def mean(entries, level, score):
-        return round(float(np.mean([e[level][score] for e in entries])), 4)
-
-    for name, family in probes.items():
-        entries = family["per_probe"]
-        if not entries:
-            continue
-        per_family[name] = {level: {f"{s}_mean": mean(entries, level, s) for s in "LMS"} for level in levels}
-        for low, high in (("E_raw", "L0"), ("L0", "L1")):
-            if high in levels:
-                key = f"delta_{high}_minus_{low.replace('_', '')}"
-                per_family[name][key] = {
-                    s: round(per_family[name][high][f"{s}_mean"] - per_family[name][low][f"{s}_mean"], 4)
-                    for s in "LMS"
-                }
-    overall = (
-        {level: {s: mean(everything, level, s) for s in "LMS"} for level in levels} if everything else {}
-    )
-    for low, high in (("E_raw", "L0"), ("L0", "L1")):
-        if high in overall:
-            key = f"delta_{high}_minus_{low.replace('_', '')}_overall"
-            overall[key] = {s: round(overall[high][s] - overall[low][s], 4) for s in "LMS"}
+    by_family = {name: f["per_probe"] for name, f in probes.items() if f["per_probe"]}
+    everything = [p for entries in by_family.values() for p in entries]
     whole = [p for p in everything if p.get("whole", True)]
     return {
-        "per_family_aggregate": per_family,
-        "overall_aggregate": overall,
-        "overall_whole": {level: {s: mean(whole, level, s) for s in "LMS"} for level in levels}
-        if whole
-        else {},
+        "per_family_aggregate": {name: means(entries, "_mean") for name, entries in by_family.items()},
+        "overall_aggregate": means(everything, of_change="_overall"),
+        "overall_whole": {level: x for level, x in means(whole).items() if level in LEVELS},
         "whole_probes": len(whole),
         "all_probes": len(everything),
     }
@@ -235,26 +207,26 @@ def aggregate(probes: dict) -> dict:
 
 def make_tables(by_run: dict, arms: list[str], baseline: str, published: dict) -> list[Table]:
     """Scores over all probes and over those that are one token, and the sanity checks."""
-    # E_post equals E_raw: a constant goes when the vectors are centred
-    levels = [x for x in levels_of(by_run) if x != "E_post"]
+    levels = levels_of(by_run)
     first = next(iter(by_run.values()))
-    kinds = [("overall_aggregate", f"all {first['all_probes']} probes")]
+    kinds = {"overall_aggregate": f"all {first['all_probes']} probes"}
     if first["whole_probes"] < first["all_probes"] and all(r["overall_whole"] for r in by_run.values()):
-        kinds.append(("overall_whole", f"the {first['whole_probes']} probes that are one token"))
+        kinds["overall_whole"] = f"the {first['whole_probes']} probes that are one token"
     tables = []
-    for kind, words in kinds:
+    for kind, words in kinds.items():
         rows = []
         for arm in arms:
             for level in levels:
-                scores = {s: {run: r[kind][level][s] for run, r in by_run.items()} for s in "LMS"}
-                cells = [common.arm_cell(scores[s], arm, 1, 100) for s in "LMS"]
-                less = common.difference_cell(common.over_seeds(scores["S"], arms, baseline)[arm], 1, 100)
-                rows.append([arm if level == "E_raw" else "", level, *cells, less])
-        for arm, entry in published.items() if kind == "overall_aggregate" else ():
-            for level in levels:
-                if level in entry["overall_aggregate"]:
-                    cells = [f"{100 * entry['overall_aggregate'][level][s]:.1f}" for s in "LMS"]
-                    rows.append([f"paper: {arm}" if level == "E_raw" else "", level, *cells, ""])
+                of = {s: {run: r[kind][level][s] for run, r in by_run.items()} for s in "LMS"}
+                cells = [common.arm_cell(of[s], arm, 1, 100) for s in "LMS"]
+                less = common.over_seeds(of["S"], arms, baseline)[arm]["difference"]
+                rows.append(
+                    [arm if level == "E_raw" else "", level, *cells, common.interval_cell(less, 1, 100)]
+                )
+        for arm, overall in published.items() if kind == "overall_aggregate" else ():
+            for level in [x for x in levels if x in overall]:
+                cells = [f"{100 * overall[level][s]:.1f}" for s in "LMS"]
+                rows.append([f"paper: {arm}" if level == "E_raw" else "", level, *cells, ""])
         tables.append(
             Table(
                 f"Of the 10 nearest tokens, per cent: {words}",
@@ -269,8 +241,8 @@ def make_tables(by_run: dict, arms: list[str], baseline: str, published: dict) -
 
 
 def levels_of(by_run: dict) -> list[str]:
-    """The levels that all runs have; a model of one block has no L1."""
-    return [x for x in LEVELS if all(x in r["overall_aggregate"] for r in by_run.values())]
+    """The levels that all runs have and that differ: centred, E_post is E_raw; a model of one block has no L1."""
+    return [x for x in LEVELS if x != "E_post" and all(x in r["overall_aggregate"] for r in by_run.values())]
 
 
 def sanity_table(by_run: dict, arms: list[str], levels: list[str]) -> Table:
@@ -293,10 +265,9 @@ def sanity_table(by_run: dict, arms: list[str], levels: list[str]) -> Table:
 
 def draw(by_run: dict, arms: list[str]):
     """The three scores by level, an arm a line."""
-    levels = [x for x in levels_of(by_run) if x != "E_post"]
+    levels, titles = levels_of(by_run), {"L": "Loose (%)", "M": "Root-substring (%)", "S": "Strict (%)"}
     with figures.plt.rc_context(figures.STYLE):
         figure, axes = figures.plt.subplots(1, 3, figsize=(11.0, 3.4), sharey=False)
-        titles = {"L": "Loose (%)", "M": "Root-substring (%)", "S": "Strict (%)"}
         for ax, (score, title) in zip(axes, titles.items(), strict=True):
             for arm in arms:
                 mine = [r["overall_aggregate"] for (a, _), r in by_run.items() if a == arm]
@@ -313,18 +284,17 @@ def draw(by_run: dict, arms: list[str]):
 def main(argv=None) -> None:
     parser = Parser(__doc__)
     common.add_arguments(parser)
-    parser.add_argument(
-        "--families", default=str(common.DATA / "word_families.json"), help="word families (default: ours)"
-    )
-    parser.add_argument("--batch_size", type=whole(1), default=4096, help="tokens at a time (%(default)s)")
+    add, ours = parser.add_argument, str(common.DATA / "word_families.json")
+    add("--families", default=ours, help="word families (default: ours)")
+    add("--batch_size", type=whole(1), default=4096, help="tokens at a time (%(default)s)")
     args = parser.parse_args(argv)
     with sentences():
         families, published = read_families(Path(args.families))
-        by_run, arms, baseline = common.measure_runs(
-            args,
-            "layers",
-            lambda run, model, tokenizer, _: measure(model, tokenizer, run, families, bool(published), args),
-        )
+
+        def measure_one(run, model, tokenizer, _) -> dict:
+            return measure(model, tokenizer, run, families, bool(published), args)
+
+        by_run, arms, baseline = common.measure_runs(args, "layers", measure_one)
         keep = ("sanity_checks", "per_family_aggregate", "overall_aggregate", "overall_whole", "whole_probes")
         result = {
             # in the published place: the first seed of each arm, neighbours and all
@@ -332,7 +302,7 @@ def main(argv=None) -> None:
             "by_run": {f"{a}_s{s}": {k: r[k] for k in keep} for (a, s), r in by_run.items()},
         }
         common.finish(
-            __file__, argv, common.out_folder(args),
+            __file__, argv, args,
             "layers_published" if published else "layers",
             "Nearest neighbours by layer" + (", the paper's families" if published else ""), 40 + bool(published),
             result, {"seed": args.seed}, make_tables(by_run, arms, baseline, published), draw(by_run, arms),

@@ -41,26 +41,18 @@ def drift(iters: list[int], values: list[float]) -> dict:
 def summarise(found: dict, arms: list[str], baseline: str) -> dict:
     """{(arm, seed): drift} as {arm: {figure: over seeds, "by_seed": drifts}}."""
     over = {k: common.over_seeds({run: d[k] for run, d in found.items()}, arms, baseline) for k in SHOWN}
-    return {
-        arm: {k: over[k][arm] for k in SHOWN}
-        | {"by_seed": {str(s): d for (a, s), d in found.items() if a == arm}}
-        for arm in arms
-    }
+    by_seed = {arm: {str(s): d for (a, s), d in found.items() if a == arm} for arm in arms}
+    return {arm: {k: over[k][arm] for k in SHOWN} | {"by_seed": by_seed[arm]} for arm in arms}
 
 
 def drift_table(metric: str, summary: dict, baseline: str) -> Table:
     """First and last value of a metric, and how it drifts, an arm a row."""
-    rows = [
-        [
-            arm,
-            common.cell(of_arm["first"], 4),
-            common.cell(of_arm["last"], 4),
-            common.cell(of_arm["ratio"], 2),
-            common.difference_cell(of_arm["ratio"], 2),
-            common.cell(of_arm["late_slope_per_1000"], 1, 100) + "%",
-        ]
-        for arm, of_arm in summary.items()
-    ]
+    rows = []
+    for arm, of_arm in summary.items():
+        first, last, ratio, slope = (of_arm[k] for k in SHOWN)
+        cells = [common.cell(first, 4), common.cell(last, 4), common.cell(ratio, 2)]
+        less = common.interval_cell(ratio and ratio["difference"], 2)
+        rows.append([arm, *cells, less, common.cell(slope, 1, 100) + "%"])
     header = ["arm", "first", "last", "ratio", f"ratio less {baseline}'s (95%)", "late drift/1,000"]
     return Table(f"{METRICS[metric]} ({metric})", header, rows)
 
@@ -71,7 +63,7 @@ def draw(series: dict, arms: list[str]):
         figure, axes = figures.plt.subplots(1, len(METRICS), figsize=(10.0, 3.7))
         for ax, (metric, heading) in zip(axes, METRICS.items(), strict=True):
             for arm in arms:
-                mine = [v for (m, a, _), v in series.items() if m == metric and a == arm]
+                mine = [v for (a, _), v in series[metric].items() if a == arm]
                 if mine:
                     iters = sorted(set.intersection(*map(set, mine)))
                     starts = [next(iter(v.values())) for v in mine]
@@ -95,12 +87,10 @@ def main(argv=None) -> None:
             raise RunError(f"no run with wte/rms in its metrics at or below {', '.join(args.runs)}")
         arms = arms_of(runs)
         baseline = common.pick_baseline(arms, args.baseline)
-        series, result = {}, {}
-        for metric in METRICS:
-            series |= {(metric, r.arm, r.seed): s for r in runs if (s := r.series(metric))}
-            found = {
-                (a, n): drift(list(s), list(s.values())) for (m, a, n), s in series.items() if m == metric
-            }
+        series = {m: {(r.arm, r.seed): s for r in runs if (s := r.series(m))} for m in METRICS}
+        result = {}
+        for metric, of_runs in series.items():
+            found = {run: drift(list(s), list(s.values())) for run, s in of_runs.items()}
             result[metric] = summarise(found, arms, baseline)
         tables = [drift_table(metric, result[metric], baseline) for metric in METRICS]
         tables[-1].note = (
@@ -108,7 +98,7 @@ def main(argv=None) -> None:
             "steps. The paper: the table's norm drifts, the projection's stays near 1.0."
         )
         common.finish(
-            __file__, argv, common.out_folder(args), "norms", "Norms of the embedding", 60,
+            __file__, argv, args, "norms", "Norms of the embedding", 60,
             result, {}, tables, draw(series, arms),
             "Line: mean over seeds; band: lowest to highest seed; relative to the value at step 0.",
             "A table that grows while the body learns is a moving target; the paper holds that the codec is not one.",

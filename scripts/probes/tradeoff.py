@@ -50,22 +50,23 @@ def read_pairs(path: Path, seed: int) -> dict[str, list]:
     return kinds | {"random": random}
 
 
-def word_states(model, tokenizer, words: list[str], prefix: str) -> tuple[list[torch.Tensor], set[str]]:
-    """([level: (words, n_embd), centred over the words], words that are one token)."""
+def word_states(model, tokenizer, words: list[str], prefix: str) -> tuple[torch.Tensor, set[str]]:
+    """((levels, words, n_embd), centred over the words; words that are one token)."""
     before = tokenizer.encode(prefix) if prefix else []
-    encoded = {w: tokenizer.encode(" " + w) for w in words}
-    longest = max(len(e) for e in encoded.values()) + len(before)
+    ids = [before + tokenizer.encode(" " + w) for w in words]
+    longest = max(map(len, ids))
     if longest > model.config.block_size:
         raise RunError(f"--prefix and a word make {longest} tokens, the context is {model.config.block_size}")
     rows = [None] * len(words)
-    for length in sorted({len(e) for e in encoded.values()}):
-        members = [i for i, w in enumerate(words) if len(encoded[w]) == length]
-        ids = torch.tensor([before + encoded[words[i]] for i in members])
-        states = torch.stack([s[:, len(before) :].mean(1) for s in common.block_states(model, ids)])
-        for k, i in enumerate(members):
-            rows[i] = states[:, k]
-    levels = torch.stack(rows, dim=1)  # (levels, words, n_embd)
-    return list(levels - levels.mean(1, keepdim=True)), {w for w, e in encoded.items() if len(e) == 1}
+    for batch in common.by_length(ids, len(words)):
+        states = common.block_states(model, torch.tensor([ids[i] for i in batch]))
+        means = torch.stack([s[:, len(before) :].mean(1) for s in states])
+        for k, i in enumerate(batch):
+            rows[i] = means[:, k]
+    levels = torch.stack(rows, dim=1)
+    return levels - levels.mean(1, keepdim=True), {
+        w for w, x in zip(words, ids, strict=True) if len(x) == len(before) + 1
+    }
 
 
 def measure(model, tokenizer, pairs: dict, prefix: str) -> dict:
@@ -73,71 +74,55 @@ def measure(model, tokenizer, pairs: dict, prefix: str) -> dict:
     words = sorted({w for p in pairs.values() for pair in p for w in pair})
     at = {w: i for i, w in enumerate(words)}
     levels, single = word_states(model, tokenizer, words, prefix)
-    result = {
-        "levels": ["embedding", *(f"block {k}" for k in range(len(levels) - 1))],
-        "cosine": {},
-        "pairs": {},
-    }
+    cosine, of_single, n, each = {}, {}, {}, {}
     for kind, members in pairs.items():
-        i = torch.tensor([at[a] for a, _ in members])
-        j = torch.tensor([at[b] for _, b in members])
-        cosines = torch.stack(
-            [torch.nn.functional.cosine_similarity(x[i], x[j], dim=-1) for x in levels], dim=1
-        )
-        result["cosine"][kind] = cosines.mean(0).tolist()
-        one = torch.tensor([a in single and b in single for a, b in members])
-        result.setdefault("cosine_single_token", {})[kind] = (
-            cosines[one].mean(0).tolist() if one.any() else None
-        )
-        result.setdefault("n", {})[kind] = {"pairs": len(members), "single_token": int(one.sum())}
+        i, j = torch.tensor([[at[w] for w in pair] for pair in members]).T
+        cosines = torch.nn.functional.cosine_similarity(levels[:, i], levels[:, j], dim=-1).T.contiguous()
+        one = torch.tensor([set(pair) <= single for pair in members])
+        cosine[kind] = cosines.mean(0).tolist()
+        of_single[kind] = cosines[one].mean(0).tolist() if one.any() else None
+        n[kind] = {"pairs": len(members), "single_token": int(one.sum())}
         if kind != "random":
-            result["pairs"][kind] = {
-                f"{a}/{b}": [round(c, 4) for c in row]
-                for (a, b), row in zip(members, cosines.tolist(), strict=True)
-            }
-    kin, alike = result["cosine"]["kin"], result["cosine"]["byte_similar"]
-    result["separation"] = [k - a for k, a in zip(kin, alike, strict=True)]
-    return result
+            rounded = [[round(c, 4) for c in row] for row in cosines.tolist()]
+            each[kind] = {"/".join(pair): row for pair, row in zip(members, rounded, strict=True)}
+    return {
+        "levels": ["embedding", *(f"block {k}" for k in range(len(levels) - 1))],
+        "cosine": cosine,
+        "cosine_single_token": of_single,
+        "n": n,
+        "pairs": each,
+        "separation": [k - a for k, a in zip(cosine["kin"], cosine["byte_similar"], strict=True)],
+    }
 
 
-def make_tables(by_run: dict, arms: list[str], baseline: str) -> list[Table]:
+def make_tables(by_run: dict, arms: list[str]) -> list[Table]:
     """Cosines by kind and level, and the paper's two examples."""
     levels = min((r["levels"] for r in by_run.values()), key=len)
 
-    def at_level(k: int, of_run) -> dict:
-        return {run: of_run(r)[k] for run, r in by_run.items()}
+    def cells(arm: str, k: int, series) -> list[str]:
+        """A level's cell for each of the series {run: [of every level]}."""
+        return [common.arm_cell({run: x[k] for run, x in of.items()}, arm) for of in series]
 
-    rows = []
-    for arm in arms:
-        for k, level in enumerate(levels):
-            cells = [
-                common.arm_cell(at_level(k, lambda r, kind=kind: r["cosine"][kind]), arm) for kind in KINDS
-            ]
-            apart = common.arm_cell(at_level(k, lambda r: r["separation"]), arm)
-            rows.append([arm if k == 0 else "", level, *cells, apart])
+    columns = [{run: r["cosine"][kind] for run, r in by_run.items()} for kind in KINDS]
+    columns.append({run: r["separation"] for run, r in by_run.items()})
+    rows = [
+        [arm if k == 0 else "", level, *cells(arm, k, columns)]
+        for arm in arms
+        for k, level in enumerate(levels)
+    ]
     n = next(iter(by_run.values()))["n"]
     counted = ", ".join(
         f"{n[k]['pairs']} pairs {KINDS[k]} ({n[k]['single_token']} of single tokens)" for k in KINDS
     )
-    tables = [
-        Table(
-            "Cosine of word pairs, centred, by level",
-            ["arm", "level", *KINDS.values(), "separation"],
-            rows,
-            left=2,
-            note=f"Mean ± SD over seeds; {counted}. separation: kin less alike in bytes.",
-        )
-    ]
+    note = f"Mean ± SD over seeds; {counted}. separation: kin less alike in bytes."
+    header = ["arm", "level", *KINDS.values(), "separation"]
+    tables = [Table("Cosine of word pairs, centred, by level", header, rows, left=2, note=note)]
     rows = []
     for pair in EXAMPLES:
-        found = {
-            run: r["pairs"]["byte_similar"].get(pair, [None] * len(r["levels"])) for run, r in by_run.items()
-        }
+        found = {run: r["pairs"]["byte_similar"].get(pair, [None] * len(levels)) for run, r in by_run.items()}
         for arm in arms:
-            cells = [
-                common.arm_cell({run: row[k] for run, row in found.items()}, arm) for k in range(len(levels))
-            ]
-            rows.append([pair if arm == arms[0] else "", arm, *cells])
+            of_levels = [cells(arm, k, [found])[0] for k in range(len(levels))]
+            rows.append([pair if arm == arms[0] else "", arm, *of_levels])
     return [*tables, Table("The paper's two examples", ["pair", "arm", *levels], rows, left=2)]
 
 
@@ -164,22 +149,21 @@ def draw(by_run: dict, arms: list[str]):
 def main(argv=None) -> None:
     parser = Parser(__doc__)
     common.add_arguments(parser)
-    parser.add_argument(
-        "--pairs", default=str(common.DATA / "tradeoff_pairs.json"), help="word pairs (default: ours)"
-    )
-    parser.add_argument("--prefix", default="", help="text before the word, for instance 'The word'")
+    add, ours = parser.add_argument, str(common.DATA / "tradeoff_pairs.json")
+    add("--pairs", default=ours, help="word pairs (default: ours)")
+    add("--prefix", default="", help="text before the word, for instance 'The word'")
     args = parser.parse_args(argv)
     with sentences():
         pairs = read_pairs(Path(args.pairs), args.seed)
-        by_run, arms, baseline = common.measure_runs(
-            args, "trade-off", lambda run, model, tokenizer, _: measure(model, tokenizer, pairs, args.prefix)
-        )
+
+        def measure_one(run, model, tokenizer, _) -> dict:
+            return measure(model, tokenizer, pairs, args.prefix)
+
+        by_run, arms, _ = common.measure_runs(args, "trade-off", measure_one)
         common.finish(
-            __file__, argv, common.out_folder(args), "tradeoff",
-            "Alike in bytes, not in meaning", 45,
+            __file__, argv, args, "tradeoff", "Alike in bytes, not in meaning", 45,
             {"by_run": {f"{a}_s{s}": r for (a, s), r in by_run.items()}},
-            {"seed": args.seed, "prefix": args.prefix},
-            make_tables(by_run, arms, baseline), draw(by_run, arms),
+            {"seed": args.seed, "prefix": args.prefix}, make_tables(by_run, arms), draw(by_run, arms),
             "Line: mean over seeds; band: lowest to highest seed.",
             "A codec of bytes cannot know that compute and commute mean different things; the blocks have to pull "
             "such pairs apart. In the pictures the orange line should fall and the green one stay.",

@@ -5,6 +5,10 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from rapidfuzz.distance import OSA, Hamming
 
 from data.records import Record, read_record, validated
 from data.shards import find_shards, open_shard
@@ -85,17 +89,11 @@ def neighbours(letter: str) -> str:
 
 def edit_of(word: str, wrong: str) -> str:
     """insert, delete, substitute or transpose, of one letter; else several."""
-    if len(wrong) == len(word) + 1 and any(wrong[:k] + wrong[k + 1 :] == word for k in range(len(wrong))):
-        return "insert"
-    if len(wrong) == len(word) - 1 and any(word[:k] + word[k + 1 :] == wrong for k in range(len(word))):
-        return "delete"
-    if len(wrong) == len(word):
-        at = [k for k in range(len(word)) if word[k] != wrong[k]]
-        if len(at) == 1:
-            return "substitute"
-        if len(at) == 2 and at[1] == at[0] + 1 and word[at[0]] + word[at[1]] == wrong[at[1]] + wrong[at[0]]:
-            return "transpose"
-    return "several"
+    if OSA.distance(word, wrong) != 1:
+        return "several"
+    if len(wrong) != len(word):
+        return "insert" if len(wrong) > len(word) else "delete"
+    return "substitute" if Hamming.distance(word, wrong) == 1 else "transpose"
 
 
 # ---------------------------------------------------------------------------------------------- pairs
@@ -108,18 +106,19 @@ class TypoPair(Record):
 
 
 class TypoPairs(Record):
-    prompt_pairs: list[TypoPair]
+    prompt_pairs: Annotated[list[TypoPair], Field(min_length=1)]
 
 
 class Aggregate(Record):
     overall: dict[str, float]
-    by_category: dict[str, dict[str, float]]
 
 
 class PublishedRecord(Record):
     category: str
     top1_matches: bool
     kl_clean_to_typo: float
+    n_tokens_clean: int
+    n_tokens_typo: int
 
 
 class PublishedArm(Record):
@@ -131,7 +130,7 @@ def read_pairs(path: Path) -> tuple[list[dict], dict]:
     """(pairs, published figures or {}): our own file, or the paper's results, which hold both."""
     content = read_record(path, TypoPairs, "typo pairs").model_dump()
     published = {
-        arm: x for arm, x in content.items() if isinstance(x, dict) and "agg" in x and "per_prompt" in x
+        a: x for a, x in content.items() if isinstance(x, dict) and {"agg", "per_prompt"} <= x.keys()
     }
     for arm, x in published.items():
         validated(x, PublishedArm, f"{path}, {arm}", "published results")
