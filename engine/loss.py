@@ -30,10 +30,10 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up in it
         loss = x.new_zeros((), dtype=torch.float32)
         rows = -(-n // -(-n // chunk_rows(x.device.type, vocab)))  # chunks of one size
-        buffer = logits_buffer(x, rows, vocab)
+        buffers = logits_buffers(x_low, rows, vocab)
         for chunk, target in zip(x_low.split(rows), targets[:, None].split(rows), strict=True):
-            logits = logits_of(chunk, weight_low, buffer)
-            if buffer is not None:
+            logits = logits_of(chunk, weight_low, buffers)
+            if buffers is not None:
                 p = torch.softmax(logits, dim=1, out=logits)  # one pass; its log at the target is the loss
                 p_target = p.gather(1, target)
                 if p_target.all():
@@ -46,7 +46,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
                 loss += (log_norm - logits.gather(1, target)).sum()
                 hit = target == torch.arange(vocab, device=x.device)
                 p = (logits - log_norm).exp() - hit.float()
-            p = p.to(dtype)
+            p = p.to(dtype) if buffers is None else in_format(p, buffers[1])
             grad_x.append(p @ weight_low)
             if dtype == torch.float32:
                 grad_weight.addmm_(p.t(), chunk)
@@ -70,28 +70,35 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, ho
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
     rows = min(chunk_rows(x.device.type, weight.size(0)), len(x))
     x, weight = x.to(matmul_dtype(x)), weight.to(matmul_dtype(x))
-    buffer, losses = logits_buffer(x, rows, weight.size(0)), []
+    buffers, losses = logits_buffers(x, rows, weight.size(0)), []
     for chunk, target in zip(x.split(rows), targets[:, None].split(rows), strict=True):
-        logits = logits_of(chunk, weight, buffer)
-        log_p = torch.log_softmax(logits, dim=1, out=None if buffer is None else logits)
+        logits = logits_of(chunk, weight, buffers)
+        log_p = torch.log_softmax(logits, dim=1, out=None if buffers is None else logits)
         losses.append(-log_p.gather(1, target)[:, 0])
     return torch.cat(losses).mean() if reduction == "mean" else torch.cat(losses)
 
 
-def logits_buffer(x: Tensor, rows: int, vocab_size: int) -> Tensor | None:
-    """Memory in which a CPU makes the logits of one chunk after another: it has to clear fresh memory page by
-    page, which takes longer than the softmax. None where memory costs nothing or a compiler decides."""
+def logits_buffers(x: Tensor, rows: int, vocab_size: int) -> tuple[Tensor, Tensor] | None:
+    """Memory (rows, V) in float32 and in x's format (one and the same where that is float32), in which a CPU makes the
+    logits of one chunk after another: it has to clear fresh memory page by page, which takes longer than the softmax.
+    None where memory costs nothing or a compiler decides."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    return x.new_empty(rows, vocab_size, dtype=torch.float32)
+    full = x.new_empty(rows, vocab_size, dtype=torch.float32)
+    return full, full if x.dtype == full.dtype else x.new_empty(rows, vocab_size)
 
 
-def logits_of(x: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """x (n, n_embd) @ weight.T in float32, in the buffer's first n rows if there is one."""
-    if buffer is None:
+def logits_of(x: Tensor, weight: Tensor, buffers: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """x (n, n_embd) @ weight.T in float32, in the first n rows of the buffers if there are any."""
+    if buffers is None:
         return (x @ weight.t()).float()
-    out = buffer[: len(x)]
-    return torch.mm(x, weight.t(), out=out) if x.dtype == out.dtype else out.copy_(x @ weight.t())
+    full, low = buffers
+    return in_format(torch.mm(x, weight.t(), out=low[: len(x)]), full)
+
+
+def in_format(x: Tensor, buffer: Tensor) -> Tensor:
+    """x in the format of a buffer with as many rows or more: copied into it, unless it has the format already."""
+    return x if x.dtype == buffer.dtype else buffer[: len(x)].copy_(x)
 
 
 def chunk_rows(device_type: str, vocab_size: int) -> int:
@@ -122,13 +129,15 @@ def logits_bytes(tokens: int, vocab_size: int, n_embd: int, how: str, device_typ
 
     width: bytes of a number in the matmuls. Full logits are there in float32 three times (log-probabilities and two
     gradients) or, compiled for a GPU, once, beside those in the matmuls' format. Chunks of them come in both formats,
-    beside a float32 gradient of the whole weight. liger-kernel halves its chunks until they are as small as x (its
-    fused_linear_cross_entropy_forward).
+    beside the weight and a chunk's share of its gradient in that of the matmuls, and the whole gradient in float32.
+    liger-kernel halves its chunks until they are as small as x (its fused_linear_cross_entropy_forward).
     """
+    weight = vocab_size * n_embd
     if how == "liger":
         rows = 1 << (-(-tokens // -(-vocab_size // n_embd)) - 1).bit_length()
-        return min(rows, tokens) * vocab_size * width + 4 * vocab_size * n_embd
+        return min(rows, tokens) * vocab_size * width + 4 * weight
     if not is_chunked(how, device_type):
         return tokens * vocab_size * (12 if device_type == "cpu" else width + 4)
     rows = -(-tokens // -(-tokens // chunk_rows(device_type, vocab_size)))
-    return rows * vocab_size * (4 + (width if width < 4 else 0)) + 4 * vocab_size * n_embd
+    low = width if width < 4 else 0
+    return rows * vocab_size * (4 + low) + weight * (4 + 2 * low)

@@ -6,7 +6,7 @@ import secrets
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -165,17 +165,13 @@ def stop() -> None:
 def keep_heap() -> None:
     """Tell glibc to keep freed memory instead of handing it back.
 
-    Every activation above 128 KiB would otherwise be a fresh mmap, whose page faults cost a small CPU run
-    up to a third of its time.
+    Every large tensor would otherwise be a fresh mmap, whose page faults cost a small CPU run up to a third of its time.
     """
     if sys.platform == "linux":
-        try:
+        with suppress(OSError, AttributeError):  # another libc: slower, nothing else
             mallopt = ctypes.CDLL(None).mallopt
-        except (OSError, AttributeError):
-            return  # another libc: slower, nothing else
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 1 << 30)
-        mallopt(m_trim_threshold, (1 << 31) - 1)
+            mallopt(-4, 0)  # M_MMAP_MAX (M_MMAP_THRESHOLD takes no more than 32 MiB before glibc 2.35)
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def number_format(dtype: str, device: torch.device) -> tuple[str, object]:

@@ -58,15 +58,19 @@ class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("how", "tokens"), [("full", 512), ("chunked", 512), ("chunked", 4096)])
-def test_the_estimate_holds_for_what_is_allocated(how, tokens, monkeypatch):
+@pytest.mark.parametrize(
+    ("how", "tokens", "low_precision"),
+    [("full", 512, False), *(("chunked", n, low) for n in (512, 4096) for low in (False, True))],
+)
+def test_the_estimate_holds_for_what_is_allocated(how, tokens, low_precision, monkeypatch):
     vocab, width = 4096, 64
     monkeypatch.setitem(__import__("engine.loss").loss.CHUNK_BYTES, "cpu", 256 * 4 * vocab)
     x = torch.randn(tokens, width, requires_grad=True)
     weight = torch.randn(vocab, width, requires_grad=True)
     targets = torch.randint(vocab, (tokens,))
-    with Allocations() as seen:
+    with Allocations() as seen, torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
         cross_entropy(x, weight, targets, "mean", how).backward()
-    expected = logits_bytes(tokens, vocab, width, how, "cpu", 4)
+    expected = logits_bytes(tokens, vocab, width, how, "cpu", 2 if low_precision else 4)
+    print(expected, seen.peak)
     gradients = 4 * (weight.numel() + 3 * x.numel())  # the model's own
     assert expected == pytest.approx(seen.peak, abs=1.2 * gradients)

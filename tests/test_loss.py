@@ -34,6 +34,32 @@ def test_a_loss_beyond_float32s_smallest_probability_is_still_right():
     assert x.grad[0].item() == pytest.approx(1.0)  # (p - onehot) @ w / n = (1 * 1 + -1 * -1) / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_is_used_again_changes_no_bit(dtype, monkeypatch):
+    """Three chunks of 4, 4 and 2 rows, against the same formulas in fresh memory."""
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 4 * 23)
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 6, generator=g).requires_grad_() for n in (10, 23))
+    t = torch.randint(0, 23, (10,), generator=g)
+    loss, grad_w, grad_x, each = torch.zeros(()), torch.zeros(23, 6), [], []
+    for chunk, target in zip(x.detach().to(dtype).split(4), t[:, None].split(4), strict=True):
+        logits = (chunk @ w.detach().to(dtype).t()).float()
+        p = logits.softmax(1)
+        p_target = p.gather(1, target)
+        loss = loss - p_target.log().sum()
+        p = p.scatter(1, target, p_target - 1).to(dtype)
+        grad_x.append((p @ w.detach().to(dtype)).float())
+        grad_w = torch.addmm(grad_w, p.t(), chunk) if dtype == torch.float32 else grad_w + p.t() @ chunk
+        each.append(-logits.log_softmax(1).gather(1, target)[:, 0])
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        ours = cross_entropy(x, w, t, "mean", "chunked")
+        with torch.no_grad():
+            ours_each = cross_entropy(x, w, t, "none", "chunked")
+    ours.backward()
+    assert torch.equal(ours, loss / 10) and torch.equal(ours_each, torch.cat(each))
+    assert torch.equal(x.grad, torch.cat(grad_x) * 0.1) and torch.equal(w.grad, grad_w * 0.1)
+
+
 @pytest.mark.parametrize("how", ["auto", "full", "chunked"])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_every_way_is_torchs_cross_entropy(how, gradients, monkeypatch):
