@@ -22,7 +22,7 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 from data.files import write_json, write_text
 from engine.errors import RunError, sentences
 from scripts import experiment, provenance
-from scripts.analysis import fair, fair_report, figures, numbers, report, words
+from scripts.analysis import fair, fair_figures, fair_report, figures, numbers, report, words
 from scripts.analysis.runs import Run, default_out, find_run_folders, load_folder, load_wandb
 from scripts.arguments import Parser
 
@@ -39,8 +39,8 @@ def write_comparison(c: dict, runs: list[Run], out: Path, command: str) -> Path:
     return report.write_section(out, "comparison", "Comparison", 10, words.section(c, curves, made))
 
 
-def write_experiment(exp: experiment.Experiment, out: Path, made: dict) -> dict:
-    """README.md, report.json and figures in OUT, and its section of the page; the experiment's numbers."""
+def write_experiment(exp: experiment.Experiment, file: Path, out: Path, made: dict) -> dict:
+    """README.md, report.json and figures in OUT; the experiment's numbers."""
     records = experiment.read_records(exp)
     if not records:
         raise RunError(
@@ -48,9 +48,9 @@ def write_experiment(exp: experiment.Experiment, out: Path, made: dict) -> dict:
         )
     c = fair.numbers(exp, records)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = fair_report.draw(c, out)
+    drawn = fair_figures.draw(c, out)
     write_json(out / "report.json", c | {"provenance": made})
-    write_text(out / "README.md", fair_report.as_markdown(c, made, drawn))
+    write_text(out / "README.md", fair_report.as_markdown(c, made, drawn, file.read_text(encoding="utf-8")))
     return c
 
 
@@ -77,7 +77,7 @@ def main(argv=None) -> None:
         if len(args.paths) == 1 and experiment.is_experiment(args.paths[0]):
             exp = experiment.read(args.paths[0])
             out = Path(args.out or (experiment.ROOT / exp.records).parent)
-            c = write_experiment(exp, out, provenance.provenance(__file__, argv))
+            c = write_experiment(exp, Path(args.paths[0]), out, provenance.provenance(__file__, argv))
             report.say(fair_report.as_text(c))
             report.say(f"\nreport  {out / 'README.md'}")
             return

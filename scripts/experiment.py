@@ -287,28 +287,38 @@ class Plan:
         found = self.search("recheck", place, lines, "learning_rate", 2, 1)
         self.best |= {(place.rung, arm): setting for arm, setting in found.items()}
 
-    def setting(self, final: Final, arm: str, which: str) -> tuple | None:
-        """The setting of an arm in a final run; None while it hangs on runs to come.
-
-        The best one is that of the rung, or of the last rung before it for which one was chosen.
-        """
+    def setting(self, rung: str, arm: str, which: str) -> tuple | None:
+        """The setting of an arm in final runs, shared or its best; None while it hangs on runs to come."""
         if which == "shared":
             return setting_of(arm, self.exp.shared)
-        rungs = list(self.exp.rungs)
-        chosen_on = {self.exp.tuning.rung, *(place.rung for place in self.exp.recheck)}
-        for rung in reversed(rungs[: rungs.index(final.rung) + 1]):
-            if rung in chosen_on:
-                return self.best.get((rung, arm))
-        return self.best.get((self.exp.tuning.rung, arm))
+        return self.best.get((tuned_on(self.exp, rung), arm))
+
+    def final_runs(self, final: Final, which: str) -> list[tuple[str, int, Run | None]]:
+        """[(arm, seed, run)] that the file asks for, seed by seed; no run while its setting is unknown."""
+        arms = final.arms or self.exp.arms
+        settings = {arm: self.setting(final.rung, arm, which) for arm in arms}
+        return [
+            (arm, seed, s if s is None else Run("final", final.rung, final.length, arm, s, seed))
+            for seed in final.seeds
+            for arm, s in settings.items()
+        ]
 
     def add_final(self) -> None:
         for final in self.exp.final:
-            for seed in final.seeds:
-                for which in final.settings:
-                    for arm in final.arms or self.exp.arms:
-                        setting = self.setting(final, arm, which)
-                        if setting is not None:
-                            self.runs.append(Run("final", final.rung, final.length, arm, setting, seed))
+            runs = [run for which in final.settings for *_, run in self.final_runs(final, which) if run]
+            self.runs += sorted(runs, key=lambda run: final.seeds.index(run.seed))
+
+
+def tuned_on(exp: Experiment, rung: str) -> str:
+    """The rung on which the best settings of a rung were chosen: itself, or the last one before it that was tuned."""
+    names = list(exp.rungs)
+    tuned = {exp.tuning.rung, *(place.rung for place in exp.recheck)}
+    return next((r for r in reversed(names[: names.index(rung) + 1]) if r in tuned), exp.tuning.rung)
+
+
+def about(arm: str) -> str:
+    """What an arm is: the first line of its file."""
+    return arm_file(arm).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def setting_of(arm: str, keys: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
@@ -345,9 +355,10 @@ def command_keys(exp: Experiment, run: Run) -> list[str]:
     ]
 
 
-def tokens_of(exp: Experiment, run: Run) -> int:
-    """Training tokens of a run."""
-    config = configurator.load(command_keys(exp, run), quiet=True)
+def tokens_of(exp: Experiment, place) -> int:
+    """Training tokens of the runs at a place of the experiment: anything with a rung and a length."""
+    keys = [f"--{k}={v}" for k, v in exp.lengths[place.length].items()]
+    config = configurator.load([exp.rungs[place.rung], *keys], quiet=True)
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
     return rows * config.block_size * config.max_iters
 
@@ -368,11 +379,12 @@ def write_record(exp: Experiment, run: Run, out_dir: Path, state: str, root: Pat
                     for k, v in row.items()
                 }
             )
+    other = {"dataset"} if config.get("data_dir") else set()  # which then names no data of this run
     record = {
         "experiment": exp.name,
         "name": run.name,
         "state": state,
-        "config": {k: v for k, v in config.items() if k not in PLACE},
+        "config": {k: v for k, v in config.items() if k not in PLACE | other},
         "run": {k: v for k, v in about.items() if k not in ("command", "wandb_id", "starts")},
         "rows": rows,
     }

@@ -1,4 +1,4 @@
-"""scripts/analysis/fair.py and fair_report.py on records made up from known truths."""
+"""scripts/analysis/fair.py, fair_report.py and fair_figures.py on records made up from known truths."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from conftest import ROOT
 import configurator
 from engine.errors import RunError
 from scripts import experiment
-from scripts.analysis import fair, fair_report
+from scripts.analysis import fair, fair_figures, fair_report, stats
 
 BEST_LR, BEST_MULT = 6e-3, {"bpe": 16, "kro": 0.25}
 BODY = {"xs": 100_000, "s": 800_000, "m": 4_700_000}
@@ -174,12 +174,14 @@ def test_the_report_says_it_with_intervals(ladder, tmp_path):
     assert f"({gain['low']:+.4f} to {gain['high']:+.4f}, 5 seeds" in " ".join(text.split())
     assert "the tuned bpe_untied is beaten by kronecker_rank4" in " ".join(text.split())
     assert "does not cross zero between 1.05M and 16.8M tokens" in " ".join(text.split())
-    figures = fair_report.draw(c, tmp_path)
-    assert [name for name, _ in figures] == ["learning_rates", "gap", "frequency"]
-    assert all((tmp_path / f"{name}.svg").is_file() for name, _ in figures)
+    figures = fair_figures.draw(c, tmp_path)
+    assert list(figures) == ["gap", "learning_rates", "frequency"]
+    assert all((tmp_path / f"{name}.svg").is_file() for name in figures)
     made = {"command": "python scripts/compare.py x", "commit": "abc", "machine": "m", "date": "2026-01-01"}
-    page = fair_report.as_markdown(c, made, figures)
-    assert "](gap.svg)" in page and "at commit abc" in page
+    page = fair_report.as_markdown(c, made, figures, "records = 'there'\n")
+    assert "](gap.svg)" in page and "at commit abc" in page and "~~~python\nrecords = 'there'\n~~~" in page
+    assert "| kronecker_rank4 | The codec plus a rank-4 residual" in page  # the arm's own words
+    assert "rung m has those of rung s" in page  # which was never tuned
 
 
 def test_runs_that_do_not_match_are_refused():
@@ -213,8 +215,85 @@ def test_a_ladder_that_has_only_begun_says_so(ladder):
     assert not c["complete"] and not c["cells"] and c["gap"]["fit"] is None
     text = " ".join(fair_report.as_text(c).split())
     assert "The tuning has not ended" in text and "90 of 90" not in text
-    assert "Missing: 45 of 45 final runs of rung xs at 1M tokens" in text
+    assert (
+        "Not run for want of time: all final runs of rung xs, 1.05M tokens, one shared setting for all (45);"
+        in text
+    )
     partly = {name: r for name, r in records.items() if not name.startswith("final/xs_16M")}
     c = fair.numbers(exp, partly, resamples=10)
     assert [(m["rung"], m["length"], m["missing"]) for m in c["missing"]] == [("xs", "16M", 27)]
     assert c["gap"]["held_out"] is None and c["gap"]["fit"]["cells"] == 5
+
+
+def test_part_of_the_final_runs_claims_no_more_than_it_shows(ladder):
+    """Two seeds on one rung, one on another, a diverged run: named, and nothing is judged from one seed."""
+    exp, records, _ = ladder
+    kept = {"xs_1M": (11, 12), "s_1M": (11,)}
+    part = {
+        name: record
+        for name, record in records.items()
+        if not name.startswith("final/") or record.config["seed"] in kept.get(name.split("/")[1], ())
+    }
+    lost = next(n for n in part if n.startswith("final/xs_1M/bpe_hash_lr0.006") and n.endswith("s12"))
+    part[lost] = part[lost].model_copy(update={"state": "diverged"})
+    c = fair.numbers(exp, part, resamples=10)
+    assert c["gap"]["fit"] is None  # one cell of several seeds
+    text = " ".join(fair_report.as_text(c).split())
+    assert "(one seed, no interval) at 1.05M" in text and "1 seeds" not in text
+    assert "xs, 1.05M tokens, the longest so far of 16.8M planned, the tuned bpe_untied is beaten by" in text
+    assert "bpe_hash cannot be judged: one seed" in text and "At rung s" not in text
+    assert (
+        "27 of 45 final runs of rung xs, 1.05M tokens, one shared setting for all (seeds 13, 14, 15 of every arm)"
+        in text
+    )
+    assert (
+        "all final runs of rung xs, 4.19M tokens, each arm at its own best setting (27); rung xs, 16.8M"
+        in text
+    )
+    assert (
+        "Diverged, and in no mean: bpe_hash at lr 0.006, rms 1, mult 16, rung xs, 1M tokens, seed 12 (final)"
+        in text
+    )
+
+
+def cells_of(gains: dict) -> list[dict]:
+    """Cells of a rung as fair.gap reads them: {tokens: gains by seed}."""
+    return [
+        {"rung": "xs", "length": f"{t}", "which": "best", "tokens": t, "body": 1e5}
+        | {"gains": {"kronecker": stats.interval(g) | {"by_seed": dict(enumerate(g))}}}
+        for t, g in gains.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gains", "says"),
+    [
+        ({1e6: (0.1, 0.101, 0.099), 4e6: (-0.1, -0.101, -0.099)}, "is zero at 2M tokens"),
+        (
+            {1e6: (0.1, 0.101, 0.099), 4e6: (0.2, 0.201, 0.199)},
+            "does not cross zero between 1M and 4M tokens",
+        ),
+        (
+            {1e6: (0.1, 0.101, 0.099), 4e6: (-0.01, 0.05, -0.06)},
+            "it is open whether the fitted gap crosses zero",
+        ),
+        ({1e6: (0.1, 0.101), 4e6: (-0.01, -0.011), 16e6: (9.0,)}, "is zero at"),  # one seed has no say
+    ],
+)
+def test_a_crossing_is_only_claimed_where_both_ends_are_sure(ladder, gains, says):
+    exp, _, _ = ladder
+    g = fair.gap(exp, cells_of(gains), resamples=500)
+    assert says in fair_report.crossing(g["crossings"][0])
+    for end, tokens in (("at_from", min(gains)), ("at_to", 4e6)):
+        cell = stats.interval(gains[tokens])
+        if len(gains) == 2:  # a fit through two cells knows each of them as well as the cell itself
+            assert g["crossings"][0][end]["low"] == pytest.approx(
+                cell["low"], abs=0.4 * (cell["high"] - cell["low"])
+            )
+
+
+def test_arms_of_equal_loss_keep_a_row_each(ladder):
+    _, _, c = ladder
+    cell = best_cell(c, "xs", "1M")
+    twins = {**cell, "gains": cell["gains"] | {"bpe_hash": cell["gains"]["kronecker"]}}
+    assert {row[0] for row in fair_report.cell_table(twins, "bpe_untied", True).rows} == set(cell["loss"])

@@ -27,134 +27,129 @@ QUESTIONS = (
 BUDGET = 0.15  # of the table's input parameters, for an arm that would win the prize
 
 
-def numbers(
-    exp: experiment.Experiment, records: dict[str, experiment.RunRecord], resamples: int = 2000
-) -> dict:
+def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord], resamples=2000) -> dict:
     """Everything that the report shows. RunError where a record differs from the file or runs do not match."""
     plan = experiment.Plan(exp, experiment.losses_of(records))
-    for run in plan.runs:
-        if run.name in records:
-            experiment.check_record(exp, run, records[run.name])
-    cells = [
-        c for final in exp.final for which in final.settings if (c := cell(exp, plan, records, final, which))
-    ]
-    finals = [run for run in plan.runs if run.stage == "final"]
-    c = {
+    known = [run for run in plan.runs if run.name in records]
+    for run in known:
+        experiment.check_record(exp, run, records[run.name])
+    every = [(final, which) for final in exp.final for which in final.settings]
+    cells = [c for final, which in every if (c := cell(exp, plan, records, final, which))]
+    return {
         "experiment": exp.name,
         "smallest_difference": exp.smallest_difference,
         "arms": exp.arms,
+        "about": {arm: experiment.about(arm) for arm in exp.arms},
+        "rungs": rungs(exp, known, records),
+        "validation": validation(known, records),
+        "shared": exp.shared,
+        "tuning": {"tokens": experiment.tokens_of(exp, exp.tuning), "seeds": len(exp.tuning.seeds)},
         "complete": plan.complete,
         "edges": plan.edges,
-        "settings": settings(exp, plan),
+        "settings": [
+            {"rung": rung, "arm": arm, "keys": dict(keys)} for (rung, arm), keys in plan.best.items()
+        ],
         "curves": tuning_curves(plan),
         "cells": cells,
-        "missing": missing(exp, plan, records),
-        "diverged": sorted(name for name, record in records.items() if record.state != "finished"),
+        "missing": [m for final, which in every if (m := missing(exp, plan, records, final, which))],
+        "diverged": [vars(run) | {"setting": dict(run.setting)} for run in known if records[run.name].state != "finished"],
         "gap": gap(exp, cells, resamples),
+        "prize": prize(exp, cells),
         "runs": {
-            "tuning": sum(run.name in records for run in plan.runs if run.stage != "final"),
-            "final": sum(run.name in records for run in finals),
-            **{
-                key: sorted({str(r.run.get(key)) for r in records.values()})
-                for key in ("commit", "torch", "device")
-            },
+            "tuning": sum(run.stage != "final" for run in known),
+            "final": sum(run.stage == "final" for run in known),
+            **{k: sorted({str(r.run.get(k)) for r in records.values()}) for k in ("commit", "torch", "device")},
+            "days": sorted({r.run["started"][:10] for r in records.values() if r.run.get("started")}),
         },
-    }
-    c["prize"] = prize(exp, cells)
-    return c
+    }  # fmt: skip
 
 
-def settings(exp: experiment.Experiment, plan: experiment.Plan) -> list[dict]:
-    """The best setting of every arm on every rung where one was chosen."""
-    return [{"rung": rung, "arm": arm, "keys": dict(keys)} for (rung, arm), keys in plan.best.items()]
+def rungs(exp: experiment.Experiment, known: list[experiment.Run], records: dict) -> dict:
+    """{rung: its shape and sizes, and the rung on which its best settings were chosen}, of rungs that have a record."""
+    result = {}
+    for rung in exp.rungs:
+        record = next((records[run.name] for run in known if run.rung == rung), None)
+        if record is not None:
+            shape = {k: record.config[k] for k in ("n_layer", "n_embd", "block_size") if k in record.config}
+            sizes = {"body": record.run["params"]["body"], "table": record.run["params"]["stock_table"]}
+            result[rung] = shape | sizes | {"tuned_on": experiment.tuned_on(exp, rung)}
+    return result
+
+
+def validation(known: list[experiment.Run], records: dict) -> dict:
+    """{stage: the data set, and the tokens of its validation shard that were read: so many after those skipped}."""
+    result = {}
+    for run in known:
+        config = records[run.name].config
+        result.setdefault(
+            run.stage, {k: config.get(k) for k in ("dataset", "eval_skip_tokens", "eval_tokens")}
+        )
+    return result
 
 
 def tuning_curves(plan: experiment.Plan) -> list[dict]:
     """Points of the tuning: {stage, rung, arm, learning_rate, wte_lr_mult, wte_init_rms, loss (None: diverged)}."""
+
+    def point(run):
+        return run.stage, run.rung, run.arm, run.setting
+
     points = []
     tuned = [run for run in plan.runs if run.stage != "final" and run.name in plan.losses]
-    for (stage, rung, arm, setting), runs in groupby(
-        sorted(tuned, key=lambda r: (r.stage, r.rung, r.arm, r.setting)),
-        lambda r: (r.stage, r.rung, r.arm, r.setting),
-    ):
+    for (stage, rung, arm, setting), runs in groupby(sorted(tuned, key=point), point):
         losses = [plan.losses[run.name] for run in runs]
         keys = {k: v for k, v in experiment.own_keys(arm).items() if k in ("wte_lr_mult", "wte_init_rms")}
         mean = sum(losses) / len(losses)
-        points.append(
-            {"stage": stage, "rung": rung, "arm": arm}
-            | keys
-            | dict(setting)
-            | {"loss": mean if math.isfinite(mean) else None}
-        )
+        place = {"stage": stage, "rung": rung, "arm": arm}
+        points.append(place | keys | dict(setting) | {"loss": mean if math.isfinite(mean) else None})
     return points
 
 
 def cell(exp, plan: experiment.Plan, records: dict, final: experiment.Final, which: str) -> dict | None:
     """One rung, length and way of setting the arms: losses by arm and seed, gains over the reference, questions."""
     found: dict[str, dict[int, experiment.RunRecord]] = {}
-    chosen = {}
-    for arm in final.arms or exp.arms:
-        setting = plan.setting(final, arm, which)
-        if setting is None:
-            continue
-        chosen[arm] = dict(setting)
-        for seed in final.seeds:
-            record = records.get(experiment.Run("final", final.rung, final.length, arm, setting, seed).name)
-            if record is not None and record.state == "finished":
-                found.setdefault(arm, {})[seed] = record
+    settings = {}
+    for arm, seed, run in plan.final_runs(final, which):
+        record = run and records.get(run.name)
+        if record and record.state == "finished":
+            found.setdefault(arm, {})[seed] = record
+            settings[arm] = dict(run.setting)
     if not found:
         return None
-    contract.check_match(
-        [
-            contract.Member(r.name, arm, seed, r.config, r.run)
-            for arm in found
-            for seed, r in found[arm].items()
-        ],
-        swept=("learning_rate", "min_lr"),
-    )
-    first = next(iter(next(iter(found.values())).values()))
-    result = {
+    every = [(arm, seed, record) for arm, by_seed in found.items() for seed, record in by_seed.items()]
+    members = [contract.Member(r.name, arm, seed, r.config, r.run) for arm, seed, r in every]
+    contract.check_match(members, swept=("learning_rate", "min_lr"))
+    any_of = {arm: next(iter(by_seed.values())).run for arm, by_seed in found.items()}
+    first, over = every[0][2], exp.gap.over
+    loss = {arm: {str(s): last(r)["val/loss"] for s, r in by_seed.items()} for arm, by_seed in found.items()}
+    asked = [(arm, other, what) for arm, other, what in QUESTIONS if arm in found and other in found]
+    shared = {
+        arm: [s for s in found[arm] if s in found[over]] for arm in found if arm != over and over in found
+    }
+    return {
         "rung": final.rung,
         "length": final.length,
         "which": which,
         "tokens": int(first.run["tokens_per_step"]) * int(first.config["max_iters"]),
         "body": first.run["params"]["body"],
-        "settings": {arm: chosen[arm] for arm in found},
-        "loss": {
-            arm: {str(s): last(r)["val/loss"] for s, r in by_seed.items()} for arm, by_seed in found.items()
-        },
-        "bpb": {
-            arm: stats.interval(last(r).get("val/bpb", math.nan) for r in by_seed.values())["mean"]
-            for arm, by_seed in found.items()
-        },
-        "input_share": {
-            arm: r.run["params"]["input"] / r.run["params"]["stock_table"]
-            for arm, by_seed in found.items()
-            for r in [next(iter(by_seed.values()))]
+        "settings": settings,
+        "loss": loss,
+        "bpb": {arm: mean_bpb(by_seed.values()) for arm, by_seed in found.items()},
+        "input_share": {arm: r["params"]["input"] / r["params"]["stock_table"] for arm, r in any_of.items()},
+        "gains": {arm: gain(exp, loss, arm, over) for arm in shared},
+        "questions": [
+            {"arm": arm, "over": other, "what": what} | g
+            for arm, other, what in asked
+            if (g := gain(exp, loss, arm, other))
+        ],
+        "frequency": {
+            side: {
+                arm: gain_by_frequency([(last(found[arm][s]), last(found[over][s])) for s in seeds], side)
+                for arm, seeds in shared.items()
+                if seeds
+            }
+            for side in ("input", "target")
         },
     }
-    result["gains"] = {
-        arm: gain(exp, result["loss"], arm, exp.gap.over)
-        for arm in found
-        if arm != exp.gap.over and exp.gap.over in found
-    }
-    result["questions"] = [
-        {"arm": arm, "over": over, "what": what} | gain(exp, result["loss"], arm, over)
-        for arm, over, what in QUESTIONS
-        if arm in found and over in found and gain(exp, result["loss"], arm, over)
-    ]
-    result["frequency"] = {
-        side: {
-            arm: gain_by_frequency(
-                [(last(found[arm][s]), last(found[exp.gap.over][s])) for s in shared], side
-            )
-            for arm in found
-            if arm != exp.gap.over and (shared := [s for s in found[arm] if s in found[exp.gap.over]])
-        }
-        for side in ("input", "target")
-        if exp.gap.over in found
-    }
-    return result
 
 
 def last(record: experiment.RunRecord) -> dict:
@@ -162,40 +157,44 @@ def last(record: experiment.RunRecord) -> dict:
     return next(row for row in reversed(record.rows) if "val/loss" in row)
 
 
+def mean_bpb(records) -> float | None:
+    """Bits per byte, mean over the runs; None where one of them lacks it."""
+    values = [last(r).get("val/bpb") for r in records]
+    return None if None in values else float(np.mean(values))
+
+
 def gain(exp: experiment.Experiment, loss: dict, arm: str, over: str) -> dict | None:
     """The gain of an arm over another by shared seeds: its interval, and whether the rule calls it a difference."""
-    seeds = [s for s in loss[arm] if s in loss[over]]
-    if not seeds:
+    by_seed = {s: loss[over][s] - x for s, x in loss[arm].items() if s in loss[over]}
+    if not by_seed:
         return None
-    by_seed = {s: loss[over][s] - loss[arm][s] for s in seeds}
     result = stats.interval(by_seed.values()) | {"by_seed": by_seed}
     sure = result["low"] is not None and (result["low"] > 0 or result["high"] < 0)
-    result["called"] = bool(sure and abs(result["mean"]) >= exp.smallest_difference)
-    return result
+    return result | {"called": bool(sure and abs(result["mean"]) >= exp.smallest_difference)}
 
 
-def missing(exp: experiment.Experiment, plan: experiment.Plan, records: dict) -> list[dict]:
-    """Final runs that the file asks for and no record shows, by rung, length and setting."""
-    result = []
-    for final in exp.final:
-        for which in final.settings:
-            wanted = [(arm, seed) for arm in final.arms or exp.arms for seed in final.seeds]
-            there = 0
-            for arm, seed in wanted:
-                setting = plan.setting(final, arm, which)
-                run = setting and experiment.Run("final", final.rung, final.length, arm, setting, seed)
-                there += bool(run and run.name in records)
-            if there < len(wanted):
-                result.append(
-                    {
-                        "rung": final.rung,
-                        "length": final.length,
-                        "which": which,
-                        "runs": len(wanted),
-                        "missing": len(wanted) - there,
-                    }
-                )
-    return result
+def missing(exp, plan: experiment.Plan, records: dict, final: experiment.Final, which: str) -> dict | None:
+    """How many and which of the final runs that the file asks for have no record; None where all have one."""
+    wanted = plan.final_runs(final, which)
+    lacking: dict[str, list[int]] = {}
+    for arm, seed, run in wanted:
+        if run is None or run.name not in records:
+            lacking.setdefault(arm, []).append(seed)
+    if not lacking:
+        return None
+    place = {
+        "rung": final.rung,
+        "length": final.length,
+        "tokens": experiment.tokens_of(exp, final),
+        "which": which,
+    }
+    arms = len({arm for arm, *_ in wanted})
+    return place | {
+        "arms": arms,
+        "runs": len(wanted),
+        "missing": sum(map(len, lacking.values())),
+        "seeds": lacking,
+    }
 
 
 # ---- the gap as a function of tokens and size
@@ -204,87 +203,89 @@ def missing(exp: experiment.Experiment, plan: experiment.Plan, records: dict) ->
 def gap(exp: experiment.Experiment, cells: list[dict], resamples: int) -> dict:
     """The gap of the experiment's pair at each arm's own best, fitted as a + b ln(tokens) + c ln(body parameters).
 
-    The bootstrap draws seeds anew within each cell (redrawn_mean). The held-out cell takes no part in the fit and is held against
-    its prediction. A crossing is given where the fitted gap of a rung is zero within the tokens that were measured.
+    A parametric bootstrap over seeds (redrawn_means) gives the intervals, so cells of one seed take no part. Nor does
+    the held-out cell, which is held against its prediction. Every rung says where its fitted gap is zero within the tokens
+    that were measured, with the fitted gap at both ends.
     """
+    arm, out = exp.gap.arm, exp.held_out
     points = [
-        {"rung": c["rung"], "length": c["length"], "tokens": c["tokens"], "body": c["body"]}
-        | c["gains"][exp.gap.arm]
+        {k: c[k] for k in ("rung", "length", "tokens", "body")} | c["gains"][arm]
         for c in cells
-        if c["which"] == "best" and c["gains"].get(exp.gap.arm)
+        if c["which"] == "best" and c["gains"].get(arm)
     ]
+    held = [p for p in points if out is not None and (p["rung"], p["length"]) == (out.rung, out.length)]
+    known = [p for p in points if p not in held and len(p["by_seed"]) > 1]
     result = {
-        "arm": exp.gap.arm,
+        "arm": arm,
         "over": exp.gap.over,
         "points": points,
         "fit": None,
         "held_out": None,
         "crossings": [],
     }
-    out = exp.held_out
-    known = [p for p in points if out is None or (p["rung"], p["length"]) != (out.rung, out.length)]
-    terms = 1 + (len({p["tokens"] for p in known}) > 1) + (len({p["body"] for p in known}) > 1)
-    if len(known) <= terms - 1 or terms < 2:
-        result["reason"] = f"{len(known)} cells are too few for a fit over tokens and size"
+    terms = [key for key in ("tokens", "body") if len({p[key] for p in known}) > 1]
+
+    def design(of: dict) -> list[float]:
+        return [1.0, *(math.log(of[key]) for key in terms)]
+
+    x = np.array([design(p) for p in known])
+    if not terms or np.linalg.matrix_rank(x) <= len(terms):
+        result["reason"] = f"too few cells of several seeds ({len(known)}) for a fit over tokens and size"
         return result
-    has_body = len({p["body"] for p in known}) > 1
-    has_tokens = len({p["tokens"] for p in known}) > 1
-
-    def design(tokens, body):
-        return [1.0, *([math.log(tokens)] if has_tokens else []), *([math.log(body)] if has_body else [])]
-
     rng = np.random.default_rng(0)
-    x = np.array([design(p["tokens"], p["body"]) for p in known])
-    draws = [np.linalg.lstsq(x, [p["mean"] for p in known], rcond=None)[0]]
-    for _ in range(resamples):
-        draws.append(
-            np.linalg.lstsq(x, [redrawn_mean(list(p["by_seed"].values()), rng) for p in known], rcond=None)[0]
-        )
-    best, draws = draws[0], np.array(draws[1:])
-    names = ["intercept", *(["ln_tokens"] if has_tokens else []), *(["ln_body"] if has_body else [])]
+    means = [p["mean"] for p in known]
+    best = np.linalg.lstsq(x, means, rcond=None)[0]
+    draws = np.linalg.lstsq(x, [redrawn_means(p, resamples, rng) for p in known], rcond=None)[0].T
+
+    def fitted(of: dict) -> dict:
+        row = np.array(design(of))
+        return {"mean": float(row @ best)} | quantiles(draws @ row)
+
     result["fit"] = {
-        name: {"mean": float(best[i])} | quantiles(draws[:, i]) for i, name in enumerate(names)
-    } | {"cells": len(known), "resamples": resamples}
-    if out is not None:
-        measured = next((p for p in points if (p["rung"], p["length"]) == (out.rung, out.length)), None)
-        if measured is not None:
-            row = np.array(design(measured["tokens"], measured["body"]))
-            result["held_out"] = {
-                "rung": out.rung,
-                "length": out.length,
-                "predicted": {"mean": float(row @ best)} | quantiles(draws @ row),
-                "measured": {k: measured[k] for k in ("mean", "low", "high")},
-            }
-    if has_tokens:
-        for rung in dict.fromkeys(p["rung"] for p in points):
-            of_rung = [p for p in points if p["rung"] == rung]
-            low, high = min(p["tokens"] for p in of_rung), max(p["tokens"] for p in of_rung)
-            if low == high:
-                continue
-            body = math.log(of_rung[0]["body"])
-
-            def zero(w, body=body):
-                return (
-                    math.exp(min(700.0, max(-700.0, -(w[0] + (w[2] * body if has_body else 0)) / w[1])))
-                    if w[1]
-                    else math.inf
-                )
-
-            at = zero(best)
-            inside = low < at < high
-            result["crossings"].append(
-                {"rung": rung, "from": low, "to": high, "tokens": at if inside else None}
-                | (quantiles(np.array([zero(w) for w in draws])) if inside else {"low": None, "high": None})
-            )
+        name: {"mean": float(best[i])} | quantiles(draws[:, i])
+        for i, name in enumerate(["intercept", *(f"ln_{key}" for key in terms)])
+    } | {
+        "cells": len(known),
+        "terms": 1 + len(terms),
+        "largest_miss": float(np.abs(x @ best - means).max()),
+        "resamples": resamples,
+    }
+    for p in held:
+        predicted = fitted(p)
+        off = {"mean": p["mean"] - predicted["mean"], "low": None, "high": None}
+        if len(p["by_seed"]) > 1:
+            off |= quantiles(redrawn_means(p, resamples, rng) - draws @ np.array(design(p)))
+        result["held_out"] = {k: p[k] for k in ("rung", "length", "tokens")} | {
+            "predicted": predicted,
+            "measured": {k: p[k] for k in ("mean", "low", "high")},
+            "off": off,
+        }
+    for rung in dict.fromkeys(p["rung"] for p in points) if "tokens" in terms else []:
+        ends = sorted((p for p in points if p["rung"] == rung), key=lambda p: p["tokens"])
+        low, high = ends[0], ends[-1]
+        if low is high:
+            continue
+        # ln(tokens) where a + b ln(tokens) + c ln(body) is zero, of the fit and of every draw
+        at = [
+            -(w @ np.array(design(low | {"tokens": 1.0}))) / w[1] if w[1] else math.inf
+            for w in (best, *draws)
+        ]
+        at = np.exp(np.clip(at, -700, 700))
+        inside = low["tokens"] < at[0] < high["tokens"]
+        found = {"tokens": float(at[0])} | quantiles(at[1:]) if inside else {"tokens": None}
+        ends = {"from": low["tokens"], "to": high["tokens"], "at_from": fitted(low), "at_to": fitted(high)}
+        result["crossings"].append({"rung": rung} | ends | found)
     return result
 
 
-def redrawn_mean(values: list[float], rng) -> float:
-    """The mean of n values drawn anew from n; its way from their mean is widened by sqrt(n / (n - 1)), since a handful
-    of values spread less around their own mean than around the true one."""
-    n, mean = len(values), float(np.mean(values))
-    widen = math.sqrt(n / (n - 1)) if n > 1 else 1.0
-    return mean + widen * (float(np.mean(rng.choice(values, n))) - mean)
+def redrawn_means(point: dict, size: int, rng) -> np.ndarray:
+    """What the mean of a cell's gains by seed may be, `size` times: the mean, off by t(n - 1) standard errors.
+
+    Drawing a handful of seeds anew would do worse: they spread less around their own mean than around the true one.
+    """
+    values = list(point["by_seed"].values())
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    return np.mean(values) + error * rng.standard_t(len(values) - 1, size)
 
 
 def quantiles(values) -> dict:
@@ -295,18 +296,28 @@ def quantiles(values) -> dict:
 
 def prize(exp: experiment.Experiment, cells: list[dict]) -> list[dict]:
     """For the longest length of each rung: arms with at most 15% of the table's input parameters, at their own best,
-    and whether the rule calls them better than the tuned untied table."""
+    and whether the rule calls them better than the tuned untied table.
+
+    Of the lengths that ran, the longest at which such an arm has several seeds beside the table; `planned` is the
+    longest that the file asks for, in tokens.
+    """
     result = []
-    best = [c for c in cells if c["which"] == "best" and exp.gap.over in c["loss"]]
     for rung in exp.rungs:
-        of_rung = [c for c in best if c["rung"] == rung]
-        if of_rung:
-            c = max(of_rung, key=lambda c: c["tokens"])
-            arms = {
-                arm: {k: g[k] for k in ("mean", "low", "high", "called")} | {"share": c["input_share"][arm]}
-                for arm, g in c["gains"].items()
-                if g and c["input_share"][arm] <= BUDGET
-            }
-            winners = [arm for arm, g in arms.items() if g["called"] and g["mean"] > 0]
-            result.append({"rung": rung, "length": c["length"], "arms": arms, "winners": winners})
+        planned = [experiment.tokens_of(exp, f) for f in exp.final if f.rung == rung and "best" in f.settings]
+        found = []
+        for c in cells:
+            if (c["rung"], c["which"]) == (rung, "best"):
+                small = {arm: g for arm, g in c["gains"].items() if g and c["input_share"][arm] <= BUDGET}
+                if any(g["n"] > 1 for g in small.values()):
+                    found.append((c, small))
+        if not found:
+            continue
+        c, small = max(found, key=lambda pair: pair[0]["tokens"])
+        arms = {
+            arm: {k: g[k] for k in ("n", "mean", "low", "high", "called")} | {"share": c["input_share"][arm]}
+            for arm, g in small.items()
+        }
+        winners = [arm for arm, g in arms.items() if g["called"] and g["mean"] > 0]
+        place = {"rung": rung, "length": c["length"], "tokens": c["tokens"], "planned": max(planned)}
+        result.append(place | {"arms": arms, "winners": winners})
     return result

@@ -93,6 +93,15 @@ def bullet(text: str) -> str:
     return textwrap.fill(text, 108, initial_indent="- ", subsequent_indent="  ", break_long_words=False)
 
 
+def bullets(items: list[str]) -> str:
+    return "\n".join(map(bullet, items))
+
+
+def markdown_list(heading: str, items: list[str]) -> str:
+    """A heading with a list below it, for Markdown."""
+    return f"## {heading}\n\n" + "\n".join(f"- {escaped(s)}" for s in items)
+
+
 def say(text: str) -> None:
     """print(), line for line, without what names of others might do to the terminal."""
     print("\n".join(map(visible, text.split("\n"))), flush=True)

@@ -1,0 +1,188 @@
+"""An experiment's numbers (fair.numbers) as figures."""
+
+from pathlib import Path
+
+import numpy as np
+
+from scripts import experiment
+from scripts.analysis.figures import STYLE, label, plt, save
+from scripts.analysis.numbers import count
+from scripts.analysis.report import arm_sort_key, arm_style
+
+AXIS = "#8a8f98"
+FEW = 50  # validation tokens in a bucket of frequency, below which its gain says nothing
+
+
+def draw(c: dict, folder: Path) -> dict[str, str]:
+    """Write the figures for which there are numbers; {name without suffix: caption}."""
+    drawn, g = {}, c["gap"]
+    dotted = f" Dotted: the gap of {g['arm']} as fitted." if g["fit"] else ""
+    dotted += " The hollow mark took no part in the fit." if g["held_out"] else ""
+    seeds = "One seed" if c["tuning"]["seeds"] == 1 else f"Means over {c['tuning']['seeds']} seeds"
+    with plt.rc_context(STYLE):
+        for name, make, caption in (
+            ("gap", draw_gap, f"Gain over {c['gap']['over']}, each arm at its own best setting: mean and 95% interval over "
+             "seeds, none where there is one seed." + dotted),
+            ("learning_rates", draw_tuning, "The tuning: loss by learning rate at each arm's own defaults, by the input side's "
+             "multiplier at the best learning rate and scale, and by learning rate once more on larger rungs. Stars: each "
+             f"arm's lowest. {seeds}; what diverged or lies far above is not shown."),
+            ("frequency", draw_frequency, f"Where the gain over {c['gap']['over']} sits: by training count of the token read "
+             "and of the token predicted, mean over seeds, at the longest length of each rung. The axis is logarithmic beyond "
+             f"0.5 either way; buckets of fewer than {FEW} validation tokens are left out."),
+        ):  # fmt: skip
+            figure = make(c)
+            if figure is not None:
+                save(figure, folder / name)
+                drawn[name] = caption
+    return drawn
+
+
+def longest(c: dict) -> list[dict]:
+    """For each rung the cell of the longest length at the arms' best settings, of those with gains."""
+    best: dict[str, dict] = {}
+    for cell in c["cells"]:
+        if cell["which"] == "best" and any(cell["gains"].values()):
+            best[cell["rung"]] = max(best.get(cell["rung"], cell), cell, key=lambda x: x["tokens"])
+    return list(best.values())
+
+
+def draw_tuning(c: dict):
+    """Loss by learning rate and by the input side's multiplier, and by learning rate for each rung that was rechecked."""
+    points = [p for p in c["curves"] if p["loss"] is not None]
+    tuned = [p for p in points if p["stage"] == "tune"]
+    panels = [
+        ("learning_rate", "Loss by learning rate", tuned, at_defaults),
+        ("wte_lr_mult", "Loss by the input side's multiplier", tuned, beside_the_best),
+    ]
+    for rung in dict.fromkeys(p["rung"] for p in points if p["stage"] == "recheck"):
+        mine = [p for p in points if (p["stage"], p["rung"]) == ("recheck", rung)]
+        panels.append(("learning_rate", f"Once more on rung {rung}", mine, list))
+    panels = [panel for panel in panels if len({p[panel[0]] for p in panel[2]}) > 1]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), squeeze=False)
+    axes = axes[0]
+    for ax, (key, title, mine, choose) in zip(axes, panels, strict=True):
+        lowest = []
+        for arm in sorted({p["arm"] for p in mine}, key=arm_sort_key):
+            line = sorted(choose([p for p in mine if p["arm"] == arm]), key=lambda p: p[key])
+            x, y = [p[key] for p in line], [p["loss"] for p in line]
+            style = arm_style(arm, c["arms"])
+            ax.plot(x, y, marker="o", markersize=4, label=label(arm), **style)
+            if line:
+                k = int(np.argmin(y))
+                lowest.append(y[k])
+                ax.plot(x[k], y[k], marker="*", markersize=11, color=style["color"])
+        ax.set_xscale("log", base=2)
+        ticks = sorted({p[key] for p in mine})
+        ax.set_xticks(ticks, [f"{v:g}" for v in ticks], fontsize=8 if len(ticks) > 7 else None)
+        ax.xaxis.set_minor_formatter(lambda v, _: "")
+        ax.set_title(title)
+        ax.set_xlabel(key)
+        low, high = min(p["loss"] for p in mine), max(p["loss"] for p in mine)
+        top = max(1.0 + low, 0.1 + max(lowest))  # far from all optima nothing is read
+        ax.set_ylim(low - 0.03, min(top, high + 0.03))
+    axes[0].set_ylabel("validation loss (nats/token)")
+    legend_below(figure, axes[0])
+    return figure
+
+
+def at_defaults(points: list[dict]) -> list[dict]:
+    """Of one arm's tuning runs, those with the arm's own multiplier and scale."""
+    usual = experiment.own_keys(points[0]["arm"])
+    return [p for p in points if all(p[k] == usual[k] for k in ("wte_lr_mult", "wte_init_rms"))]
+
+
+def beside_the_best(points: list[dict]) -> list[dict]:
+    """Of one arm's tuning runs, those that differ from its best in the multiplier alone."""
+    best = min(points, key=lambda p: p["loss"])
+    return [p for p in points if all(p[k] == best[k] for k in ("learning_rate", "wte_init_rms"))]
+
+
+def draw_gap(c: dict):
+    """Gain over the reference by tokens, an arm a colour, a rung a panel."""
+    best = [cell for cell in c["cells"] if cell["which"] == "best" and any(cell["gains"].values())]
+    if not best:
+        return None
+    names = [rung for rung in c["rungs"] if any(cell["rung"] == rung for cell in best)]
+    arms = sorted({arm for cell in best for arm, g in cell["gains"].items() if g}, key=arm_sort_key)
+    shift = {
+        arm: 1.03 ** (k - (len(arms) - 1) / 2) for k, arm in enumerate(arms)
+    }  # no interval hides another
+    size = (3 + 3.2 * len(names), 4.6)
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharex=True, sharey=True)
+    pair, fit, held = c["gap"]["arm"], c["gap"]["fit"], c["gap"]["held_out"]
+    for ax, rung in zip(axes[0], names, strict=True):
+        of_rung = sorted((cell for cell in best if cell["rung"] == rung), key=lambda cell: cell["tokens"])
+        for arm in arms:
+            style = arm_style(arm, c["arms"])
+            seen = [
+                (cell["tokens"] * shift[arm], cell["gains"][arm])
+                for cell in of_rung
+                if cell["gains"].get(arm)
+            ]
+            half = [0 if g["low"] is None else g["high"] - g["mean"] for _, g in seen]
+            x, y = [t for t, _ in seen], [g["mean"] for _, g in seen]
+            ax.errorbar(
+                x, y, half, marker="o", markersize=4, capsize=2, linewidth=1, label=label(arm), **style
+            )
+        colour = arm_style(pair, c["arms"])["color"]
+        if held and held["rung"] == rung:
+            mark = {"markersize": 6, "zorder": 5, "markerfacecolor": "white", "color": colour}
+            ax.plot(held["tokens"] * shift[pair], held["measured"]["mean"], "o", **mark)
+        if fit and "ln_tokens" in fit:
+            t = np.geomspace(of_rung[0]["tokens"], of_rung[-1]["tokens"])
+            body = fit["ln_body"]["mean"] * np.log(of_rung[0]["body"]) if "ln_body" in fit else 0.0
+            y = fit["intercept"]["mean"] + fit["ln_tokens"]["mean"] * np.log(t) + body
+            ax.plot(t, y, color=colour, linewidth=1.5, linestyle=":")
+        ax.axhline(0, linewidth=1, color=AXIS)
+        ax.set_xlabel("training tokens")
+        ax.set_title(f"Rung {rung}, {count(c['rungs'][rung]['body'])} in the body")
+    lengths = sorted({cell["tokens"] for cell in best})
+    ax.set_xscale("log")
+    ax.set_xticks(lengths, [count(t) for t in lengths])
+    ax.xaxis.set_minor_locator(plt.NullLocator())
+    ax.set_xlim(lengths[0] / 1.6, lengths[-1] * 1.6)
+    axes[0][0].set_ylabel(f"gain over {c['gap']['over']} (nats, up is better)")
+    legend_below(figure, axes[0][0])
+    return figure
+
+
+def draw_frequency(c: dict):
+    """Gain by bucket of training count, for the longest cell of each rung."""
+    cells = [x for x in longest(c) if any(b for side in x["frequency"].values() for b in side.values())]
+    if not cells:
+        return None
+    size = (11, 3.8 * len(cells))
+    figure, axes = plt.subplots(len(cells), 2, figsize=size, squeeze=False, sharex=True, sharey="col")
+    for row, cell in zip(axes, cells, strict=True):
+        for ax, (side, arms) in zip(row, cell["frequency"].items(), strict=True):
+            for arm in sorted((a for a in arms if arms[a]), key=arm_sort_key):
+                told = [b for b in arms[arm] if b["count"] > 0 and b["tokens"] >= FEW]
+                x, y = [b["count"] for b in told], [b["mean"] for b in told]
+                ax.plot(x, y, marker="o", markersize=3, label=label(arm), **arm_style(arm, c["arms"]))
+            ax.axhline(0, linewidth=1, color=AXIS)
+            ax.set_xscale("log", base=4)
+            ax.xaxis.set_major_formatter(lambda v, _: count(v))
+            ax.set_yscale("symlog", linthresh=0.5, base=2)
+            ax.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
+            ax.set_title(
+                f"Rung {cell['rung']}, {count(cell['tokens'])} tokens, by the token {side_word(side)}"
+            )
+    for ax, side in zip(axes[-1], ("input", "target"), strict=True):
+        ax.set_xlabel(f"training count of the token {side_word(side)} (from)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"gain over {c['gap']['over']} (nats)")
+    legend_below(figure, axes[0][0])
+    return figure
+
+
+def side_word(side: str) -> str:
+    return {"input": "read", "target": "predicted"}[side]
+
+
+def legend_below(figure, ax) -> None:
+    """The names of all arms below the panels, where they hide no curve."""
+    handles, names = ax.get_legend_handles_labels()
+    columns = max(2, min(5, int(figure.get_figwidth() / 1.9)))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9)
