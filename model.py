@@ -243,6 +243,11 @@ class GPT(nn.Module):
             x = F.rms_norm(x, (self.config.n_embd,), eps=1e-6)
         return table, x
 
+    def plan_ahead(self, idx: Tensor) -> None:
+        """Prepare the embedding of a batch before its step, in a thread that waits anyway; changes no number."""
+        if self.config.wte == "kronecker" and self.lm_head is not None:  # a tied head takes the whole table
+            self.transformer.wte.plan_ahead(idx)
+
     def make_cache(self, batch: int) -> Tensor:
         """Empty keys and values: (n_layer, 2, batch, n_head, block_size, head_size)."""
         c = self.config

@@ -165,7 +165,10 @@ def main(config) -> None:
         for step in range(first, config.max_iters):
             for micro in range(micro_steps):
                 lo = (micro * world + ranks.rank) * micro_batch
-                yield train.rows(step, lo, lo + micro_batch)
+                x, y = train.rows(step, lo, lo + micro_batch)
+                if not config.compile:
+                    model.plan_ahead(x)
+                yield x, y
 
     def save(step: int) -> None:
         now = guard.state_dict() | {"best_val": state["best_val"]}

@@ -7,7 +7,9 @@ rows of W^T and the (tokens, D) codec never exists. A bag holds only the token's
 pos_dim of them in text. The gradient runs the same two sums backwards, always in the same order: the slots of
 a token into one row, then the tokens of a byte into one row of W^T.
 
-On the CPU the index work is NumPy's (a fifth of torch's overhead), and the batch's counts decide the rest:
+What is summed to what follows from the ids alone: the plan of a batch, which a loader's thread may make ahead
+(`plan_ahead`), since in a small model it takes as long as the sums. On the CPU it is NumPy's (a fifth of torch's
+overhead), and the batch's counts decide:
 
 - Where at least every second slot repeats a token (N >= 2 U, as in text, where 8,192 slots hold about 2,550
   tokens) the U distinct tokens are computed and looked up. Where fewer do, the bag of each of the N slots goes
@@ -18,6 +20,9 @@ On the CPU the index work is NumPy's (a fifth of torch's overhead), and the batc
 - What lies between input and output is made in pieces of a tenth of the output (column parts; in the second
   case blocks of rows). A CPU's kernel clears fresh memory page by page, which takes longer than the sums, and a
   piece is used over and over and stays in the caches.
+
+Every call reads the whole of W for its sum W.sum(1), which takes longer than some hundred bags. Where the weights
+stand still, a look-up in the table spares all of it: KroneckerEmbedding's mode="cached".
 
 On every other device all of it is torch's, on the distinct tokens, with its segmented backward kernels, because
 there one row that half of the tokens share must not be summed by one thread. To know how many tokens are
@@ -36,64 +41,76 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# A vocabulary: bytes uint8 (V, P), lengths int16 (V,), and coef (P + 1, 2), scale and shift of each length, in the
+# dtype to sum in.
+Tokens = tuple[Tensor, Tensor, Tensor]
 
-def embed(ids: Tensor, weight_MxD: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor) -> Tensor:
+
+def embed(ids: Tensor, weight_MxD: Tensor, tokens: Tokens) -> Tensor:
     """Embeddings (*ids.shape, M) of int64 ids: weighted bags of their tokens' bytes, differentiable in weight.
 
-    bytes uint8 (V, P), lengths int16 (V,), coef (P + 1, 2): scale and shift of each length, in the dtype to
-    sum in. Raises IndexError on CPU for an id outside 0..V-1 (elsewhere, as in nn.Embedding, that is a
-    device-side assertion).
+    Raises IndexError on CPU for an id outside 0..V-1 (elsewhere, as in nn.Embedding, that is a device-side
+    assertion).
     """
-    if not torch.compiler.is_compiling():
-        return _Embed.apply(ids, weight_MxD, bytes_VxP, lengths_V, coef_Lx2)
-    wT_DxM = weight_MxD.t().contiguous()
-    e_NxM = torch.ops.kronecker.embed(ids.reshape(-1), wT_DxM, bytes_VxP, lengths_V, coef_Lx2)
-    return e_NxM.view(*ids.shape, len(weight_MxD))
+    if torch.compiler.is_compiling():
+        e_NxM = torch.ops.kronecker.embed(ids.reshape(-1), weight_MxD.t().contiguous(), *tokens)
+        return e_NxM.view(*ids.shape, len(weight_MxD))
+    if ids.numel() == 0:
+        return weight_MxD.new_zeros(*ids.shape, weight_MxD.size(1)) @ weight_MxD.t()
+    return _Embed.apply(ids, weight_MxD, _plan(ids, tokens, weight_MxD.size(1)))
 
 
-def _plan(ids_N: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor) -> CpuPlan | DevicePlan:
-    make = CpuPlan if ids_N.device.type == "cpu" else _plan_device
-    return make(ids_N, bytes_VxP, lengths_V, coef_Lx2)
+def plan_ahead(ids: Tensor, tokens: Tokens, D: int) -> None:
+    """Make the plan of a batch of int64 ids on the CPU, for the embed() that is called with this very tensor."""
+    if ids.numel():
+        plan = CpuPlan(ids.reshape(-1), tokens, D)
+        plan.slots, plan.gradient  # noqa: B018 - made now
+        ids._kronecker_plan = ids._version, plan
 
 
-def _forward(plan: CpuPlan | DevicePlan, wT_DxM: Tensor) -> Tensor:
-    """Embeddings (N, M)."""
-    return (_forward_cpu if isinstance(plan, CpuPlan) else _forward_device)(plan, wT_DxM)
-
-
-def _backward(plan: CpuPlan | DevicePlan, g_NxM: Tensor, D: int) -> Tensor:
-    """Gradient (D, M) of W^T from the output's (N, M): _forward transposed, in the same two steps."""
-    backward = _backward_cpu if isinstance(plan, CpuPlan) else _backward_device
-    return backward(plan, g_NxM.to(plan.coef.dtype).contiguous(), D).to(g_NxM.dtype)
+def _plan(ids: Tensor, tokens: Tokens, D: int) -> CpuPlan | DevicePlan:
+    version, plan = getattr(ids, "_kronecker_plan", (None, None))
+    if plan is not None and version == ids._version and plan.is_for(tokens, D):
+        return plan
+    return (CpuPlan if ids.device.type == "cpu" else _plan_device)(ids.reshape(-1), tokens, D)
 
 
 # ---- CPU ----
 
 
 class CpuPlan:
-    """The ids of a batch (N,), the bytes of the vocabulary they are of, and what follows from both."""
+    """What is summed to what for the ids of a batch (N,), U of them distinct."""
 
-    def __init__(self, ids_N: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor):
-        self.ids_N, self.bytes_VxP, self.lengths_V = ids_N.numpy(), bytes_VxP.numpy(), lengths_V.numpy()
-        self.coef = coef_Lx2
-        low, high, V = int(self.ids_N.min()), int(self.ids_N.max()), len(lengths_V)
+    def __init__(self, ids_N: Tensor, tokens: Tokens, D: int):
+        self.tokens, self.D = tokens, D
+        self.bytes_VxP, self.lengths_V, self.coef = tokens[0].numpy(), tokens[1].numpy(), tokens[2]
+        ids, V = ids_N.numpy(), len(self.lengths_V)
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= V:
             wrong = low if low < 0 else high
             raise IndexError(f"token id {wrong} is outside 0..{V - 1} of this embedding's vocabulary")
         used_V = np.zeros(V, dtype=bool)
-        used_V[self.ids_N] = True
+        used_V[ids] = True
         self.distinct_U = np.flatnonzero(used_V)
         place_V = np.empty(V, dtype=np.int64)
         place_V[self.distinct_U] = np.arange(len(self.distinct_U))
-        # Where each slot's token stands among the distinct ones. Made at once: the caller may overwrite its ids
-        # before the backward pass.
-        self.place_N = place_V[self.ids_N]
+        # Where each slot's token stands among the distinct ones. The ids themselves are not kept: the caller may
+        # overwrite them before the backward pass.
+        self.place_N = place_V[ids]
+
+    def is_for(self, tokens: Tokens, D: int) -> bool:
+        return self.D == D and all(a is b for a, b in zip(self.tokens, tokens, strict=True))
 
     @cached_property
-    def bags_of_distinct(self) -> Bags:
-        return self.bags(self.distinct_U)
+    def distinct(self) -> Bags:
+        return self._bags(self.distinct_U)
 
-    def bags(self, tokens_T: np.ndarray) -> Bags:
+    @cached_property
+    def slots(self) -> Bags | None:
+        few_repeat = len(self.place_N) < 2 * len(self.distinct_U)
+        return self._bags(self.distinct_U[self.place_N]) if few_repeat else None
+
+    def _bags(self, tokens_T: np.ndarray) -> Bags:
         lengths_T, P = self.lengths_V[tokens_T], self.bytes_VxP.shape[1]
         flat_TxP = np.multiply(self.bytes_VxP[tokens_T], P, dtype=np.int32) + np.arange(P, dtype=np.int32)
         bounds_T1 = np.zeros(len(tokens_T) + 1, dtype=np.int32)
@@ -101,6 +118,55 @@ class CpuPlan:
         coef_Tx2 = torch.from_numpy(self.coef.numpy()[lengths_T])
         row_K = flat_TxP[np.arange(P, dtype=np.int16) < lengths_T[:, None]]
         return Bags(row_K, bounds_T1, coef_Tx2[:, :1], coef_Tx2[:, 1:])
+
+    @cached_property
+    def gradient(self) -> tuple[np.ndarray, ...]:
+        """The sums of the backward pass: slots of each distinct token, then distinct tokens of each row of W^T.
+
+        Every row loses the shared vector, too: it comes as one more token, the last, without slots.
+        """
+        U = len(self.distinct_U)
+        slot_N, bounds_U1 = _runs(self.place_N, U + 1)
+        token_K = np.repeat(np.arange(U, dtype=np.int32), np.diff(self.distinct.bounds_T1))
+        token_K = np.concatenate((token_K, np.full(self.D, U, dtype=np.int32)))
+        order_K, bounds_D1 = _runs(np.concatenate((self.distinct.row_K, np.arange(self.D))), self.D)
+        return slot_N, bounds_U1, token_K[order_K], bounds_D1
+
+    def forward(self, wT_DxM: Tensor) -> Tensor:
+        """Embeddings (N, M)."""
+        N, M = len(self.place_N), wT_DxM.size(1)
+        total_M = wT_DxM.sum(0, dtype=self.coef.dtype)
+        if bags := self.slots:
+            e_NxM = wT_DxM.new_empty(N, M)
+            for block in _slices(N, (1 << 18) // M):  # a megabyte
+                bounds = bags.bounds_T1[block.start : block.stop + 1]
+                sums_BxM = _sums(bags.row_K, bounds, wT_DxM).to(total_M.dtype).mul_(bags.scale_Tx1[block])
+                torch.addcmul(sums_BxM, bags.shift_Tx1[block], total_M, value=-1, out=e_NxM[block])
+            return e_NxM
+        bags, place_N = self.distinct, torch.from_numpy(self.place_N)
+        parts = _column_parts(len(self.distinct_U), N, M)
+        e_NxM = wT_DxM.new_empty(N, M)
+        for i, columns in enumerate(_slices(M, M // parts)):
+            e_Uxm = _sums(bags.row_K, bags.bounds_T1, wT_DxM, i, parts).to(total_M.dtype)
+            e_Uxm.mul_(bags.scale_Tx1).addcmul_(bags.shift_Tx1, total_M[columns], value=-1)
+            torch.index_select(e_Uxm.to(wT_DxM.dtype), 0, place_N, out=e_NxM[:, columns])
+        return e_NxM
+
+    def backward(self, g_NxM: Tensor) -> Tensor:
+        """Gradient (D, M) of W^T from the output's (N, M): forward transposed, in the same two steps."""
+        slot_N, bounds_U1, token_K, bounds_D1 = self.gradient
+        N, M, U = *g_NxM.shape, len(bounds_U1) - 2
+        parts, grad_DxM = _column_parts(U, N, M), None
+        for i, columns in enumerate(_slices(M, M // parts)):
+            g_U1xm = _sums(slot_N, bounds_U1, g_NxM, i, parts)
+            torch.neg(self.distinct.shift_Tx1[:, 0] @ g_U1xm[:U], out=g_U1xm[U])
+            g_U1xm[:U].mul_(self.distinct.scale_Tx1)
+            if parts == 1:
+                return _sums(token_K, bounds_D1, g_U1xm)
+            grad_DxM = g_NxM.new_empty(self.D, M) if grad_DxM is None else grad_DxM
+            for rows in _slices(self.D, _piece(N, M) * parts // M):
+                grad_DxM[rows, columns] = _sums(token_K, bounds_D1[rows.start : rows.stop + 1], g_U1xm)
+        return grad_DxM
 
 
 class Bags(NamedTuple):
@@ -120,58 +186,21 @@ def _sums(row_K: np.ndarray, bounds_B1: np.ndarray, matrix: Tensor, part: int = 
     if parts > 1:  # part i of row r is row r * parts + i of a matrix so much narrower
         row_K, matrix = row_K * np.int32(parts) + np.int32(part), matrix.view(-1, matrix.size(1) // parts)
     rows, bounds = torch.from_numpy(row_K), torch.from_numpy(bounds_B1)
-    return F.embedding_bag(rows, matrix, bounds, mode="sum", include_last_offset=True)
+    # F.embedding_bag's own call: mode 0 is the sum, and the last True says that bounds end with the last bag's end
+    return torch.embedding_bag(matrix, rows, bounds, False, 0, False, None, True)[0]
 
 
 def _column_parts(T: int, N: int, M: int) -> int:
-    """Into how many parts to cut M columns so that T rows of each make a piece."""
-    divisors = [n for n in range(1, max(M // 32, 1) + 1) if M % n == 0]  # narrower rows than 32 cost more
-    return next((n for n in divisors if n * _piece(N, M) >= T * M), divisors[-1])
+    """Into how many parts to cut M columns so that T rows of each make a piece; narrower ones than 32 cost more."""
+    parts = 1
+    while parts * _piece(N, M) < T * M and M % (64 * parts) == 0:
+        parts *= 2
+    return parts
 
 
 def _piece(N: int, M: int) -> int:
     """Numbers worked on at a time: a tenth of the output (N, M), or 2 MB, since a call costs time too."""
     return max(N * M // 10, 1 << 19)
-
-
-def _forward_cpu(plan: CpuPlan, wT_DxM: Tensor) -> Tensor:
-    N, U, M = len(plan.ids_N), len(plan.distinct_U), wT_DxM.size(1)
-    total_M = wT_DxM.sum(0, dtype=plan.coef.dtype)
-    if N < 2 * U:
-        bags, e_NxM = plan.bags(plan.ids_N), wT_DxM.new_empty(N, M)
-        for block in _slices(N, (1 << 18) // M):  # a megabyte
-            bounds = bags.bounds_T1[block.start : block.stop + 1]
-            sums_BxM = _sums(bags.row_K, bounds, wT_DxM).to(total_M.dtype).mul_(bags.scale_Tx1[block])
-            torch.addcmul(sums_BxM, bags.shift_Tx1[block], total_M, value=-1, out=e_NxM[block])
-        return e_NxM
-    bags, place_N, parts = plan.bags_of_distinct, torch.from_numpy(plan.place_N), _column_parts(U, N, M)
-    e_NxM = wT_DxM.new_empty(N, M) if parts > 1 else None
-    for i, columns in enumerate(_slices(M, M // parts)):
-        sums_Uxm = _sums(bags.row_K, bags.bounds_T1, wT_DxM, i, parts).to(total_M.dtype).mul_(bags.scale_Tx1)
-        e_Uxm = sums_Uxm.addcmul_(bags.shift_Tx1, total_M[columns], value=-1).to(wT_DxM.dtype)
-        if e_NxM is None:
-            return e_Uxm.index_select(0, place_N)
-        torch.index_select(e_Uxm, 0, place_N, out=e_NxM[:, columns])
-    return e_NxM
-
-
-def _backward_cpu(plan: CpuPlan, g_NxM: Tensor, D: int) -> Tensor:
-    N, U, M = len(plan.ids_N), len(plan.distinct_U), g_NxM.size(1)
-    bags, parts = plan.bags_of_distinct, _column_parts(U, N, M)
-    order_N, bounds_U1 = _runs(plan.place_N, U)
-    order_K, bounds_D1 = _runs(bags.row_K, D)
-    token_K = np.repeat(np.arange(U, dtype=np.int32), np.diff(bags.bounds_T1))[order_K]
-    grad_DxM = g_NxM.new_empty(D, M) if parts > 1 else None
-    for i, columns in enumerate(_slices(M, M // parts)):
-        g_Uxm = _sums(order_N, bounds_U1, g_NxM, i, parts)
-        shared_m = bags.shift_Tx1[:, 0] @ g_Uxm
-        g_Uxm.mul_(bags.scale_Tx1)
-        if grad_DxM is None:
-            return _sums(token_K, bounds_D1, g_Uxm).sub_(shared_m)
-        for rows in _slices(D, _piece(N, M) * parts // M):
-            sums_Rxm = _sums(token_K, bounds_D1[rows.start : rows.stop + 1], g_Uxm)
-            torch.sub(sums_Rxm, shared_m, out=grad_DxM[rows, columns])
-    return grad_DxM
 
 
 def _slices(n: int, step: int) -> list[slice]:
@@ -198,78 +227,76 @@ class DevicePlan(NamedTuple):
     flat_K: Tensor  # row of W^T of each byte, token by token
     lengths_U: Tensor
     coef: Tensor  # (U, 2)
+    D: int
+
+    def forward(self, wT_DxM: Tensor) -> Tensor:
+        """Embeddings (N, M)."""
+        scale_Ux1, shift_Ux1 = self.coef.split(1, dim=1)
+        starts_U = self.lengths_U.cumsum(0) - self.lengths_U
+        e_UxM = F.embedding_bag(self.flat_K, wT_DxM, starts_U, mode="sum").to(self.coef.dtype)
+        e_UxM.mul_(scale_Ux1).addcmul_(shift_Ux1, wT_DxM.sum(0, dtype=e_UxM.dtype), value=-1)
+        return e_UxM.to(wT_DxM.dtype).index_select(0, self.inverse_N)
+
+    def backward(self, g_NxM: Tensor) -> Tensor:
+        """The backward kernels of embedding and embedding_bag: bag U, of lengths_U, was the sum of rows flat_K."""
+        flat_K, lengths_U, U = self.flat_K, self.lengths_U, len(self.lengths_U)
+        scale_Ux1, shift_Ux1 = self.coef.split(1, dim=1)
+        g_UxM = torch.ops.aten.embedding_dense_backward(g_NxM, self.inverse_N, U, -1, False)
+        shared_M = shift_Ux1[:, 0] @ g_UxM
+        bag_U = torch.arange(U, device=g_UxM.device)
+        bag_K = torch.repeat_interleave(bag_U, lengths_U, output_size=len(flat_K))
+        grad_DxM = torch.ops.aten._embedding_bag_dense_backward(
+            g_UxM.mul_(scale_Ux1), flat_K, bag_K, lengths_U, lengths_U, self.D, False, 0, None, -1
+        )
+        return grad_DxM.sub_(shared_M)
 
 
-def _plan_device(ids_N: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor) -> DevicePlan:
+def _plan_device(ids_N: Tensor, tokens: Tokens, D: int) -> DevicePlan:
+    bytes_VxP, lengths_V, coef_Lx2 = tokens
     P = bytes_VxP.size(1)
     distinct_U, inverse_N = torch.unique(ids_N, return_inverse=True)
     lengths_U = lengths_V[distinct_U].long()
     position_P = torch.arange(P, device=ids_N.device)
     flat_UxP = bytes_VxP[distinct_U].long() * P + position_P
-    return DevicePlan(inverse_N, flat_UxP[position_P < lengths_U[:, None]], lengths_U, coef_Lx2[lengths_U])
-
-
-def _forward_device(plan: DevicePlan, wT_DxM: Tensor) -> Tensor:
-    scale_Ux1, shift_Ux1 = plan.coef.split(1, dim=1)
-    starts_U = plan.lengths_U.cumsum(0) - plan.lengths_U
-    e_UxM = F.embedding_bag(plan.flat_K, wT_DxM, starts_U, mode="sum").to(plan.coef.dtype)
-    e_UxM.mul_(scale_Ux1).addcmul_(shift_Ux1, wT_DxM.sum(0, dtype=e_UxM.dtype), value=-1)
-    return e_UxM.to(wT_DxM.dtype).index_select(0, plan.inverse_N)
-
-
-def _backward_device(plan: DevicePlan, g_NxM: Tensor, D: int) -> Tensor:
-    """The backward kernels of embedding and embedding_bag: bag U, of lengths_U, was the sum of rows flat_K."""
-    U, K = len(plan.lengths_U), len(plan.flat_K)
-    scale_Ux1, shift_Ux1 = plan.coef.split(1, dim=1)
-    g_UxM = torch.ops.aten.embedding_dense_backward(g_NxM, plan.inverse_N, U, -1, False)
-    shared_M = shift_Ux1[:, 0] @ g_UxM
-    bag_K = torch.repeat_interleave(torch.arange(U, device=g_UxM.device), plan.lengths_U, output_size=K)
-    grad_DxM = torch.ops.aten._embedding_bag_dense_backward(
-        g_UxM.mul_(scale_Ux1), plan.flat_K, bag_K, plan.lengths_U, plan.lengths_U, D, False, 0, None, -1
-    )
-    return grad_DxM.sub_(shared_M)
+    return DevicePlan(inverse_N, flat_UxP[position_P < lengths_U[:, None]], lengths_U, coef_Lx2[lengths_U], D)
 
 
 # ---- autograd ----
+
+
+def _backward(plan: CpuPlan | DevicePlan, g_NxM: Tensor) -> Tensor:
+    """Gradient (D, M) of W^T in the dtype of the output's (N, M), summed in that of the coefficients."""
+    return plan.backward(g_NxM.to(plan.coef.dtype).contiguous()).to(g_NxM.dtype)
 
 
 class _Embed(torch.autograd.Function):
     """Takes ids and weight in their own shapes: each view outside would be one more node of the graph."""
 
     @staticmethod
-    def forward(ctx, ids, weight_MxD, bytes_VxP, lengths_V, coef_Lx2):
-        ctx.shape = weight_MxD.shape
-        if ids.numel() == 0:
-            ctx.plan = None
-            return weight_MxD.new_empty(*ids.shape, len(weight_MxD))
-        ctx.plan = _plan(ids.reshape(-1), bytes_VxP, lengths_V, coef_Lx2)
-        return _forward(ctx.plan, weight_MxD.t().contiguous()).view(*ids.shape, len(weight_MxD))
+    def forward(ctx, ids, weight_MxD, plan):
+        ctx.plan = plan
+        return plan.forward(weight_MxD.t().contiguous()).view(*ids.shape, len(weight_MxD))
 
     @staticmethod
     def backward(ctx, g):
-        M, D = ctx.shape
-        if ctx.plan is None:
-            return None, g.new_zeros(M, D), None, None, None
-        g_NxM = g.reshape(-1, M)
+        g_NxM = g.reshape(-1, g.size(-1))
         if torch.is_grad_enabled():  # only with create_graph=True
-            grad_DxM = _EmbedGrad.apply(g_NxM, ctx.plan, D)
-        else:
-            grad_DxM = _backward(ctx.plan, g_NxM, D)
-        return None, grad_DxM.t(), None, None, None
+            return None, _EmbedGrad.apply(ctx.plan, g_NxM), None
+        return None, _backward(ctx.plan, g_NxM).t(), None
 
 
 class _EmbedGrad(torch.autograd.Function):
     """The gradient as a function of g, for double backward: linear, and its transpose is _forward again."""
 
     @staticmethod
-    def forward(ctx, g_NxM, plan, D):
+    def forward(ctx, plan, g_NxM):
         ctx.plan = plan
-        return _backward(plan, g_NxM, D)
+        return _backward(plan, g_NxM).t()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gg_DxM):
-        return _forward(ctx.plan, gg_DxM.contiguous()), None, None
+    def backward(ctx, gg_MxD):
+        return None, ctx.plan.forward(gg_MxD.t().contiguous())
 
 
 # The same as opaque operators: torch.compile keeps them whole instead of breaking the graph on data that
@@ -282,7 +309,7 @@ def _embed_op(
 ) -> Tensor:
     if ids_N.numel() == 0:
         return wT_DxM.new_empty(0, wT_DxM.size(1))
-    return _forward(_plan(ids_N, bytes_VxP, lengths_V, coef_Lx2), wT_DxM)
+    return _plan(ids_N, (bytes_VxP, lengths_V, coef_Lx2), len(wT_DxM)).forward(wT_DxM)
 
 
 @_embed_op.register_fake
@@ -296,7 +323,7 @@ def _embed_grad_op(
 ) -> Tensor:
     if ids_N.numel() == 0:
         return g_NxM.new_zeros(D, g_NxM.size(1))
-    return _backward(_plan(ids_N, bytes_VxP, lengths_V, coef_Lx2), g_NxM, D)
+    return _backward(_plan(ids_N, (bytes_VxP, lengths_V, coef_Lx2), D), g_NxM)
 
 
 @_embed_grad_op.register_fake
@@ -305,14 +332,13 @@ def _(g_NxM, ids_N, bytes_VxP, lengths_V, coef_Lx2, D):
 
 
 def _save(ctx, inputs, output):
-    ids_N, wT_DxM, bytes_VxP, lengths_V, coef_Lx2 = inputs
-    ctx.save_for_backward(ids_N, bytes_VxP, lengths_V, coef_Lx2)
+    ids_N, wT_DxM, *tokens = inputs
+    ctx.save_for_backward(ids_N, *tokens)
     ctx.D = wT_DxM.shape[0]
 
 
 def _embed_op_backward(ctx, g_NxM):
-    grad_DxM = torch.ops.kronecker.embed_grad(g_NxM, *ctx.saved_tensors, ctx.D)
-    return None, grad_DxM, None, None, None
+    return None, torch.ops.kronecker.embed_grad(g_NxM, *ctx.saved_tensors, ctx.D), None, None, None
 
 
 _embed_op.register_autograd(_embed_op_backward, setup_context=_save)

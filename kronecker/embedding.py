@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kronecker.bag import embed
+from kronecker.bag import embed, plan_ahead
 from kronecker.codec import bag_coefficients, check_buffers, codec_output_dim
 from kronecker.ngrams import EMPTY, ngram_buckets
 from kronecker.tokens import build_byte_buffer, utf8_safe_truncate
@@ -194,6 +194,14 @@ class KroneckerEmbedding(nn.Module):
             e = e + self._residual_term(ids)
         return e
 
+    def plan_ahead(self, input_ids: Tensor) -> None:
+        """Do the part of forward() that needs no weights now, for this very tensor: for the thread of a loader.
+
+        On the CPU only. Ids that are changed afterwards lose it.
+        """
+        if self.projection.weight.device.type == "cpu":
+            plan_ahead(input_ids, (self._byte_buffer, self._length_buffer, self._coef), self.D)
+
     def table(self) -> Tensor:
         """The whole table codec(all tokens) W^T (vocab_size, d_model): differentiable, fresh each call.
 
@@ -293,7 +301,7 @@ class KroneckerEmbedding(nn.Module):
         if self._coef.device != weight.device or self._coef.dtype != _sum_dtype(weight):
             self._place_constants()  # the weight was moved by something else than the module's own to()
             bytes_VxP, lengths_V = bytes_VxP.to(weight.device), lengths_V.to(weight.device)
-        return embed(ids, weight, bytes_VxP, lengths_V, self._coef)
+        return embed(ids, weight, (bytes_VxP, lengths_V, self._coef))
 
     def _ngram_term(self, bytes_: Tensor, lengths: Tensor) -> Tensor:
         """(..., M) for bytes (..., P) and lengths (...): the sum of their n-grams' rows / sqrt(count)."""
