@@ -13,16 +13,9 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 import configurator
-import kronecker
 from configurator import SEEDS, key
-from engine import checkpoint, pretrained, runs
-from engine import ranks as engine_ranks
-from engine.errors import RunError, sentences
-from engine.prompts import parse_prompt, read_prompts, shown
-from model import GPT, GPTConfig
+from data import console
 
 
 @dataclass
@@ -55,6 +48,19 @@ class SampleConfig:
     device: str = key("auto", "auto | cpu | cuda | cuda:N | mps")
     dtype: str = key("float32", "of the matmuls", ("auto", "float32", "bfloat16", "float16"))
     compile: bool = key(False, "torch.compile the model")
+
+
+if __name__ == "__main__":  # before torch, whose import takes seconds: --help, a mistyped key and Ctrl-C
+    console.early(configurator.load, sys.argv[1:], "sample.py", SampleConfig, quiet=True)
+
+import torch
+
+import kronecker
+from engine import checkpoint, pretrained, runs
+from engine import ranks as engine_ranks
+from engine.errors import RunError, sentences
+from engine.prompts import parse_prompt, read_prompts, shown
+from model import GPT, GPTConfig
 
 
 def load_run(out_dir, device="cpu", which: str = "latest"):

@@ -11,12 +11,17 @@ import math
 import sys
 from pathlib import Path
 
+import configurator
+from data import console
+
+if __name__ == "__main__":  # before torch, whose import takes seconds: --help, a mistyped key and Ctrl-C
+    console.early(configurator.load, sys.argv[1:], quiet=True)
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import configurator
 import kronecker
 from data import DataError
 from data.loader import TrainBatches, ValWindows, check_ids, prefetch, token_counts
@@ -26,7 +31,7 @@ from engine import checkpoint, contract, costs, evaluation, flops, metrics, plan
 from engine import ranks as engine_ranks
 from engine.errors import RunError, sentences
 from engine.progress import Progress
-from engine.step import GuardedStep, dropout_seed
+from engine.step import GuardedStep, dropout_seed, make_optimizer
 from kronecker.audit import audit, audit_line
 from kronecker.regularizer import row_entropy_penalty
 from model import GPT, GPTConfig
@@ -43,28 +48,6 @@ def learning_rate(config, step: int) -> float:
         return config.min_lr
     done = (step - config.warmup_iters) / (end - config.warmup_iters)
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
-
-
-def make_optimizer(model, config, device_type: str) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors do not; input side and head may have a learning rate and a decay of their own.
-
-    The input side is `wte`, which a tied head shares.
-    """
-    groups = {}
-    for name, p in model.named_parameters():
-        mult, decay = 1.0, config.weight_decay
-        if name.startswith("transformer.wte."):
-            mult = config.wte_lr_mult
-            decay = decay if config.wte_weight_decay == -1 else config.wte_weight_decay
-        elif name.startswith("lm_head."):
-            mult = config.head_lr_mult
-        groups.setdefault((mult, decay if p.dim() >= 2 else 0.0), []).append(p)
-    return torch.optim.AdamW(
-        [{"params": ps, "lr_mult": mult, "weight_decay": decay} for (mult, decay), ps in groups.items()],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=device_type in ("cuda", "cpu"),
-    )
 
 
 def main(config) -> None:
@@ -86,21 +69,17 @@ def main(config) -> None:
     if config.dry_run:
         work = costs.work_of(config, rows, params, flops_token)
         print0(costs.describe_run(work, params, device, config.price_per_gpu_hour))
-        print0("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
+        print0(*(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()), sep="\n")
         return
 
     # ---- data: batches are a pure function of (seed, step)
     train = TrainBatches(data_dir, config.block_size, rows, config.seed)
     val = ValWindows(data_dir, config.block_size, config.eval_tokens, config.eval_skip_tokens)
-    if meta["vocab_size"] > config.vocab_size:
-        raise RunError(
-            f"vocab_size {config.vocab_size} is below the tokenizer's {meta['vocab_size']}: leave it at 0"
-        )
     check_ids(data_dir, config.vocab_size)
     tokenizer, byte_buffers, codec = read_tokenizer(config, meta, data_dir, print0)
-    print0(
-        f"data        {train.n_tokens:,} training tokens, {val.n_windows:,} validation windows in {data_dir}"
-    )
+    byte_lengths = np.zeros(0) if tokenizer is None else tokenizer.byte_lengths()
+    n_tokens, n_windows = train.n_tokens, val.n_windows
+    print0(f"data        {n_tokens:,} training tokens, {n_windows:,} validation windows in {data_dir}")
 
     # ---- the model, drawn from the seed or read from elsewhere
     model = GPT(shape, byte_buffers, seed=config.seed)
@@ -108,15 +87,10 @@ def main(config) -> None:
         pretrained.load(model, weights, config.init_from)
 
     # ---- who this run is: what must be equal in runs that are compared, and what made it
-    facts = runs.data_facts(data_dir, train, val, config.max_iters) | {
-        "body_sha256": model.body_sha256(),
-        "params": params,
-        "codec": codec,
-        "flops_per_token": flops_token,
-        "tokens_per_step": tokens_per_step,
-        "world": world,
-        "micro_batch": micro_batch,
-    }
+    facts = runs.data_facts(data_dir, train, val, config.max_iters)
+    facts |= {"body_sha256": model.body_sha256(), "params": params, "codec": codec}
+    facts |= {"flops_per_token": flops_token, "tokens_per_step": tokens_per_step}
+    facts |= {"world": world, "micro_batch": micro_batch}
     run = runs.identity(config, facts, device)
     if config.check_only:
         print0(json.dumps(run | {"config": dataclasses.asdict(config)}))
@@ -129,34 +103,30 @@ def main(config) -> None:
     out_dir = Path(config.out_dir)
     held = []  # the folder's lock, until the process ends
     ranks.on_master(lambda: held.append(runs.lock(out_dir)))
-    resume_from = ranks.on_master(lambda: runs.resumable(out_dir, config, run))
+    resume_from = ranks.on_master(runs.resumable, out_dir, config, run)
     model.to(device)
     optimizer = make_optimizer(model, config, device.type)
     state = {"step": 0, "best_val": None}
     if resume_from is not None:
         # rank 0 reads and tells the others, so that only its machine needs the folder
-        state = checkpoint.restore(
-            model, optimizer, ranks.broadcast(checkpoint.load(resume_from) if ranks.master else None)
-        )
+        saved = ranks.broadcast(checkpoint.load(resume_from) if ranks.master else None)
+        state = checkpoint.restore(model, optimizer, saved)
         print0(f"resuming    at step {state['step']:,} from {resume_from}")
         finished = state["step"] >= config.max_iters and metrics.is_finished(out_dir, config.max_iters)
         if ranks.broadcast(finished) and not config.eval_only:
             print0("finished    already; nothing to do")
             engine_ranks.stop()
             return
-    first = state["step"]
+    first, log = state["step"], None
     looks_only = config.eval_only and resume_from is not None  # leaves the run's record as it is
-    log = None
     if not looks_only:
-        ranks.on_master(lambda: runs.begin(out_dir, config, run, first, meta, tokenizer))
+        ranks.on_master(runs.begin, out_dir, config, run, first, meta, tokenizer)
         log = metrics.Metrics(out_dir, first, config.tracker) if ranks.master else None
 
     # ---- the raw model is evaluated and saved; the compiled, wrapped one only trains
     wrapped = torch.compile(model, mode=config.compile_mode) if config.compile else model
     if world > 1:
-        wrapped = DistributedDataParallel(
-            wrapped, device_ids=[device.index] if device.type == "cuda" else None
-        )
+        wrapped = DistributedDataParallel(wrapped, [device.index] if device.type == "cuda" else None)
     model.train()
     guard = GuardedStep(model, optimizer, config, device, state)
     progress = Progress(first, config.max_iters, tokens_per_step, flops_token, device, world)
@@ -172,19 +142,11 @@ def main(config) -> None:
 
     def save(step: int) -> None:
         now = guard.state_dict() | {"best_val": state["best_val"]}
-
-        def write() -> None:
-            runs.check_still_there(out_dir, step)
-            log.sync()  # rows before this step are never made again
-            checkpoint.save(out_dir, step, model.state_dict(), optimizer.state_dict(), now)
-            checkpoint.prune(out_dir, config.keep)
-
-        ranks.on_master(write)
+        ranks.on_master(runs.save, out_dir, step, model, optimizer, now, log, config.keep)
 
     # ---- the loop
     ckpt_interval = config.ckpt_interval or config.eval_interval
     incoming = prefetch(batches(), device)
-    byte_lengths = np.zeros(0) if tokenizer is None else tokenizer.byte_lengths()
 
     for step in range(first, config.max_iters + 1):
         last = step == config.max_iters
@@ -207,15 +169,14 @@ def main(config) -> None:
             counts = token_counts(data_dir, config.vocab_size) if last or config.eval_only else None
             figures = evaluation.evaluate(model, val, byte_lengths, micro_batch, ranks, autocast, counts)
             row = {"iter": step, "tokens": step * tokens_per_step} | figures | model.wte_norms()
-            bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
-            print0(f"step {step:>6,}  val loss {row['val/loss']:.4f} +- {row['val/sem']:.4f}{bpb}")
+            print0(evaluation.line(row))
             best = math.inf if state["best_val"] is None else state["best_val"]
             may_be_best = config.keep_best and step > 0 and not looks_only
             if may_be_best and row["val/loss"] < best:  # a NaN is never best
                 if not saved:
                     save(step)  # with the best loss before this one: a resume here evaluates again
                 state["best_val"] = row["val/loss"]
-                ranks.on_master(lambda step=step: checkpoint.keep_as_best(out_dir, step, config.keep))
+                ranks.on_master(checkpoint.keep_as_best, out_dir, step, config.keep)
             if log:
                 log.log(row)  # last: the row of max_iters says that the run is finished
         if last or config.eval_only:
@@ -236,28 +197,25 @@ def main(config) -> None:
                 _, loss = wrapped(x, y)
             loss_sum += loss.detach()
             if config.wte_entropy:  # steers, but is no part of the reported loss
-                loss = loss + config.wte_entropy * row_entropy_penalty(
-                    model.transformer.wte.projection.weight
-                )
+                projection = model.transformer.wte.projection.weight
+                loss = loss + config.wte_entropy * row_entropy_penalty(projection)
             (loss * (guard.loss_scale / micro_steps)).backward()
         loss_mean = loss_sum / (micro_steps * world)
         if world > 1:
             dist.all_reduce(loss_mean)
         norm = guard.step(loss_mean)
 
-        logs = step % config.log_interval == 0 or step + 1 == config.max_iters
-        if logs:  # these wait for the device
-            row = {"iter": step, "tokens": step * tokens_per_step, "train/loss": loss_mean.item(), "lr": lr}
-            row |= {"grad_norm": norm.item(), "skipped": int(guard.skipped)}
         progress.end_step()
-        if logs:
-            row |= progress.figures()
+        if step % config.log_interval == 0 or step + 1 == config.max_iters:
+            progress.settle()  # the figures wait for the device
+            row = {"iter": step, "tokens": step * tokens_per_step, "train/loss": loss_mean.item(), "lr": lr}
+            row |= {"grad_norm": norm.item(), "skipped": int(guard.skipped)} | progress.figures()
             if log:
                 log.log(row)
             print0(progress.line(row), flush=True)
             if (streak := int(guard.streak)) >= config.max_skipped:
                 bad = {s: train.window_ids(s).tolist() for s in range(step + 1 - streak, step + 1)}
-                raise RunError(ranks.on_master(lambda bad=bad: runs.give_up(out_dir, bad)))
+                raise RunError(ranks.on_master(runs.give_up, out_dir, bad))
 
     if log:
         runs.check_still_there(out_dir, step)
@@ -265,7 +223,7 @@ def main(config) -> None:
     engine_ranks.stop()
 
 
-def outline(config, device, on_master=lambda work: work()) -> tuple:
+def outline(config, device, on_master=lambda work, *args: work(*args)) -> tuple:
     """(configuration with nothing left open, model's shape, data_dir, its description, pretrained weights or None).
 
     A dry run needs no more than this, and no more than descriptions for it.
@@ -274,7 +232,7 @@ def outline(config, device, on_master=lambda work: work()) -> tuple:
     meta = describe(data_dir, config.vocab_size)
     weights, decided = None, {}
     if config.init_from in ("resume", "auto"):
-        decided = on_master(lambda: runs.recorded(config, pretrained.DECIDED))
+        decided = on_master(runs.recorded, config, pretrained.DECIDED)
     elif config.init_from != "scratch":
         weights, decided = pretrained.read(config.init_from, config.given, with_weights=not config.dry_run)
     config, shape = settings.resolve(config, device, meta, decided, GPTConfig)
@@ -300,10 +258,7 @@ def read_tokenizer(config, meta: dict, data_dir: Path, print0) -> tuple:
 
 def count_parameters(shape: GPTConfig) -> dict[str, int]:
     """The model's parameters by part, without making it."""
-    no_bytes = (
-        torch.zeros(shape.vocab_size, shape.pos_dim, dtype=torch.uint8),
-        torch.zeros(shape.vocab_size).short(),
-    )
+    no_bytes = torch.zeros(1, shape.pos_dim, dtype=torch.uint8), torch.zeros(1, dtype=torch.int16)
     try:
         with torch.device("meta"):
             return GPT(shape, no_bytes).count_parameters()

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
@@ -50,6 +51,8 @@ def system_error(error: BaseException) -> tuple[int | None, str | None]:
 @contextmanager
 def sentences(explain=explain):
     """End the program with one sentence and status 1 where `explain` knows one; let real bugs show their traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # after `early`
     fill_missing_streams()
     out, err = (Tolerant(stream) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
@@ -65,6 +68,14 @@ def sentences(explain=explain):
             raise SystemExit("error: " + " ".join(sentence.split()).removeprefix("error: ")) from None
         finally:
             out.flush()  # here, where a reader who has left is forgiven
+
+
+def early(check, *args, **kwargs) -> None:
+    """Let `check` read the command line first; from then until the next `sentences`, Ctrl-C ends at once and silently."""
+    with sentences():
+        check(*args, **kwargs)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # and is not ignored, as by nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Tolerant:

@@ -73,3 +73,9 @@ def evaluate(
                 if tokens:
                     out[f"val/by_{side}/{low}"], out[f"val/n_{side}/{low}"] = nats / tokens, int(tokens)
     return out
+
+
+def line(row: dict) -> str:
+    """The row of an evaluation for the terminal."""
+    bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
+    return f"step {row['iter']:>6,}  val loss {row['val/loss']:.4f} +- {row['val/sem']:.4f}{bpb}"

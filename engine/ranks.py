@@ -62,12 +62,12 @@ class Ranks:
                         f"rank {rank} has {key}={theirs.get(key)!r}, but rank 0 has {everyone[0].get(key)!r}: {advice}"
                     )
 
-    def on_master(self, work):
-        """work() of rank 0 alone; what goes wrong there is raised on all ranks, so that none waits for ever."""
+    def on_master(self, work, *args):
+        """work(*args) of rank 0 alone; what goes wrong there is raised on all ranks, so that none waits for ever."""
         outcome = None
         if self.master:
             try:
-                outcome = (work(), None)
+                outcome = (work(*args), None)
             except Exception as e:
                 outcome = (None, e)
         value, error = self.broadcast(outcome)

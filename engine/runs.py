@@ -233,6 +233,14 @@ def check_still_there(out_dir, step: int) -> None:
         raise RunError(f"{out_dir} was removed while its run was at step {step:,}: the run cannot be kept")
 
 
+def save(out_dir, step: int, model, optimizer, state: dict, log, keep: int) -> None:
+    """Checkpoint of a step; state as checkpoint.save has it, log: the run's Metrics, keep: newest checkpoints kept."""
+    check_still_there(out_dir, step)
+    log.sync()  # rows before this step are never made again
+    checkpoint.save(out_dir, step, model.state_dict(), optimizer.state_dict(), state)
+    checkpoint.prune(out_dir, keep)
+
+
 def data_facts(data_dir, train, val, max_iters: int) -> dict:
     """What identifies a run's data: its bytes, the first and the last global batch, the validation windows.
 

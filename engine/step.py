@@ -6,6 +6,28 @@ import sys
 import torch
 
 
+def make_optimizer(model, config, device_type: str) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors do not; input side and head may have a learning rate and a decay of their own.
+
+    The input side is `wte`, which a tied head shares.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        mult, decay = 1.0, config.weight_decay
+        if name.startswith("transformer.wte."):
+            mult = config.wte_lr_mult
+            decay = decay if config.wte_weight_decay == -1 else config.wte_weight_decay
+        elif name.startswith("lm_head."):
+            mult = config.head_lr_mult
+        groups.setdefault((mult, decay if p.dim() >= 2 else 0.0), []).append(p)
+    return torch.optim.AdamW(
+        [{"params": ps, "lr_mult": mult, "weight_decay": decay} for (mult, decay), ps in groups.items()],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        fused=device_type in ("cuda", "cpu"),
+    )
+
+
 class GuardedStep:
     """Steps of AdamW: the gradient is clipped, and a step whose loss or gradient is not finite is skipped.
 

@@ -129,7 +129,7 @@ CASES = [
     ("unknown device", train, [*NEW, "--device=tpu"], None, "'tpu' is unknown"),
     ("device that is not supported", train, [*NEW, "--device=meta"], None, "is not supported"),
     ("float16 on a CPU", train, [*NEW, "--dtype=float16"], None, "needs a CUDA GPU"),
-    ("vocabulary too small", train, [*NEW, "--vocab_size=10"], None, "below the tokenizer's 28"),
+    ("vocabulary too small", train, [*NEW, "--vocab_size=10"], None, "was tokenized with 28 ids but the model's vocab_size is 10"),
     ("pos_dim of nothing", train, [*NEW, "--wte=kronecker", "--pos_dim=0"], None, "pos_dim on the command line is 0"),
     ("folder without data", train, [*NEW, "--data_dir={f}/nowhere"], None, "no folder"),
     ("no validation shard", train, NEW, remove("data/*val*"), "no val shards"),

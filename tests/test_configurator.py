@@ -1,7 +1,6 @@
 """configurator.py: layers, types, refusals."""
 
 import dataclasses
-import os
 
 import pytest
 
@@ -153,26 +152,6 @@ def test_every_number_has_its_range_and_every_default_lies_in_it():
             for value in (float("nan"), float("inf"), 10**400):
                 with pytest.raises(SystemExit, match=r"must be a (finite )?number"):
                     configurator.convert(configurator.KEYS, f.name, value, "here")
-
-
-def test_the_same_ranges_for_argparse(capsys):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", type=configurator.argument(int, low=1, high=9), default=3)
-    parser.add_argument("--top_p", type=configurator.argument(float, low=0, high=1))
-    parser.add_argument("--out", type=configurator.argument(str, path=True))
-    args = parser.parse_args(["--pairs=2", "--top_p=1", "--out=~"])
-    assert (args.pairs, args.top_p, args.out) == (2, 1.0, os.path.expanduser("~"))
-    for flag, words in (
-        ("--pairs=0", "at least 1"),
-        ("--pairs=10", "at most 9"),
-        ("--top_p=nan", "a number"),
-        ("--out=", "a path"),
-    ):
-        with pytest.raises(SystemExit):
-            parser.parse_args([flag])
-        assert words in capsys.readouterr().err
 
 
 def test_a_recorded_configuration_is_read_as_strictly():

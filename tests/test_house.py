@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import os
+import signal
 import subprocess
 import sys
 
@@ -54,7 +56,7 @@ def test_a_room_imports_only_what_it_may(room):
         assert imported(file) & OURS <= ROOMS[room], file
 
 
-def test_the_main_scripts_stay_below_400_lines():
+def test_the_trunk_stays_short():
     for name in ("train.py", "model.py", "sample.py", "configurator.py"):
         assert len((ROOT / name).read_text().splitlines()) < 400
 
@@ -87,8 +89,44 @@ def test_no_two_modules_import_each_other():
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_modules_load_without_optional_libraries():
-    """`import train` must not import wandb, datasets or transformers: slow, and not everywhere installed."""
-    code = "import sys, train, sample; print([m for m in ('wandb', 'datasets', 'transformers', 'matplotlib') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+# Slow to import, or not everywhere installed.
+OPTIONAL = [
+    "wandb",
+    "trackio",
+    "datasets",
+    "transformers",
+    "matplotlib",
+    "scipy",
+    "tiktoken",
+    "tokenizers",
+    "gigatoken",
+]
+
+
+def loaded(code: str, *names: str) -> set[str]:
+    """Those of the modules that are loaded when a new process has run the code."""
+    code = f"import contextlib, io, sys\nwith contextlib.redirect_stdout(io.StringIO()):\n {code}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(names) & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_needs_no_torch(script):
+    code = f"import runpy; sys.argv = ['{script}', '--help']\n with contextlib.suppress(SystemExit): "
+    code += f"runpy.run_path('{script}', run_name='__main__')"
+    assert loaded(code, "torch", "numpy", "pydantic", *OPTIONAL) == set()
+
+
+def test_a_dry_run_loads_little_but_torch(tmp_path):
+    code = f"import sample, train; train.cli(['config/demo.py', '--dry_run=True', '--data_dir={tmp_path}'])"
+    assert loaded(code, "torch._dynamo", "torch._inductor", "sympy", *OPTIONAL) == set()
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_ctrl_c_ends_without_a_word_while_torch_is_imported(script, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
