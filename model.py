@@ -103,7 +103,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, past: Tensor | None = None, pos: int = 0) -> Tensor:
+    def forward(self, x: Tensor, past: Tensor | None = None, pos: int = 0, mask=None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if past is not None:  # (2, B, n_head, block_size, head_size), filled up to `pos`
@@ -111,7 +111,8 @@ class CausalSelfAttention(nn.Module):
             k, v = past[0, :, :, : pos + T], past[1, :, :, : pos + T]
         # after the prompt one token comes at a time and may look at all that is there
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -134,8 +135,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, past: Tensor | None = None, pos: int = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), past, pos)
+    def forward(self, x: Tensor, past: Tensor | None = None, pos: int = 0, mask=None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), past, pos, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -197,15 +198,17 @@ class GPT(nn.Module):
         byte_overrides: dict[tuple[int, int], bytes] | None = None,
         past: Tensor | None = None,
         pos: int = 0,
+        padding: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss) for int64 idx (B, T).
 
         With targets (B, T): logits is None, and loss the mean in nats, or (B, T) with reduction='none'.
         Without: logits (B, 1, V) of the last position only. `byte_overrides` {(row, position): bytes}
         embeds those positions from the given bytes (kronecker only). `past` is make_cache()'s tensor,
-        already filled up to `pos`.
+        already filled up to `pos`. `padding` int64 (B,): the first so many positions of a row (those in `past`
+        counted too) are filling, which no other position sees; the row's text starts after them, at position 0.
         """
-        x, weight = self.hidden(idx, byte_overrides, past, pos)
+        x, weight = self.hidden(idx, byte_overrides, past, pos, padding)
         if targets is None:
             return linear(x[:, -1:], weight), None
         if self.liger is not None and reduction == "mean" and torch.is_grad_enabled():
@@ -213,15 +216,18 @@ class GPT(nn.Module):
             return None, self.liger(weight.to(dtype), x.flatten(0, 1).to(dtype), targets.flatten())
         return None, cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction, self.config.loss)
 
-    def hidden(self, idx: Tensor, byte_overrides=None, past=None, pos: int = 0) -> tuple[Tensor, Tensor]:
+    def hidden(
+        self, idx: Tensor, byte_overrides=None, past=None, pos: int = 0, padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(what the head multiplies (B, T, n_embd), the head's weight (V, n_embd)); arguments as forward's."""
         T = idx.size(1)
         if pos + T > self.config.block_size:
             raise ValueError(f"{pos + T} tokens do not fit into block_size {self.config.block_size}")
         table, x = self.embed(idx, byte_overrides)
-        x = self.transformer.drop(x + self.transformer.wpe.weight[pos : pos + T])
+        places, mask = (slice(pos, pos + T), None) if padding is None else padded(padding, pos, pos + T)
+        x = self.transformer.drop(x + self.transformer.wpe.weight[places])
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if past is None else past[i], pos)
+            x = block(x, None if past is None else past[i], pos, mask)
         x = self.transformer.ln_f(x)
         if self.head_scale is not None:
             x = x * self.head_scale
@@ -248,11 +254,11 @@ class GPT(nn.Module):
         if self.config.wte == "kronecker" and self.lm_head is not None:  # a tied head takes the whole table
             self.transformer.wte.plan_ahead(idx)
 
-    def make_cache(self, batch: int) -> Tensor:
-        """Empty keys and values: (n_layer, 2, batch, n_head, block_size, head_size)."""
+    def make_cache(self, batch: int, length: int) -> Tensor:
+        """Empty keys and values: (n_layer, 2, batch, n_head, length, head_size)."""
         c = self.config
         weight = self.transformer.wpe.weight
-        return weight.new_zeros(c.n_layer, 2, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
+        return weight.new_zeros(c.n_layer, 2, batch, c.n_head, length, c.n_embd // c.n_head)
 
     @torch.no_grad()
     def generate(
@@ -264,23 +270,25 @@ class GPT(nn.Module):
         top_p=None,
         generator=None,
         byte_overrides=None,
+        padding: Tensor | None = None,
     ):
         """Yield max_new_tokens tensors (B, 1) that continue idx (B, T); temperature 0 takes the likeliest token.
 
+        Rows of different lengths are filled up at the left, `padding` (B,) saying by how much (see forward).
         Keys and values are cached until the context is full; after that the window slides, every position
         changes with it, and the whole window is computed anew for each token, as nanoGPT always does.
         """
         block_size, overrides = self.config.block_size, dict(byte_overrides or {})
-        past, done = self.make_cache(idx.size(0)), 0
+        past, done = self.make_cache(len(idx), min(block_size, idx.size(1) + max_new_tokens)), 0
         for _ in range(max_new_tokens):
             start = max(0, idx.size(1) - block_size)
             if start:
                 window = {(row, p - start): b for (row, p), b in overrides.items() if p >= start}
-                logits, _ = self(idx[:, start:], byte_overrides=window)
+                left = None if padding is None else (padding - start).clamp(min=0)
+                logits, _ = self(idx[:, start:], byte_overrides=window, padding=left)
             else:
-                logits, _ = self(
-                    idx[:, done:], byte_overrides=overrides if done == 0 else None, past=past, pos=done
-                )
+                slots = None if done else overrides
+                logits, _ = self(idx[:, done:], byte_overrides=slots, past=past, pos=done, padding=padding)
                 done = idx.size(1)
             token = pick(logits[:, -1].float(), temperature, top_k, top_p, generator)
             idx = torch.cat((idx, token), dim=1)
@@ -357,6 +365,15 @@ def input_embedding(config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | Non
         ngrams=config.wte_ngrams,
         rank=config.wte_rank,
     )
+
+
+def padded(padding: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """(position embeddings' indices (B, T), attention mask (B, 1, T, end)) of the positions begin to end of rows that
+    start with so much filling. A filling position sees itself, since a softmax over nothing has no value."""
+    key = torch.arange(end, device=padding.device)
+    place, query = key - padding[:, None], key[begin:, None]
+    mask = (place >= 0)[:, None] & (key <= query) | (key == query)
+    return place[:, begin:].clamp(min=0), mask[:, None]
 
 
 def undrawn_table(rows: int, width: int) -> nn.Embedding:

@@ -17,6 +17,8 @@ import configurator
 from configurator import SEEDS, key
 from data import console
 
+BATCH = 64  # samples that go through the model together
+
 
 @dataclass
 class SampleConfig:
@@ -102,13 +104,24 @@ def make_model(shape: dict, source, byte_buffers=None) -> GPT:
 
 
 def continuations(model, prompts: list, config: SampleConfig, generator, end: int | None):
-    """Yield, after each step, the tokens that have been added to each prompt; the prompts are of one length."""
-    ids = torch.tensor([ids for ids, _ in prompts], device=generator.device)
-    overrides = {(row, p): b for row, (_, slots) in enumerate(prompts) for p, b in slots.items()}
+    """Yield, after each step, the tokens that have been added to each prompt."""
+    longest = max(len(ids) for ids, _ in prompts)
+    fill = [longest - len(ids) for ids, _ in prompts]
+    rows = [[0] * n + ids for n, (ids, _) in zip(fill, prompts, strict=True)]
+    ids = torch.tensor(rows, device=generator.device)
+    padding = torch.tensor(fill, device=generator.device) if any(fill) else None
+    overrides = {(row, fill[row] + p): b for row, (_, slots) in enumerate(prompts) for p, b in slots.items()}
     new: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for tokens in model.generate(
-        ids, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator, overrides
+        ids,
+        config.max_new_tokens,
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        generator,
+        overrides,
+        padding,
     ):
         tokens = tokens[:, 0].tolist()
         going = {row for row in going if not (config.stop and tokens[row] == end)}
@@ -144,14 +157,12 @@ def main(config: SampleConfig) -> None:
         model.forward = torch.compile(model.forward)
     generator = torch.Generator(device=ranks.device).manual_seed(config.seed)
 
-    # Prompts of one length go through the model together; different lengths would need padding, which
-    # absolute positions do not forgive.
+    # Many go through the model together, those of like length first, which need the least filling up.
     jobs = [prompt for prompt in prompts for _ in range(config.num_samples)]
-    batches: dict = {}
-    for i, (ids, _) in enumerate(jobs):
-        batches.setdefault(i if config.stream else len(ids), []).append(i)
+    order = range(len(jobs)) if config.stream else sorted(range(len(jobs)), key=lambda i: len(jobs[i][0]))
+    size = 1 if config.stream else BATCH
     done = {}
-    for batch in batches.values():
+    for batch in (order[start : start + size] for start in range(0, len(jobs), size)):
         first, printed = shown(jobs[batch[0]], tokenizer), 0
         with autocast:
             for new in continuations(model, [jobs[i] for i in batch], config, generator, tokenizer.eot):
