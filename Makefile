@@ -1,13 +1,18 @@
 # make setup   .venv with the locked requirements
 # make demo    prepare the embedded corpus, train three arms with three seeds, compare, probe, sample
+# make bench   every bench, in less than 15 minutes on two idle cores; writes results/ (RESULTS=out/results: there).
+#              NANOGPT_DIR=../nanoGPT: a checkout to measure against; TEXT=text.jsonl.xz: JSON lines (else Python's docstrings)
 # make test    lint and tests
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 OUT ?= out/demo
+RESULTS ?= results
+TEXT ?= out/bench/text.jsonl
+NANOGPT := $(if $(NANOGPT_DIR),--nanogpt-dir=$(NANOGPT_DIR))
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo bench test lint clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +38,22 @@ demo: setup
 	  $(RUN) sample.py --out_dir=$(OUT)/$${arm}_s1337 --start="Return a new" --num_samples=1 --max_new_tokens=60 || exit 1; \
 	done
 	@echo; $(RUN) scripts/compare.py $(OUT)
+
+bench: setup $(TEXT)
+	@failed=; \
+	run() { echo; echo "--- $$*"; began=$$(date +%s); $(RUN) "$$@" || failed="$$failed $$1"; echo "$$1: $$(($$(date +%s) - began)) s"; }; \
+	run scripts/bench/embedding.py --text $(TEXT) --threads 1 --rounds 3 --out $(RESULTS)/embedding; \
+	run scripts/bench/train.py --arms=bpe_untied,kronecker --steps=6 --shares $(NANOGPT) --out=$(RESULTS)/training; \
+	run scripts/bench/sample.py $(NANOGPT) --out=$(RESULTS)/training; \
+	run scripts/bench/scale.py --out=$(RESULTS)/training; \
+	run scripts/bench/prepare.py --input $(TEXT) --json $(RESULTS)/data/bench_prepare.json; \
+	run scripts/bench/loader.py --repeats 3 --json $(RESULTS)/data/bench_loader.json; \
+	test -z "$$failed" || { echo "error: not measured:$$failed"; exit 1; }
+
+out/bench/text.jsonl: setup
+	@mkdir -p $(@D)
+	@$(RUN) -c 'import json; from data.pydocs.prepare import collect; [print(json.dumps({"text": t})) for t in collect()[0]]' > $@.part
+	@mv $@.part $@
 
 test: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check .

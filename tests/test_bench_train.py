@@ -1,48 +1,28 @@
-"""scripts/bench/train.py: sides take turns, a side that fails costs its figure alone, tables by hand."""
+"""scripts/bench/train.py and shares.py: a toy in full, tables by hand."""
 
 import json
-import sys
+import time
+from unittest import mock
 
 import pytest
 
-from engine.errors import RunError
 from scripts.bench import train as bench
 
 
-def test_a_toy_of_two_arms_is_measured(tmp_path, capsys):
+def test_a_toy_is_measured(tmp_path, capsys):
     bench.main(
-        ["--setting=toy", "--arms=bpe_untied,kronecker", "--rounds=1", "--steps=4", f"--out={tmp_path}"]
+        ["--setting=toy", "--arms=kronecker", "--rounds=1", "--steps=4", "--shares", f"--out={tmp_path}"]
     )
     assert "kronecker" in capsys.readouterr().out
     record = json.loads((tmp_path / "bench_train.json").read_text())
     (figures,) = record["settings"]["toy"]["rounds"]["kronecker"]
     assert figures["tokens"] == 4 * 32 and len(figures["all_ms"]) == 2 and figures["gb"] > 0
     assert record["command"].startswith("python scripts/bench/train.py --setting=toy") and record["date"]
-    assert "tokens/s over bpe_untied" in (tmp_path / "bench_train.md").read_text()
+    assert "tokens/s over kronecker" in (tmp_path / "bench_train.md").read_text()
+    assert record["settings"]["toy"]["shares"]["kronecker"]["backward"] > 0
 
 
-def test_a_side_that_fails_costs_its_figure_and_no_more(capsys):
-    def broken(number):
-        raise RunError("no memory")
-
-    sides = {"a": lambda n: {"ms": n}, "b": broken}
-    rounds = bench.alternate(sides, 2, left=lambda: 100.0)
-    assert rounds == {"a": [{"round": 0, "ms": 0}, {"round": 1, "ms": 1}], "b": []}
-    assert "b: no memory" in capsys.readouterr().out
-    with pytest.raises(RunError):
-        bench.alternate(sides, 1)
-    assert (
-        len(bench.alternate({"a": sides["a"]}, 5, left=lambda: -1.0)["a"]) == 1
-    )  # no time for a second round
-
-
-def test_a_process_is_ended_at_its_limit(tmp_path):
-    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
-    with pytest.raises(RunError, match="ended after 1 s"):
-        bench.timed([sys.executable, str(tmp_path / "slow.py")], tmp_path, {}, limit=1)
-
-
-def test_ratios_are_medians_of_the_rounds_that_both_have():
+def test_the_table_has_each_sides_ratios_with_their_spread():
     def side(*speeds):
         same = {"tokens": 1, "gb": 2.0, "mfu": None}
         return [{"round": n, "tokens_per_s": s, "ms": 1e3 / s} | same for n, s in enumerate(speeds) if s]
@@ -52,12 +32,37 @@ def test_ratios_are_medians_of_the_rounds_that_both_have():
         "kronecker": side(101, 121),
         "nanoGPT": side(80, 80),
         "bpe_tied": side(0, 160),
+        "broken": [],
     }
-    table = bench.side_table("toy", rounds)
-    assert [row[6] for row in table.rows] == ["1.312x", "1.387x", "1.000x", "2.000x"]
-    assert table.rows[1][7] == "1.055x" and table.rows[0][4] == "-"
-    rounds["broken"] = []
-    assert bench.side_table("toy", rounds).rows[-1][1:] == ["-"] * 8 + [0]
+    rows = bench.side_table("toy", rounds).rows
+    ours = ["1.312x (1.250 to 1.375)", "1.387x (1.262 to 1.512)", "1.000x (1.000 to 1.000)", "2.000x"]
+    assert [row[6] for row in rows[:4]] == ours
+    assert rows[1][7] == "1.055x (1.010 to 1.100)" and rows[0][4] == "-"
+    assert rows[-1][1:] == ["-"] * 8 + [0]
+
+
+def test_where_a_trainings_time_goes(tiny_data, tmp_path, capsys):
+    """All of it, once; a checkpoint that takes longer has a larger share. What train.py calls is itself again after."""
+    from conftest import TINY
+
+    from engine import checkpoint
+    from scripts.bench import shares
+
+    keys = TINY | {"data_dir": tiny_data, "out_dir": tmp_path / "run", "max_iters": 4, "eval_interval": 2}
+    before, save = checkpoint.save, checkpoint.save
+
+    def slow(*args):
+        time.sleep(0.5)
+        return save(*args)
+
+    with mock.patch.object(checkpoint, "save", slow):
+        shares.main([f"--{k}={v}" for k, v in keys.items()])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    together = found.pop("evaluation, checkpoints, logging")
+    assert checkpoint.save is before
+    assert sum(found.values()) == pytest.approx(1) and all(share > 0 for share in found.values())
+    assert together == pytest.approx(sum(found[part] for part in shares.BESIDE))
+    assert found["checkpoints"] > 0.2
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,17 @@
 
     python scripts/bench/sample.py --nanogpt-dir ../nanoGPT        (a checkout of karpathy/nanoGPT)
 
-Both models run in this one process, in turns, on a model of GPT-2's shape with random weights; greedy, so
-that both must give the same tokens, which is checked. The ratio is the median over the rounds.
+Both models stand in this one process with the same random weights and work in turns, round after round. Ours generates
+everything. nanoGPT, which computes the whole context anew for each token and would take many minutes, generates one
+token at each of several lengths of context, by its own `generate`; the line through these times, added up over the
+lengths that the task goes through, is its time. How good that is, a small model shows, which both let generate in full.
+
+one       --tokens new ones after a prompt of 8
+eight     the same for eight prompts of different lengths: ours as one batch, nanoGPT's, which takes no such batch, one
+          after another
+sliding   one token more where the context is full: both compute it all anew, each by its `generate`
+
+Greedy tokens are compared at every measured length, drawn ones of one seed in the small model.
 """
 
 import importlib.util
@@ -12,23 +21,29 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from data.files import write_json
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from data.files import write_json, write_text
 from engine.errors import RunError, sentences
-from engine.ranks import keep_heap
+from engine.ranks import keep_heap, settle
 from model import GPT, GPTConfig
 from scripts import provenance
+from scripts.analysis.report import Table
 from scripts.arguments import Parser, device, whole
+from scripts.bench.rounds import alternate, ratios, times
 
 SHAPES = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
-    "baby": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 1024, "vocab_size": 50304},
-    "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 1024, "vocab_size": 4096},
+    "small": {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 1024, "vocab_size": 4096},
+    "toy": {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 256},
 }
+PROMPT = 8
+EIGHT = [1, 2, 4, 8, 16, 24, 32, 48]  # the batch's prompts, in 128ths of the context
 
 
 def load_nanogpt(folder: Path):
@@ -43,65 +58,167 @@ def load_nanogpt(folder: Path):
     return module
 
 
-def main(argv=None) -> None:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--nanogpt-dir", required=True, type=Path, help="checkout of nanoGPT to measure against")
-    add("--shape", default="gpt2", choices=SHAPES)
-    add("--tokens", type=whole(1, 100_000), default=512, help="new tokens a sample (%(default)s)")
-    add("--rounds", type=whole(1), default=1, help="samples of each side (%(default)s)")
-    add("--device", type=device, default="cpu", help="cpu or cuda (%(default)s)")
-    add("--out", type=Path, help="write the figures as JSON to this folder")
-    args = parser.parse_args(argv)
-    with sentences():
-        measure(args, argv)
-
-
-def measure(args, argv) -> None:
-    """Time both sides in turns, and see that they generate the same tokens."""
-    if args.device == "cpu":
-        keep_heap()
-    theirs_module = load_nanogpt(args.nanogpt_dir)
-    shape = SHAPES[args.shape]
-    ours = GPT(GPTConfig(**shape, bias=False, tie_weights=True)).to(args.device).eval()
-    # as initialised, every greedy token would be the last one again: larger weights make the text vary
-    with torch.no_grad():
+def pair(shape: dict, nanogpt, device: str) -> tuple:
+    """(our model, nanoGPT's or None) with the same random weights."""
+    ours = GPT(GPTConfig(**shape, bias=False, tie_weights=True)).to(device).eval()
+    with (
+        torch.no_grad()
+    ):  # as initialised, every greedy token would be the last one again: larger weights vary
         for name, p in ours.named_parameters():
             if ".h." in name and p.dim() == 2:
                 p.mul_(8)
-    theirs = (
-        theirs_module.GPT(theirs_module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device).eval()
-    )
+    if nanogpt is None:
+        return ours, None
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(**shape, bias=False, dropout=0.0)).to(device).eval()
     theirs.load_state_dict(ours.state_dict() | {"lm_head.weight": ours.transformer.wte.weight})
-    prompt = torch.randint(0, 4096, (1, 8), generator=torch.Generator().manual_seed(0)).to(args.device)
+    return ours, theirs
 
-    def clock(work) -> tuple[float, torch.Tensor]:
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        tokens = work()
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, tokens
 
-    ratios, agree = [], []
-    list(ours.generate(prompt, 4, temperature=0))
-    for _ in range(args.rounds):
-        fast, new = clock(lambda: torch.cat(list(ours.generate(prompt, args.tokens, temperature=0)), dim=1))
-        slow, old = clock(
-            lambda: theirs.generate(prompt, args.tokens, temperature=1.0, top_k=1)[:, prompt.size(1) :]
-        )
-        ratios.append(slow / fast)
-        agree.append(torch.equal(new, old))
-    figures = provenance.provenance(__file__, argv) | {
-        "shape": shape, "new_tokens": args.tokens, "speed_ratio": statistics.median(ratios), "ratios": ratios,
-        "same_tokens": all(agree), "distinct_tokens": new.unique().numel(),
+def seconds(work, device: str):
+    """(seconds that work() takes, what it gives)."""
+    settle(torch.device(device))
+    start = time.perf_counter()
+    given = work()
+    settle(torch.device(device))
+    return time.perf_counter() - start, given
+
+
+def ours_all(model, prompts: list[torch.Tensor], n: int, **how) -> torch.Tensor:
+    """n new tokens after each prompt (1, T), as one batch: (number of prompts, n)."""
+    longest = max(p.size(1) for p in prompts)
+    rows = torch.cat([F.pad(p, (longest - p.size(1), 0)) for p in prompts])
+    fill = torch.tensor([longest - p.size(1) for p in prompts], device=rows.device)
+    return torch.cat([*model.generate(rows, n, padding=fill if fill.any() else None, **how)], dim=1)
+
+
+def added_up(lengths, costs, first: int, n: int) -> float:
+    """Seconds of n tokens from a context of `first` on, a context of lengths[i] costing costs[i]."""
+    return float(np.interp(np.arange(first, first + n), lengths, costs).sum())
+
+
+def measure(shape: dict, nanogpt, args, n_rounds: int) -> dict:
+    """{"rounds": {side: [{task: seconds}]}, "lengths": nanoGPT was timed at, "differ": those where the tokens do,
+    "whole": in full, where the model is small}."""
+    device, n, block = args.device, args.tokens, shape["block_size"]
+    ours, theirs = pair(shape, nanogpt, device)
+    draw = torch.Generator().manual_seed(0)
+    prompts = {
+        "one": [torch.randint(0, 256, (1, PROMPT), generator=draw).to(device)],
+        "eight": [
+            torch.randint(0, 256, (1, max(1, block * k // 128)), generator=draw).to(device) for k in EIGHT
+        ],
+    }
+    full = torch.randint(0, 256, (1, block + 1), generator=draw).to(device)
+    longest = prompts["eight"][-1].size(1) + n - 1
+    lengths = np.unique(np.linspace(1, min(longest, block), 8).astype(int)).tolist()
+    texts, differ = {}, set()  # what ours made of the prompts
+
+    def run_ours(_) -> dict:
+        spent = {}
+        for task, of_task in prompts.items():
+            spent[task], new = seconds(lambda: ours_all(ours, of_task, n, temperature=0), device)  # noqa: B023
+            texts[task] = torch.cat((of_task[-1], new[-1:]), dim=1)
+        spent["sliding"], token = seconds(lambda: next(ours.generate(full, 1, temperature=0)), device)
+        texts["sliding"] = torch.cat((full, token), dim=1)
+        return spent
+
+    def one_token(task: str, length: int) -> float:
+        """Seconds of nanoGPT for one token after so many of a text of ours; also whether it is the same token."""
+        text = texts[task]
+        spent, longer = seconds(lambda: theirs.generate(text[:, :length], 1, top_k=1), device)
+        if length >= text.size(1) - n and longer[0, -1] != text[0, length]:
+            differ.add(length)
+        return spent
+
+    def run_theirs(_) -> dict:
+        costs = [one_token("one" if length < PROMPT + n else "eight", length) for length in lengths]
+        spent = {
+            task: sum(added_up(lengths, costs, p.size(1), n) for p in of) for task, of in prompts.items()
+        }
+        return spent | {"sliding": one_token("sliding", block + 1), "costs": costs}
+
+    for model in (ours, theirs):
+        if model is not None:
+            list(model.generate(prompts["one"][0], 4))  # libraries and threads come up
+    sides = {"ours": run_ours} | ({"nanoGPT": run_theirs} if theirs else {})
+    rounds = alternate(sides, n_rounds, say=lambda line: print(line, file=sys.stderr, flush=True))
+    return {"rounds": rounds, "lengths": lengths, "differ": sorted(differ)}
+
+
+def check(shape: dict, nanogpt, args) -> dict:
+    """Both sides in full on a small model, drawing with one seed: seconds, added-up seconds, equal tokens."""
+    ours, theirs = pair(shape, nanogpt, args.device)
+    prompt = torch.randint(0, 256, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(args.device)
+    how = {"temperature": 0.8, "top_k": 200}
+    torch.manual_seed(1)
+    ours_s, new = seconds(lambda: ours_all(ours, [prompt], args.tokens, **how), args.device)
+    torch.manual_seed(1)
+    theirs_s, old = seconds(lambda: theirs.generate(prompt, args.tokens, **how), args.device)
+    (added,) = measure(shape, nanogpt, args, 1)["rounds"]["nanoGPT"]
+    return {
+        "ours_s": ours_s, "nanogpt_s": theirs_s, "nanogpt_added_up_s": added["one"],
+        "same_tokens": torch.equal(new, old[:, PROMPT:]), "distinct_tokens": new.unique().numel(),
     }  # fmt: skip
-    print(f"{args.tokens} new tokens, {args.shape}: {figures['speed_ratio']:.1f}x nanoGPT's generate; the tokens are "
-          f"{'the same' if all(agree) else 'NOT the same'} ({figures['distinct_tokens']} distinct)")  # fmt: skip
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / f"bench_sample_{args.shape}.json", figures)
+
+
+def table(args, record: dict) -> Table:
+    rounds, rows = record["rounds"], []
+    for task, n in (("one", args.tokens), ("eight", 8 * args.tokens), ("sliding", 1)):
+        speeds = [f"{n / statistics.median(f[task] for f in found):,.1f}" for found in rounds.values()]
+        ratio = ratios(rounds, "nanoGPT", "ours", task) if "nanoGPT" in rounds else []
+        rows.append([task, n, *speeds, times(ratio, 1 if ratio and min(ratio) > 3 else 2)])
+    header = ["task", "new tokens", *(f"{side}, tokens/s" for side in rounds), "ours is faster by"]
+    note = (
+        f"{record['threads']} threads; medians of {args.rounds} rounds, ratios with the lowest and highest. "
+    )
+    if "check" in record:
+        c, other = record["check"], record["differ"]
+        note += (
+            f"nanoGPT's times are added up from one token at {len(record['lengths'])} lengths of context each. Greedy "
+            f"tokens are {'the same' if not other else f'other ones at the lengths {other}'}. In full, {args.check} "
+            f"model, {args.tokens} drawn tokens: nanoGPT {c['nanogpt_s']:.1f} s (added up: {c['nanogpt_added_up_s']:.1f}), "
+            f"ours {c['ours_s']:.1f} s ({c['nanogpt_s'] / c['ours_s']:.1f}x), the tokens "
+            f"{'the same' if c['same_tokens'] else 'NOT the same'} ({c['distinct_tokens']} distinct ones)."
+        )
+    return Table(f"Generation, {args.shape}", header, rows, note=note)
+
+
+def main(argv=None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--nanogpt-dir", type=Path, help="checkout of nanoGPT to measure against")
+    add("--shape", default="gpt2", choices=SHAPES)
+    add(
+        "--check", default="small", choices=SHAPES, help="model that both generate with in full (%(default)s)"
+    )
+    add("--tokens", type=whole(1, 512), default=512, help="new tokens a prompt (%(default)s)")
+    add("--rounds", type=whole(1), default=3, help="times that every side runs (%(default)s)")
+    add("--device", type=device, default="cpu", help="cpu or cuda (%(default)s)")
+    add("--out", type=Path, help="write the figures as JSON and markdown to this folder")
+    args = parser.parse_args(argv)
+    with sentences():
+        if args.device == "cpu":
+            keep_heap()
+        nanogpt = load_nanogpt(args.nanogpt_dir) if args.nanogpt_dir else None
+        made = provenance.provenance(__file__, argv)
+        record = made | {
+            "shape": SHAPES[args.shape],
+            "tokens": args.tokens,
+            "threads": torch.get_num_threads(),
+        }
+        record |= measure(SHAPES[args.shape], nanogpt, args, args.rounds)
+        if nanogpt:
+            record["check"] = check(SHAPES[args.check], nanogpt, args)
+        else:
+            print("nanoGPT is left out: --nanogpt-dir names a checkout of it", file=sys.stderr)
+        found = table(args, record)
+        print(found.text())
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_json(args.out / f"bench_sample_{args.shape}.json", record)
+            source = f"`{made['command']}` at commit {made['commit']}, {made['machine']}, {made['date']}."
+            page = f"# Generation speed\n\n{source}\n\n{found.markdown()}\n"
+            write_text(args.out / f"bench_sample_{args.shape}.md", page)
 
 
 if __name__ == "__main__":

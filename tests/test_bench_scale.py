@@ -1,0 +1,19 @@
+"""scripts/bench/scale.py at toy size: what is measured, and where it is written."""
+
+import json
+
+from scripts.bench import scale
+
+
+def test_one_rank_and_two_numbers_of_shards(tmp_path, capsys):
+    scale.main(
+        ["--setting=toy", "--ranks=1", "--shards", "1", "3", "--steps=5", "--rounds=1", f"--out={tmp_path}"]
+    )
+    record = json.loads((tmp_path / "growth.json").read_text())
+    assert list(record["ranks"]) == ["1"] and list(record["shards"]) == ["1", "3"]
+    assert record["ranks"]["1"][0]["memory of a rank, MB"] > 50
+    assert all(f["a batch, ms"] > 0 for (f,) in record["shards"].values())
+    page = (tmp_path / "growth.md").read_text()
+    assert "log-log slope" in page and record["machine"] in page
+    for name in ("ranks_step", "ranks_memory", "shards_start", "shards_a"):
+        assert (tmp_path / f"growth_{name}.svg").is_file() and f"](growth_{name}.svg)" in page
