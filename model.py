@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.generation import padded, pick
 from engine.linear import Linear, linear
 from engine.loss import cross_entropy, liger_loss, matmul_dtype
 from kronecker import KroneckerEmbedding, controls
@@ -367,15 +368,6 @@ def input_embedding(config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | Non
     )
 
 
-def padded(padding: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """(position embeddings' indices (B, T), attention mask (B, 1, T, end)) of the positions begin to end of rows that
-    start with so much filling. A filling position sees itself, since a softmax over nothing has no value."""
-    key = torch.arange(end, device=padding.device)
-    place, query = key - padding[:, None], key[begin:, None]
-    mask = (place >= 0)[:, None] & (key <= query) | (key == query)
-    return place[:, begin:].clamp(min=0), mask[:, None]
-
-
 def undrawn_table(rows: int, width: int) -> nn.Embedding:
     """nn.Embedding without numbers of its own: init_weights draws them (and on the meta device, where parameters
     are only counted, drawing would load torch's compiler, which takes longer than torch itself)."""
@@ -386,19 +378,3 @@ def generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator of its own for every (seed, name)."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
-    """Token ids (B, 1) drawn from logits (B, V); top_p keeps the smallest set of tokens with that much probability."""
-    if temperature < 1e-6:  # finer than float32 tells logits apart, and soon their quotient overflows
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(dim=-1)
-        ordered[probs.cumsum(dim=-1) - probs >= top_p] = -torch.inf
-        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

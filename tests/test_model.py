@@ -11,8 +11,9 @@ from conftest import ROOT
 from torch.nn import functional as F
 
 import configurator
+from engine.generation import pick
 from engine.loss import CHUNK_BYTES
-from model import GPT, GPTConfig, pick
+from model import GPT, GPTConfig
 
 SHAPE = {
     "block_size": 16,

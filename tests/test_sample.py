@@ -14,8 +14,8 @@ import configurator
 import sample
 from engine import checkpoint
 from engine.errors import RunError
+from engine.generation import pick
 from engine.prompts import parse_prompt, read_prompts, shown
-from model import pick
 from sample import SampleConfig
 
 

@@ -22,7 +22,7 @@ import torch
 import configurator
 import model
 import train
-from engine import checkpoint, evaluation
+from engine import checkpoint, evaluation, runs
 from engine.errors import sentences
 from engine.metrics import Metrics
 from engine.progress import Progress
@@ -36,7 +36,7 @@ PARTS = {
     "backward": [(torch.Tensor, "backward")],
     "clip and AdamW": [(GuardedStep, "step")],
     "evaluation": [(evaluation, "evaluate"), (train, "token_counts"), (model.GPT, "wte_norms")],
-    "checkpoints": [(checkpoint, "save"), (checkpoint, "prune"), (checkpoint, "keep_as_best"), (Metrics, "sync")],
+    "checkpoints": [(runs, "save"), (checkpoint, "keep_as_best")],
     "logging": [(Metrics, "log"), (Progress, "figures"), (Progress, "line")],
 }  # fmt: skip
 BESIDE = ("evaluation", "checkpoints", "logging")
