@@ -2,13 +2,20 @@
 
 import json
 
+import configurator
+import train
 from scripts.bench import scale
 
 
-def test_one_rank_and_two_numbers_of_shards(tmp_path, capsys):
-    scale.main(
-        ["--setting=toy", "--ranks=1", "--shards", "1", "3", "--steps=5", "--rounds=1", f"--out={tmp_path}"]
-    )
+def in_process(command, work):
+    """train.py's own arguments, without torchrun."""
+    train.main(configurator.load(command[command.index(str(scale.ROOT / "train.py")) + 1 :]))
+
+
+def test_one_rank_and_two_numbers_of_shards(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scale, "timed", in_process)
+    flags = ["--setting=toy", "--ranks=1", "--steps=5", "--rounds=1", f"--out={tmp_path}"]
+    scale.main([*flags, "--shards", "1", "3"])
     record = json.loads((tmp_path / "growth.json").read_text())
     assert list(record["ranks"]) == ["1"] and list(record["shards"]) == ["1", "3"]
     assert record["ranks"]["1"][0]["memory of a rank, MB"] > 50

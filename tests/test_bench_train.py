@@ -69,7 +69,7 @@ def test_where_a_trainings_time_goes(tiny_data, tmp_path, capsys):
     ("flags", "sentence"),
     [
         (["--arms=bpe_teid"], "there is no arm 'bpe_teid'"),
-        (["--setting=huge"], "there is no setting 'huge'"),
+        (["--setting=huge"], "there is no 'huge'"),
         (["--steps=3"], "leaves too few"),
         (["--rounds=0"], "argument --rounds"),
         (["--device=cuda:77"], "argument --device"),
