@@ -59,11 +59,10 @@ def load_nanogpt(folder: Path):
 
 
 def pair(shape: dict, nanogpt, device: str) -> tuple:
-    """(our model, nanoGPT's or None) with the same random weights."""
+    """(our model, nanoGPT's or None) with the same random weights, larger than at the start of a training: with those
+    every greedy token would be the last one again."""
     ours = GPT(GPTConfig(**shape, bias=False, tie_weights=True)).to(device).eval()
-    with (
-        torch.no_grad()
-    ):  # as initialised, every greedy token would be the last one again: larger weights vary
+    with torch.no_grad():
         for name, p in ours.named_parameters():
             if ".h." in name and p.dim() == 2:
                 p.mul_(8)
@@ -97,8 +96,7 @@ def added_up(lengths, costs, first: int, n: int) -> float:
 
 
 def measure(shape: dict, nanogpt, args, n_rounds: int) -> dict:
-    """{"rounds": {side: [{task: seconds}]}, "lengths": nanoGPT was timed at, "differ": those where the tokens do,
-    "whole": in full, where the model is small}."""
+    """{"rounds": {side: [{task: seconds}]}, "lengths": where nanoGPT was timed, "differ": those where the tokens do}."""
     device, n, block = args.device, args.tokens, shape["block_size"]
     ours, theirs = pair(shape, nanogpt, device)
     draw = torch.Generator().manual_seed(0)
@@ -188,9 +186,7 @@ def main(argv=None) -> None:
     add = parser.add_argument
     add("--nanogpt-dir", type=Path, help="checkout of nanoGPT to measure against")
     add("--shape", default="gpt2", choices=SHAPES)
-    add(
-        "--check", default="small", choices=SHAPES, help="model that both generate with in full (%(default)s)"
-    )
+    add("--check", default="small", choices=SHAPES, help="both generate with it in full (%(default)s)")
     add("--tokens", type=whole(1, 512), default=512, help="new tokens a prompt (%(default)s)")
     add("--rounds", type=whole(1), default=3, help="times that every side runs (%(default)s)")
     add("--device", type=device, default="cpu", help="cpu or cuda (%(default)s)")
