@@ -330,7 +330,7 @@ def to_wandb(model: Run, config: dict, figures: dict, out: Path) -> None:
         with wandb.init(**known, settings={"init_timeout": 30, "silent": True, "console": "off"}) as shown:
             shown.log({f"eval/{t}/{k}": v for t, x in figures.items() for k, v in x.items()})
     except Exception as e:  # wandb and what it calls raise errors of many kinds
-        common.progress(f"note: wandb has not got {model['path']} ({tracker.first_line(e)})")
+        common.progress(f"note: wandb has not got {model.name} ({tracker.first_line(e)})")
 
 
 def arguments(argv):

@@ -33,36 +33,31 @@ Keys = dict[str, int | float | bool | str]
 PLACE = {key for key, rule in RULES.items() if not rule.ranks} - {"dataset"} | {"init_from"}
 
 
-class Tuning(Record):
+class Place(Record):
     rung: str
     length: str
+
+
+class Stage(Place):
     seeds: list[int]
+    keys: Keys = {}
+
+
+class Tuning(Stage):
     learning_rate: list[float]
     wte_lr_mult: dict[str, list[float]]  # by pattern of the arm's name
     wte_init_rms: dict[str, list[float]]
     extend: int = 2
-    keys: Keys = {}
 
 
-class Recheck(Record):
-    rung: str
-    length: str
-    seeds: list[int]
+class Recheck(Stage):
     factors: list[float]
-    keys: Keys = {}
 
 
-class Final(Record):
-    rung: str
-    length: str
+class Final(Place):
     seeds: list[int]
     settings: list[str]  # of "shared", "best"
     arms: list[str] = []  # of the experiment's; empty: all
-
-
-class Place(Record):
-    rung: str
-    length: str
 
 
 class Pair(Record):
@@ -148,10 +143,8 @@ def read(path: str) -> Experiment:
     for final in exp.final:
         if not set(final.settings) <= {"shared", "best"}:
             raise RunError(f"{path} names settings {final.settings}, but there are only 'shared' and 'best'")
-        if set(final.seeds) & set(exp.tuning.seeds):
-            raise RunError(
-                f"{path} uses seed {min(set(final.seeds) & set(exp.tuning.seeds))} to tune and in final runs"
-            )
+        if twice := set(final.seeds) & set(exp.tuning.seeds):
+            raise RunError(f"{path} uses seed {min(twice)} to tune and in final runs")
     end = exp.tuning.keys.get("eval_tokens", math.inf) + exp.tuning.keys.get("eval_skip_tokens", 0)
     if exp.final_keys.get("eval_skip_tokens", 0) < end:
         raise RunError(
@@ -236,21 +229,16 @@ class Plan:
                     best[line.arm] = (curve[value], line, value)
             low = [arm for arm, (_, line, v) in best.items() if v == min(line.values)]
             high = [arm for arm, (_, line, v) in best.items() if v == max(line.values)]
-            if not low and not high:
-                break
             if extension == extend:
-                at = {arm: f"{best[arm][2]:g}" for arm in [*low, *high]}
                 self.edges += [
-                    f"{arm}'s best {key} on rung {place.rung}, {v}, stands at the edge of its grid."
-                    for arm, v in at.items()
+                    f"{arm}'s best {key} on rung {place.rung}, {best[arm][2]:g}, stands at the edge of its grid."
+                    for arm in dict.fromkeys([*low, *high])
                 ]
+            if (not low and not high) or extension == extend:
                 break
             for _, line, _ in best.values():
-                grown = (
-                    (min(line.values) / factor,) * bool(low)
-                    + line.values
-                    + (max(line.values) * factor,) * bool(high)
-                )
+                below, above = min(line.values) / factor, max(line.values) * factor
+                grown = (below,) * bool(low) + line.values + (above,) * bool(high)
                 lines[lines.index(line)] = Line(line.arm, line.fixed, grown)
         return {
             arm: setting_of(line.arm, dict(line.fixed) | {key: value})
@@ -370,15 +358,11 @@ def record_path(exp: Experiment, run: Run, root: Path = ROOT) -> Path:
 def write_record(exp: Experiment, run: Run, out_dir: Path, state: str, root: Path = ROOT) -> None:
     """Keep what a finished (or diverged) run's folder says, on one line, without where on this machine it lay."""
     config, about = read_run(out_dir)
-    rows = []
-    for row in read_metrics(out_dir):
-        if "val/loss" in row or row.get("iter", 0) % 64 == 0:
-            rows.append(
-                {
-                    k: float(f"{v:.6g}") if isinstance(v, float) and "loss" not in k else v
-                    for k, v in row.items()
-                }
-            )
+    rows = [
+        {k: float(f"{v:.6g}") if isinstance(v, float) and "loss" not in k else v for k, v in row.items()}
+        for row in read_metrics(out_dir)
+        if "val/loss" in row or row.get("iter", 0) % 64 == 0
+    ]
     other = {"dataset"} if config.get("data_dir") else set()  # which then names no data of this run
     record = {
         "experiment": exp.name,
@@ -425,11 +409,8 @@ def check_record(exp: Experiment, run: Run, record: RunRecord) -> None:
     """RunError where a run was made with other keys than the experiment's file says."""
     wanted = configurator.load(command_keys(exp, run), quiet=True)
     for key, rule in RULES.items():
-        if (
-            key in PLACE
-            or not (rule.same or key in wanted.given)
-            or (key in RESOLVED and key not in wanted.given)
-        ):
+        given = key in wanted.given
+        if key in PLACE or not (given or (rule.same and key not in RESOLVED)):
             continue
         asked = getattr(wanted, key)
         there = record.config.get(key, asked)  # a key that is younger than the record

@@ -10,7 +10,6 @@ any time. --check proves that the runs will match, and trains nothing. Keys that
 train.py as they are.
 """
 
-import argparse
 import json
 import math
 import os
@@ -28,6 +27,7 @@ import configurator
 from engine import contract
 from engine.errors import sentences
 from scripts import devices, experiment, forecast, pool
+from scripts.arguments import Parser, names, number, some_of, whole
 
 DEFAULT_ARMS, DEFAULT_SEEDS = "bpe_tied,bpe_untied,kronecker", "1337,1338,1339"
 ARMS = ROOT / "config" / "arms"
@@ -35,107 +35,56 @@ OWN_KEYS = ("seed", "out_dir", "init_from", "eval_only", "dry_run", "check_only"
 
 
 def arguments(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0],
-        epilog="Further --key=value go to train.py.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", help="config file that all runs share, e.g. config/demo.py")
-    parser.add_argument(
-        "--arms",
-        default="",
-        help=f"names in config/arms/, with commas (default: {DEFAULT_ARMS}; an experiment's own)",
-    )
-    parser.add_argument(
-        "--seeds", default="", help=f"with commas (default: {DEFAULT_SEEDS}; an experiment's own)"
-    )
-    parser.add_argument("--rungs", default="", help="of an experiment: these alone, with commas")
-    parser.add_argument("--out", default="", help="folder of the runs (default: out/<recipe>)")
-    parser.add_argument("--dry_run", action="store_true", help="print what would run and what it costs")
-    parser.add_argument("--check", action="store_true", help="prove that the runs will match; train nothing")
-    parser.add_argument(
-        "--print",
-        choices=("runs", "compare"),
-        help="for scripts: train.py's arguments, a line for each run that could start; or what compare.py would read",
-    )
-    parser.add_argument(
-        "--gpus_per_run",
-        "--nproc_per_node",
-        dest="gpus_per_run",
-        type=int,
-        default=0,
-        help="ranks of one run, through torchrun, each on a GPU of its own (0: as few as its memory allows, mostly 1)",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=0,
-        help="runs at a time (0: as many as the GPUs allow; on a CPU a core each, at most 4)",
-    )
-    parser.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster"
-    )
-    parser.add_argument(
-        "--ray_address", default="", help="auto | HOST:PORT (empty: RAY_ADDRESS, else a Ray of its own)"
-    )
-    parser.add_argument(
-        "--price_per_gpu_hour", type=float, default=0, help="dollars, for the cost that --dry_run shows"
-    )
-    parser.add_argument("--minutes", type=float, help="stop after so many minutes; every run saves")
-    parser.add_argument("--nice", type=int, default=0, help="priority of the runs, 0 to 19 (lowest)")
-    parser.add_argument(
-        "--retries", type=int, default=1, help="starts more of a run that is lost, hangs or fails"
-    )
-    parser.add_argument(
-        "--patience", type=float, default=3600, help="seconds without a new step after which a run hangs"
-    )
+    """(args, the words that go to train.py as they are)."""
+    parser = Parser(__doc__)
+    add, count = parser.add_argument, whole(0, 10_000)
+    arms = some_of(sorted(p.stem for p in ARMS.glob("*.py")), "arm")
+    add("recipe", help="config file that all runs share, e.g. config/demo.py, or an experiment's file")
+    own = "with commas (default: {}; an experiment's own)"
+    add("--arms", type=arms, default=[], help="names in config/arms/, " + own.format(DEFAULT_ARMS))
+    add("--seeds", type=seeds, default=[], help=own.format(DEFAULT_SEEDS))
+    add("--rungs", type=names, default=[], help="of an experiment: these alone, with commas")
+    add("--out", type=Path, help="folder of the runs (default: out/<recipe>)")
+    add("--dry_run", action="store_true", help="print what would run and what it costs")
+    add("--check", action="store_true", help="prove that the runs will match; train nothing")
+    scripts = "for scripts: train.py's arguments, a line for each run that could start; or what compare.py would read"
+    add("--print", choices=("runs", "compare"), help=scripts)
+    ranks = "ranks of one run, through torchrun, each on a GPU of its own (0: as few as its memory allows, mostly 1)"
+    add("--gpus_per_run", "--nproc_per_node", dest="gpus_per_run", type=count, default=0, help=ranks)
+    jobs = "runs at a time (0: as many as the GPUs allow; on a CPU a core each, at most 4)"
+    add("--jobs", type=count, default=0, help=jobs)
+    add("--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster")
+    add("--ray_address", default="", help="auto | HOST:PORT (empty: RAY_ADDRESS, else a Ray of its own)")
+    add("--price_per_gpu_hour", type=number(0), default=0, help="dollars, for the cost that --dry_run shows")
+    add("--minutes", type=number(0, 1e9, above=True), help="stop after so many minutes; every run saves")
+    add("--nice", type=whole(0, 19), default=0, help="priority of the runs, 0 to 19 (lowest)")
+    add("--retries", type=count, default=1, help="starts more of a run that is lost, hangs or fails")
+    hangs = "seconds without a new step after which a run hangs"
+    add("--patience", type=number(1, 1e9), default=3600, help=hangs)
     args, passed = parser.parse_known_args(argv)
-    args.experiment = experiment.read(args.recipe) if experiment.is_experiment(args.recipe) else None
-    if args.experiment is None:
-        args.arms, args.seeds = args.arms or DEFAULT_ARMS, args.seeds or DEFAULT_SEEDS
-    args.rungs = args.rungs.replace(",", " ").split()
-    args.arms = list(dict.fromkeys(args.arms.replace(",", " ").split()))
-    known = sorted(p.stem for p in ARMS.glob("*.py"))
-    for arm in args.arms:
-        if arm not in known:
-            sys.exit(
-                f"error: there is no arm {arm!r}: choose from {', '.join(known)}, or add config/arms/{arm}.py"
-            )
-    try:
-        args.seeds = list(dict.fromkeys(int(s) for s in args.seeds.replace(",", " ").split()))
-    except ValueError:
-        sys.exit(f"error: --seeds={args.seeds} are no whole numbers: write --seeds=1337,1338")
-    if args.experiment is None and not (args.arms and args.seeds):
-        sys.exit("error: there is nothing to run: name at least one arm and one seed")
-    for name, low, high in (
-        ("gpus_per_run", 0, 10_000),
-        ("jobs", 0, 10_000),
-        ("nice", 0, 19),
-        ("retries", 0, 10_000),
-        ("patience", 1, 1e9),
-    ):
-        if not low <= getattr(args, name) <= high:
-            sys.exit(f"error: --{name} is {getattr(args, name)}, but it must lie between {low} and {high:g}")
     if args.ray_address and args.engine != "ray":
-        sys.exit("error: --ray_address needs --engine=ray")
-    if args.minutes is not None and not 0 < args.minutes < 1e9:
-        sys.exit(f"error: --minutes is {args.minutes}, but it must be above 0")
-    args.out = Path(args.out or f"out/{Path(args.recipe).stem}")
-    if args.experiment is None:
+        parser.error("--ray_address needs --engine=ray")
+    args.out = args.out or Path("out") / Path(args.recipe).stem
+    exp = args.experiment = experiment.read(args.recipe) if experiment.is_experiment(args.recipe) else None
+    if exp is None:
+        args.arms, args.seeds = args.arms or names(DEFAULT_ARMS), args.seeds or seeds(DEFAULT_SEEDS)
+        if args.rungs:
+            parser.error(f"{args.recipe} has no rung {args.rungs[0]!r}: only experiments have rungs")
         refuse_false_labels(args, passed)
-    elif passed:
-        sys.exit(
-            f"error: an experiment's file says all keys of its runs, so {passed[0]} cannot be given: change the file"
+        return args, passed
+    if passed:
+        parser.error(
+            f"an experiment's file says all keys of its runs, so {passed[0]} cannot be given: change the file"
         )
-    for what, given, known in (
-        ("rung", args.rungs, args.experiment.rungs if args.experiment else []),
-        ("arm", args.arms, args.experiment.arms if args.experiment else args.arms),
-    ):
-        for name in given:
-            if name not in known:
-                has = f"it has {', '.join(known)}" if known else "only experiments have rungs"
-                sys.exit(f"error: {args.recipe} has no {what} {name!r}: {has}")
+    for what, given, known in (("rung", args.rungs, exp.rungs), ("arm", args.arms, exp.arms)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"{args.recipe} has no {what} {unknown[0]!r}: it has {', '.join(known)}")
     return args, passed
+
+
+def seeds(text: str) -> list[int]:
+    """An argparse type: whole numbers with commas between them, each once."""
+    return list(dict.fromkeys(map(whole(-(2**63), 2**63 - 1), names(text))))
 
 
 def defines_an_arm(name: str) -> bool:
@@ -166,19 +115,12 @@ def refuse_false_labels(args, passed: list[str]) -> None:
 
 
 def make_jobs(args, passed: list[str]) -> list[pool.Job]:
-    jobs = []
-    for seed in args.seeds:
-        for arm in args.arms:
-            config = recipe_of(args, passed, arm)
-            jobs.append(
-                pool.Job(
-                    f"{arm}, seed {seed}",
-                    command(args, passed, arm, seed),
-                    folder(args, arm, seed),
-                    config.max_iters,
-                )
-            )
-    return jobs
+    steps = {arm: recipe_of(args, passed, arm).max_iters for arm in args.arms}
+    return [
+        pool.Job(f"{arm}, seed {seed}", command(args, passed, arm, seed), folder(args, arm, seed), steps[arm])
+        for seed in args.seeds
+        for arm in args.arms
+    ]
 
 
 def recipe_of(args, passed: list[str], arm: str):
@@ -186,24 +128,17 @@ def recipe_of(args, passed: list[str], arm: str):
     return configurator.load([args.recipe, str(ARMS / f"{arm}.py"), *passed], quiet=True)
 
 
-def command(args, passed: list[str], arm: str, seed: int, *more: str) -> list[str]:
+def command(args, passed: list[str], arm: str, seed: int) -> list[str]:
     # paths as a person would write them: run.json keeps the command, and is shown to others
     files = [os.path.relpath(ROOT / "train.py"), args.recipe, os.path.relpath(ARMS / f"{arm}.py")]
     own = [f"--seed={seed}", f"--out_dir={folder(args, arm, seed)}", "--init_from=auto"]
-    return python(args) + files + passed + own + list(more)
+    return [*python(args), *files, *passed, *own]
 
 
 def python(args) -> list[str]:
     """How train.py is started: by torchrun where a run has several ranks."""
-    if args.gpus_per_run == 1:
-        return [sys.executable]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={args.gpus_per_run}",
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus_per_run}"]
+    return [sys.executable, *(torchrun if args.gpus_per_run > 1 else [])]
 
 
 def folder(args, arm: str, seed: int) -> Path:
@@ -229,7 +164,7 @@ def workers(args, keys: list[str]):
 
 def cpu_jobs(args) -> int:
     """Runs at a time on a CPU. Small ones gain more from company than from a second thread."""
-    return args.jobs or max(1, min(4, (os.cpu_count() or 1) // args.gpus_per_run))
+    return args.jobs or max(1, min(4, (os.cpu_count() or 1) // (args.gpus_per_run or 1)))
 
 
 # ---- the proof that they match
@@ -264,16 +199,6 @@ def prove(members: list[contract.Member], swept=()) -> None:
     but = f" but for {' and '.join(swept)}" if swept else ""
     print(
         f"matched: {len(members)} runs share schedule{but} and validation windows, and each seed's arms body and data"
-    )
-
-
-def check(args, passed) -> None:
-    """Prove that the runs of a recipe will match."""
-    todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
-    prove(
-        identities(
-            [(f"{arm}, seed {seed}", arm, seed, command(args, passed, arm, seed)) for arm, seed in todo]
-        )
     )
 
 
@@ -352,13 +277,9 @@ def run_experiment(args) -> int:
         if one not in (0, pool.DIVERGED):
             return one
         status = one
-    if status == 0 and not selected_less(args):
+    if status == 0 and not (args.rungs or args.arms or args.seeds):
         screen.say(f"the experiment is finished: python scripts/compare.py {shlex.quote(args.recipe)}")
     return status
-
-
-def selected_less(args) -> bool:
-    return bool(args.rungs or args.arms or args.seeds)
 
 
 def keep_record(exp, run: experiment.Run, job: pool.Job) -> None:
@@ -378,38 +299,35 @@ def print_for_a_script(args, passed: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     args, passed = arguments(argv)
-    if args.dry_run and args.experiment is None:
-        configs = {arm: recipe_of(args, passed, arm) for arm in args.arms}
-        print(forecast.describe_jobs(configs, len(args.seeds), args.price_per_gpu_hour))
+    exp = args.experiment
+    configs = {} if exp else {arm: recipe_of(args, passed, arm) for arm in args.arms}
+    if args.dry_run:
+        price = args.price_per_gpu_hour
+        if exp:
+            print(forecast.describe_experiment(exp, lambda run: selected(args, run), cpu_jobs(args), price))
+        else:
+            print(forecast.describe_jobs(configs, len(args.seeds), price))
         return 0
     if not args.gpus_per_run:
-        local = args.engine == "local" and args.experiment is None
-        args.gpus_per_run = (
-            forecast.ranks_that_fit([recipe_of(args, passed, a) for a in args.arms]) if local else 1
-        )
+        args.gpus_per_run = forecast.ranks_that_fit(configs.values()) if args.engine == "local" else 1
     if args.print:
         print_for_a_script(args, passed)
         return 0
-    if args.experiment is not None:
-        if args.dry_run:
-            chosen = lambda run: selected(args, run)  # noqa: E731
-            print(
-                forecast.describe_experiment(args.experiment, chosen, cpu_jobs(args), args.price_per_gpu_hour)
-            )
-        elif args.check:
+    if args.check:
+        if exp:
             check_experiment(args)
         else:
-            return run_experiment(args)
+            asked = [(arm, seed) for seed in args.seeds for arm in args.arms]
+            prove(identities([(f"{a}, seed {s}", a, s, command(args, passed, a, s)) for a, s in asked]))
         return 0
+    if exp:
+        return run_experiment(args)
     jobs = make_jobs(args, passed)
-    if args.check:
-        check(args, passed)
-        return 0
     engine = workers(args, [args.recipe, *passed])
     states = Counter(pool.state(job)[0] for job in jobs)
     done = ", ".join(f"{states[s]} {s}" for s in ("finished", "diverged") if states[s] or s == "finished")
-    print(f"{len(jobs)} runs of {jobs[0].max_iters:,} steps in {args.out}: {done}, {states['unfinished']} to do, "
-          f"{engine}", flush=True)  # fmt: skip
+    begun = f"{len(jobs)} runs of {jobs[0].max_iters:,} steps in {args.out}: {done}"
+    print(f"{begun}, {states['unfinished']} to do, {engine}", flush=True)
     status = pool.run(jobs, engine, args.minutes, args.retries, args.patience)
     if status == 0:
         print(f"all {len(jobs)} runs are finished: python scripts/compare.py {shlex.quote(str(args.out))}")

@@ -180,9 +180,9 @@ CASES = [
     ("prompt with a foreign character", sample, ["--out_dir={f}/run", "--start=ABC"], None, "does not occur in the data"),
     ("slot on a learned table", sample, ["--out_dir={f}/run", "--start=a {{{{b}}}}"], None, "no such slot"),
     ("unknown arm", matched, ["config/demo.py", "--arms=bpe_teid"], None, "there is no arm 'bpe_teid'"),
-    ("seed that is no number", matched, ["config/demo.py", "--seeds=a"], None, "no whole numbers"),
-    ("no seeds", matched, ["config/demo.py", "--seeds=,"], None, "at least one arm and one seed"),
-    ("no ranks", matched, ["config/demo.py", "--gpus_per_run=-1"], None, "--gpus_per_run is -1, but"),
+    ("seed that is no number", matched, ["config/demo.py", "--seeds=a"], None, "'a' is no whole number"),
+    ("no seeds", matched, ["config/demo.py", "--seeds=,"], None, "it names nothing"),
+    ("no ranks", matched, ["config/demo.py", "--gpus_per_run=-1"], None, "'-1' is no whole number from 0"),
     ("matched with a missing recipe", matched, ["{f}/nowhere.py"], None, "no config file"),
     ("matched with an unknown key", matched, ["config/demo.py", "--n_layres=2"], None, "did you mean n_layer"),
 ]  # fmt: skip

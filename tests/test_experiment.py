@@ -304,7 +304,7 @@ def test_records_say_nothing_of_the_place(finished, tiny_data):
         (["--rungs=z"], "has no rung 'z'"),
         (["--arms=bpe_tied"], "has no arm 'bpe_tied'"),
         (["--max_iters=5"], "an experiment's file says all keys"),
-        (["--seeds=x"], "no whole numbers"),
+        (["--seeds=x"], "'x' is no whole number"),
     ],
 )
 def test_what_an_experiment_does_not_have_is_refused(more, says, tmp_path):

@@ -158,11 +158,11 @@ def test_a_run_gets_more_gpus_only_where_one_has_too_little_memory(recipe, monke
         ("--init_from=gpt2", "init_from is set by this command"),
         ("--eval_only=True", "eval_only is set by this command"),
         ("--check_only=True", "check_only is set by this command"),
-        ("--jobs=-1", "--jobs is -1, but"),
-        ("--nice=-5", "--nice is -5, but"),
-        ("--minutes=0", "--minutes is 0.0, but"),
+        ("--jobs=-1", "--jobs: '-1' is no whole number from 0"),
+        ("--nice=-5", "--nice: '-5' is no whole number from 0 to 19"),
+        ("--minutes=0", "--minutes: '0' is no number above 0"),
         ("--ray_address=auto", "--ray_address needs --engine=ray"),
-        ("--retries=-1", "--retries is -1, but"),
+        ("--retries=-1", "--retries: '-1' is no whole number from 0"),
     ],
 )
 def test_a_key_that_would_make_the_label_lie_is_refused(recipe, tmp_path, word, sentence):
