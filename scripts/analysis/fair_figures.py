@@ -8,6 +8,7 @@ from scripts import experiment
 from scripts.analysis.figures import STYLE, label, plt, save
 from scripts.analysis.numbers import count
 from scripts.analysis.report import arm_sort_key, arm_style
+from scripts.analysis.words import SIDES
 
 AXIS = "#8a8f98"
 FEW = 50  # validation tokens in a bucket of frequency, below which its gain says nothing
@@ -166,19 +167,13 @@ def draw_frequency(c: dict):
             ax.xaxis.set_major_formatter(lambda v, _: count(v))
             ax.set_yscale("symlog", linthresh=0.5, base=2)
             ax.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
-            ax.set_title(
-                f"Rung {cell['rung']}, {count(cell['tokens'])} tokens, by the token {side_word(side)}"
-            )
-    for ax, side in zip(axes[-1], ("input", "target"), strict=True):
-        ax.set_xlabel(f"training count of the token {side_word(side)} (from)")
+            ax.set_title(f"Rung {cell['rung']}, {count(cell['tokens'])} tokens, by the token {SIDES[side]}")
+    for ax, side in zip(axes[-1], SIDES, strict=True):
+        ax.set_xlabel(f"training count of the token {SIDES[side]} (from)")
     for ax in axes[:, 0]:
         ax.set_ylabel(f"gain over {c['gap']['over']} (nats)")
     legend_below(figure, axes[0][0])
     return figure
-
-
-def side_word(side: str) -> str:
-    return {"input": "read", "target": "predicted"}[side]
 
 
 def legend_below(figure, ax) -> None:

@@ -113,14 +113,12 @@ def save(figure, base: Path) -> None:
 
 def draw_val(ax, c: dict, runs: list[Run]) -> None:
     """Validation loss by tokens, an arm a line."""
-    curves = []
+    curves = {}
     for arm in c["arms"]:
         mine = [r for r in runs if r.arm == arm]
         iters = shared_iters(mine, upto=c["at_iter"])
-        y = np.array([[r.series()[i] for i in iters] for r in mine])
-        curves.append((np.array(iters) * c["tokens_per_step"], y))
-        band(ax, *curves[-1], arm, **arm_style(arm, c["arms"]))
-    focus(ax, curves, begin=0.15 * c["tokens"], pad=0.05)
+        curves[arm] = iters, [[r.series()[i] for i in iters] for r in mine]
+    bands(ax, c, curves, begin=0.15)
     ax.set_title("Validation loss (nats/token)")
     ax.legend()
 
@@ -128,17 +126,14 @@ def draw_val(ax, c: dict, runs: list[Run]) -> None:
 def draw_gain(ax, c: dict, runs: list[Run]) -> None:
     """Gain of every arm over the baseline by tokens, paired by seed."""
     by = {(r.arm, r.seed): r for r in runs}
-    base, curves = c["baseline"], []
+    base, curves = c["baseline"], {}
     ax.axhline(0, linewidth=1.2, **arm_style(base, c["arms"]))
     for arm in (a for a in c["arms"] if a != base):
         pairs = [(by[arm, s], by[base, s]) for s in c["seeds"] if (arm, s) in by and (base, s) in by]
-        if not pairs:
-            continue
-        iters = shared_iters([r for pair in pairs for r in pair], upto=c["at_iter"])
-        y = np.array([[b.series()[i] - a.series()[i] for i in iters] for a, b in pairs])
-        curves.append((np.array(iters) * c["tokens_per_step"], y))
-        band(ax, *curves[-1], arm, **arm_style(arm, c["arms"]))
-    focus(ax, curves, begin=0.1 * c["tokens"], pad=0.08, also=[0.0])
+        if pairs:
+            iters = shared_iters([r for pair in pairs for r in pair], upto=c["at_iter"])
+            curves[arm] = iters, [[b.series()[i] - a.series()[i] for i in iters] for a, b in pairs]
+    bands(ax, c, curves, begin=0.1, pad=0.08, also=[0.0])
     ax.set_title(f"Gain over {visible(base)} (nats, up is better)")
     if len(c["arms"]) > 1:
         ax.legend()
@@ -146,18 +141,29 @@ def draw_gain(ax, c: dict, runs: list[Run]) -> None:
 
 def draw_train(ax, c: dict, runs: list[Run]) -> None:
     """Training loss by tokens as a running mean, an arm a line."""
-    curves = []
+    curves = {}
     for arm in c["arms"]:
         mine = [r for r in runs if r.arm == arm and r.train]
         iters = shared_iters(mine, "train/loss") if mine else []
-        if not iters:
-            continue
-        window = max(3, len(iters) // 25)
-        y = np.array([stats.smooth([r.series("train/loss")[i] for i in iters], window) for r in mine])
-        curves.append((np.array(iters) * c["tokens_per_step"], y))
-        band(ax, *curves[-1], arm, alpha=0.15, linewidth=1.4, **arm_style(arm, c["arms"]))
-    focus(ax, curves, begin=0.15 * c["tokens"], pad=0.05)
+        if iters:
+            window = max(3, len(iters) // 25)
+            curves[arm] = (
+                iters,
+                [stats.smooth([r.series("train/loss")[i] for i in iters], window) for r in mine],
+            )
+    bands(ax, c, curves, begin=0.15, alpha=0.15, linewidth=1.4)
     ax.set_title("Training loss, running mean (nats/token)")
+
+
+def bands(ax, c: dict, curves: dict, begin: float, pad: float = 0.05, also=(), **style) -> None:
+    """A band an arm over training tokens, the axis on what they do from that share of the training on.
+
+    curves: {arm: (T iters, S x T values)}; pad, also: see focus.
+    """
+    drawn = [(np.array(iters) * c["tokens_per_step"], np.array(y)) for iters, y in curves.values()]
+    for arm, (x, y) in zip(curves, drawn, strict=True):
+        band(ax, x, y, arm, **arm_style(arm, c["arms"]), **style)
+    focus(ax, drawn, begin * c["tokens"], pad, also)
 
 
 PANELS = {"val": draw_val, "gain": draw_gain, "train": draw_train}

@@ -42,68 +42,65 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
         )
     by = {(r.arm, r.seed): r for r in kept}
     seeds = sorted({r.seed for r in kept})
-    iters = shared_iters(kept)
+    first, iters = kept[0], shared_iters(kept)
     if not iters:
         raise RunError(
             "the runs share no step at which all were evaluated; compare runs of one eval_interval"
         )
-    at = iters[-1]
-    tokens_per_step = int(kept[0].info["tokens_per_step"])
+    at, tokens_per_step = iters[-1], int(first.info["tokens_per_step"])
+
+    def paired(arm: str, over: str) -> list[tuple[Run, Run]]:
+        """Runs of both arms, by the seeds that they share."""
+        return [(by[arm, s], by[over, s]) for s in seeds if (arm, s) in by and (over, s) in by]
 
     notes = machine_notes(kept)
-    if at < kept[0].max_iters:
+    if at < first.max_iters:
         notes.append(
-            f"Unfinished runs are in: everything is compared at iter {at:,} of {kept[0].max_iters:,}, "
+            f"Unfinished runs are in: everything is compared at iter {at:,} of {first.max_iters:,}, "
             "before the learning rate has come down."
         )
-    missing = [f"{arm} seed {s}" for arm in arms for s in seeds if (arm, s) not in by]
-    if missing:
+    if missing := [f"{arm} seed {s}" for arm in arms for s in seeds if (arm, s) not in by]:
         notes.append(
             f"Not every arm has every seed (missing: {', '.join(missing)}); pairs use the seeds they share."
         )
-
+    pairs = []
+    for arm, over in pair_order(arms, baseline):
+        if shared := paired(arm, over):
+            pairs.append(compare_pair(*zip(*shared, strict=True), at, iters))
+        else:
+            notes.append(f"{arm} and {over} share no seed, so they are not compared.")
+    others = {arm: shared for arm in arms if arm != baseline and (shared := paired(arm, baseline))}
+    rows = {arm: [(a.last_row(at), b.last_row(at)) for a, b in shared] for arm, shared in others.items()}
     result = {
         "baseline": baseline,
         "arms": arms,
         "seeds": seeds,
         "at_iter": at,
-        "max_iters": kept[0].max_iters,
+        "max_iters": first.max_iters,
         "tokens_per_step": tokens_per_step,
         "tokens": at * tokens_per_step,
         "final": {arm: final([by[arm, s] for s in seeds if (arm, s) in by], at) for arm in arms},
         "arm_keys": {arm: arm_keys(next(r for r in kept if r.arm == arm).config) for arm in arms},
-        "pairs": [],
+        "pairs": pairs,
         "left_out": [{"run": r.name, "arm": r.arm, "seed": r.seed, "state": r.state} for r in left_out],
+        "frequency": {
+            side: {arm: gain_by_frequency(mine, side) for arm, mine in rows.items()}
+            for side in ("input", "target")
+        },
+        "speed": speeds(by, arms, seeds, baseline),
+        "decomposition": decomposition(pairs),
+        "codec": next((r.info["codec"] for r in kept if r.info.get("codec")), None),
+        "paper": PAPER,
     }
-    for arm, over in pair_order(arms, baseline):
-        shared = [s for s in seeds if (arm, s) in by and (over, s) in by]
-        if shared:
-            pair = compare_pair([by[arm, s] for s in shared], [by[over, s] for s in shared], at, iters)
-            result["pairs"].append(pair)
-        else:
-            notes.append(f"{arm} and {over} share no seed, so they are not compared.")
-    result["frequency"] = {
-        side: {
-            arm: gain_by_frequency(
-                [(by[arm, s].last_row(at), by[baseline, s].last_row(at)) for s in shared], side
-            )
-            for arm in arms
-            if arm != baseline and (shared := [s for s in seeds if (arm, s) in by and (baseline, s) in by])
-        }
-        for side in ("input", "target")
-    }
-    result["speed"] = speeds(by, arms, seeds, baseline)
-    result["decomposition"] = decomposition(result["pairs"])
-    result["codec"] = next((r.info["codec"] for r in kept if r.info.get("codec")), None)
-    result["paper"] = PAPER
-    result["claims"] = claims(result, kept)
-    result["notes"] = notes
     made = ("device", "torch", "commit", "started", "command", *MATCHED)
-    result["runs"] = [
-        {"run": r.name, "arm": r.arm, "seed": r.seed, "state": r.state} | {k: r.info.get(k) for k in made}
-        for r in kept
-    ]
-    return result
+    return result | {
+        "claims": claims(result, kept),
+        "notes": notes,
+        "runs": [
+            {"run": r.name, "arm": r.arm, "seed": r.seed, "state": r.state} | {k: r.info.get(k) for k in made}
+            for r in kept
+        ],
+    }
 
 
 def finished(runs: list[Run], allow_unfinished: bool = False) -> tuple[list[Run], list[Run]]:
@@ -112,11 +109,9 @@ def finished(runs: list[Run], allow_unfinished: bool = False) -> tuple[list[Run]
     With allow_unfinished only those without an evaluation and those that diverged are left out.
     """
 
-    def takes_part(run: Run) -> bool:
-        return run.state == "finished" or (allow_unfinished and run.state.startswith("unfinished"))
-
-    kept = [r for r in runs if takes_part(r)]
-    left_out = [r for r in runs if not takes_part(r)]
+    takes_part = ("finished", "unfinished") if allow_unfinished else ("finished",)
+    kept = [r for r in runs if r.state.startswith(takes_part)]
+    left_out = [r for r in runs if not r.state.startswith(takes_part)]
     if not kept:
         listing = "; ".join(f"{r.name} ({r.state})" for r in left_out[:4]) or "none was found"
         hint = (
@@ -225,17 +220,15 @@ def speeds(by: dict, arms: list[str], seeds: list[int], baseline: str) -> dict:
     speed = {}
     for key, run in by.items():
         rows = list(run.series("tok_per_sec").values())
-        rows = rows[max(1, len(rows) // 10) :]
-        if rows:
+        if rows := rows[max(1, len(rows) // 10) :]:
             speed[key] = float(np.median(rows))
     result = {}
     for arm in arms:
-        mine = {str(s): speed[arm, s] for s in seeds if (arm, s) in speed}
-        ratios = [
-            speed[arm, s] / speed[baseline, s] for s in seeds if (arm, s) in speed and (baseline, s) in speed
-        ]
+        mine = {s: speed[arm, s] for s in seeds if (arm, s) in speed}
+        ratios = [x / speed[baseline, s] for s, x in mine.items() if (baseline, s) in speed]
         if mine:
-            result[arm] = {"tok_per_sec": mine, "ratio": stats.interval(ratios) if ratios else None}
+            by_seed = {str(s): x for s, x in mine.items()}
+            result[arm] = {"tok_per_sec": by_seed, "ratio": stats.interval(ratios) if ratios else None}
     return result
 
 

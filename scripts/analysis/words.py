@@ -6,30 +6,34 @@ import numpy as np
 
 from kronecker.audit import audit_line
 from scripts.analysis.numbers import count
-from scripts.analysis.report import Table, bullet, escaped
+from scripts.analysis.report import Table, bullets, escaped, markdown_list
 from scripts.analysis.runs import short
+
+SIDES = {"input": "read", "target": "predicted"}  # of a loss by frequency: what was done with the token
+
+
+def dash(x: float | None, form: str) -> str:
+    """A number in a form; "-" where there is none."""
+    return "-" if x is None else format(x, form)
 
 
 def with_sign(x: float | None, digits: int = 4) -> str:
-    """A difference with its sign; "-" where there is none."""
-    return "-" if x is None else f"{x:+.{digits}f}"
+    """A difference with its sign."""
+    return dash(x, f"+.{digits}f")
 
 
 def span(interval: dict | None, digits: int = 4) -> str:
     """The ends of an interval of differences; "-" where one value gives none."""
     if not interval or interval["low"] is None:
         return "-"
-    return f"{interval['low']:+.{digits}f} to {interval['high']:+.{digits}f}"
+    return f"{with_sign(interval['low'], digits)} to {with_sign(interval['high'], digits)}"
 
 
 def tables(c: dict) -> list[Table]:
     """The comparison's tables: losses, gains, steps to reach another's loss, sizes and speeds."""
     found = [loss_table(c), gain_table(c), reach_table(c), size_table(c), arm_table(c)]
     where = f"after {count(c['tokens'])} tokens"
-    found += [
-        frequency_table(c["frequency"].get(side, {}), side, c["baseline"], where)
-        for side in ("input", "target")
-    ]
+    found += [frequency_table(c["frequency"].get(side, {}), side, c["baseline"], where) for side in SIDES]
     return [t for t in found if t.rows]
 
 
@@ -39,45 +43,31 @@ def has_bpb(c: dict) -> bool:
 
 def loss_table(c: dict) -> Table:
     """Final validation loss of every arm and seed."""
-    several = len(c["seeds"]) > 1
+    several, bpb = len(c["seeds"]) > 1, has_bpb(c)
     seeds = c["seeds"] if len(c["seeds"]) <= 5 else []
     rows = []
     for arm in c["arms"]:
         f = c["final"][arm]
-        losses = [f["val_loss"].get(str(s)) for s in seeds]
-        row = [arm, *("-" if x is None else f"{x:.4f}" for x in losses)]
-        row += [f"{f['mean']:.4f}", "-" if f["sd"] is None else f"{f['sd']:.4f}"] if several else []
-        row += [f"{f['val_bpb']['mean']:.4f}"] if has_bpb(c) else []
-        rows.append(row)
-    header = ["arm", *(f"seed {s}" for s in seeds)]
-    header += (["mean", "SD"] if several else []) + (["bits/byte"] if has_bpb(c) else [])
+        row = [arm, *(dash(f["val_loss"].get(str(s)), ".4f") for s in seeds)]
+        row += [f"{f['mean']:.4f}", dash(f["sd"], ".4f")] * several
+        rows.append(row + ([f"{f['val_bpb']['mean']:.4f}"] if bpb else []))
+    header = ["arm", *(f"seed {s}" for s in seeds), *["mean", "SD"] * several, *["bits/byte"] * bpb]
     title = f"Validation loss (nats/token) after {c['at_iter']:,} steps, {count(c['tokens'])} tokens"
     return Table(title, header, rows)
 
 
 def gain_table(c: dict) -> Table:
     """Every pair of arms: gain, its interval, and the same in per cent, perplexity and bits per byte."""
-    rows = []
+    rows, bpb = [], has_bpb(c)
     for p in c["pairs"]:
         g = p["gain_nats"]
-        row = [
-            p["arm"],
-            p["over"],
-            with_sign(g["mean"]),
-            "-" if g["sd"] is None else f"{g['sd']:.4f}",
-            span(g),
-        ]
+        row = [p["arm"], p["over"], with_sign(g["mean"]), dash(g["sd"], ".4f"), span(g)]
         row += [f"{p['gain_percent']['mean']:+.2f}%", f"{p['perplexity_ratio']['mean']:.3f}"]
-        row += [with_sign(p["gain_bpb"]["mean"])] if has_bpb(c) else []
-        rows.append(row)
-    header = ["arm", "over", "gain, nats", "SD", "95% interval", "loss", "perplexity"]
-    return Table(
-        "Gain of one arm over another, paired by seed (positive: the arm is better)",
-        header + (["bits/byte"] if has_bpb(c) else []),
-        rows,
-        left=2,
-        note="loss: gain in per cent of the other's loss; perplexity: the arm's over the other's.",
-    )
+        rows.append(row + ([with_sign(p["gain_bpb"]["mean"])] if bpb else []))
+    header = ["arm", "over", "gain, nats", "SD", "95% interval", "loss", "perplexity", *["bits/byte"] * bpb]
+    title = "Gain of one arm over another, paired by seed (positive: the arm is better)"
+    note = "loss: gain in per cent of the other's loss; perplexity: the arm's over the other's."
+    return Table(title, header, rows, left=2, note=note)
 
 
 def reach_table(c: dict) -> Table:
@@ -103,27 +93,21 @@ def reach_table(c: dict) -> Table:
 
 def size_table(c: dict) -> Table:
     """Parameters, speed beside the baseline, and the drift of the embedding's RMS."""
-
-    def mean(by_seed: dict) -> str:
-        return f"{np.mean(list(by_seed.values())):.4f}"
-
     rows = []
     for arm in c["arms"]:
-        params, rms = c["final"][arm].get("params") or {}, c["final"][arm]["rms"]
-        speed = (c["speed"].get(arm) or {}).get("ratio")
-        row = [arm, *(f"{params[k]:,}" if k in params else "-" for k in ("input", "total"))]
-        row.append(f"{params['input_percent_of_stock']:.1f}%" if "input_percent_of_stock" in params else "-")
-        row.append(f"{speed['mean']:.2f}x" if speed else "-")
-        row += [mean(rms["first"]), mean(rms["last"])] if rms else ["-", "-"]
-        row.append(f"{rms['ratio']['mean']:.2f}x" if rms and rms["ratio"] else "-")
-        rows.append(row)
-    return Table(
-        "Parameters, speed, drift of the table's RMS",
-        ["arm", "input side", "total", "of stock", "tokens/s", "rms first", "last", "drift"],
-        rows,
-        note=f"of stock: input side against a learned table; tokens/s: against {c['baseline']}, "
-        "medians of the runs themselves (a benchmark pairs its sides more tightly).",
+        params, rms = c["final"][arm].get("params") or {}, c["final"][arm]["rms"] or {}
+        speed = (c["speed"].get(arm) or {}).get("ratio") or {}
+        row = [arm, dash(params.get("input"), ","), dash(params.get("total"), ",")]
+        ends = [float(np.mean(list(rms[end].values()))) if rms else None for end in ("first", "last")]
+        more = [(params.get("input_percent_of_stock"), ".1f", "%"), (speed.get("mean"), ".2f", "x")]
+        more += [(x, ".4f", "") for x in ends] + [((rms.get("ratio") or {}).get("mean"), ".2f", "x")]
+        rows.append(row + [dash(x, form) + unit * (x is not None) for x, form, unit in more])
+    note = (
+        f"of stock: input side against a learned table; tokens/s: against {c['baseline']}, "
+        "medians of the runs themselves (a benchmark pairs its sides more tightly)."
     )
+    header = ["arm", "input side", "total", "of stock", "tokens/s", "rms first", "last", "drift"]
+    return Table("Parameters, speed, drift of the table's RMS", header, rows, note=note)
 
 
 def arm_table(c: dict) -> Table:
@@ -141,8 +125,7 @@ def frequency_table(by_arm: dict[str, list], side: str, over: str, where: str) -
     for k, bucket in enumerate(by_arm[arms[0]] if arms else []):
         gains = [with_sign(by_arm[arm][k]["mean"], 3) for arm in arms]
         rows.append([f"{bucket['count']:,}", f"{bucket['tokens']:,}", *gains])
-    what = {"input": "read", "target": "predicted"}[side]
-    title = f"Gain over {over} by training count of the token {what}, {where}"
+    title = f"Gain over {over} by training count of the token {SIDES[side]}, {where}"
     note = "count: powers of 4, from this one to the next, in the first 100M training tokens; tokens: of the validation."
     return Table(title, ["count", "tokens", *arms], rows, left=0, note=note)
 
@@ -176,24 +159,18 @@ def as_text(c: dict) -> str:
     """The whole comparison for a terminal, at most 110 columns."""
     parts = [t.text() for t in tables(c)]
     parts += [textwrap.fill(s, 108) for s in findings(c)]
-    parts.append("What this can say\n" + "\n".join(bullet(s) for s in c["claims"]))
+    parts.append("What this can say\n" + bullets(c["claims"]))
     if all_notes(c):
-        parts.append("Notes\n" + "\n".join(bullet(s) for s in all_notes(c)))
+        parts.append("Notes\n" + bullets(all_notes(c)))
     return "\n\n".join(parts)
 
 
 def as_markdown(c: dict, provenance: list[str]) -> str:
     """The whole comparison as a page beside curves.svg."""
-
-    def listed(heading: str, items: list[str]) -> str:
-        return f"## {heading}\n\n" + "\n".join(f"- {escaped(s)}" for s in items)
-
     parts = ["# The arms compared", *(t.markdown() for t in tables(c)), *map(escaped, findings(c))]
     parts.append("![Validation loss, gain and training loss](curves.svg)")
-    parts.append(listed("What this can say", c["claims"]))
-    if all_notes(c):
-        parts.append(listed("Notes", all_notes(c)))
-    parts.append(listed("Provenance", provenance))
+    lists = {"What this can say": c["claims"], "Notes": all_notes(c), "Provenance": provenance}
+    parts += [markdown_list(heading, items) for heading, items in lists.items() if items]
     return "\n\n".join(parts) + "\n"
 
 
