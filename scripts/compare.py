@@ -56,37 +56,31 @@ def write_experiment(exp: experiment.Experiment, file: Path, out: Path, made: di
 
 def main(argv=None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "paths", nargs="*", help="run folders, folders that hold runs, or one experiment's file"
-    )
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs of a wandb project instead")
-    parser.add_argument("--wandb-group", metavar="GROUP", help="only the runs of this wandb group")
-    parser.add_argument(
-        "--baseline", default="bpe_tied", help="arm that the others are compared with (%(default)s)"
-    )
-    parser.add_argument(
-        "--allow-unfinished", action="store_true", help="compare at the last step that all have reached"
-    )
-    parser.add_argument(
-        "--out", help="folder that gets compare/ (default: the first path), or an experiment's report"
-    )
+    add = parser.add_argument
+    add("paths", nargs="*", help="run folders, folders that hold runs, or one experiment's file")
+    add("--wandb", metavar="ENTITY/PROJECT", help="read the runs of a wandb project instead")
+    add("--wandb-group", metavar="GROUP", help="only the runs of this wandb group")
+    add("--baseline", default="bpe_tied", help="arm that the others are compared with (%(default)s)")
+    add("--allow-unfinished", action="store_true", help="compare at the last step that all have reached")
+    out = "folder that gets compare/ (default: the first path), or an experiment's report"
+    add("--out", type=Path, help=out)
     args = parser.parse_args(argv)
     if bool(args.paths) == bool(args.wandb):
         parser.error("give run folders, or --wandb entity/project")
     with sentences():
         if len(args.paths) == 1 and experiment.is_experiment(args.paths[0]):
             exp = experiment.read(args.paths[0])
-            out = Path(args.out or (experiment.ROOT / exp.records).parent)
+            out = args.out or (experiment.ROOT / exp.records).parent
             c = write_experiment(exp, Path(args.paths[0]), out, provenance.provenance(__file__, argv))
             report.say(fair_report.as_text(c))
             report.say(f"\nreport  {out / 'README.md'}")
             return
         if args.wandb:
             runs = load_wandb(args.wandb, args.wandb_group)
-            out = Path(args.out or Path("out") / args.wandb.replace("/", "_"))
+            out = args.out or Path("out") / args.wandb.replace("/", "_")
         else:
             runs = [load_folder(f) for f in find_run_folders(args.paths)]
-            out = Path(args.out or default_out(args.paths))
+            out = args.out or default_out(args.paths)
         c = numbers.compare(runs, args.baseline, args.allow_unfinished)
         page = write_comparison(c, runs, out, provenance.command(__file__, argv))
         folder = out / "compare"

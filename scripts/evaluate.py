@@ -129,14 +129,8 @@ def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda token
         raise RunError(
             f"{task['name']}: a loss is not finite in {args.dtype}; take --dtype=float32 or bfloat16"
         )
-    result = {
-        "id": [],
-        "acc": [],
-        "acc_norm": [],
-        "bpb": [],
-        "too_long": len(task["items"]) - len(fits),
-        "cut": 0,
-    }
+    result = {"id": [], "acc": [], "acc_norm": [], "bpb": []}
+    result |= {"too_long": len(task["items"]) - len(fits), "cut": 0}
     k = 0
     for item in fits:
         answers = [answer for _, answer in item["choices"]]
@@ -260,38 +254,32 @@ def make_tables(by_model: dict, tasks: list[dict], arms: list[str], comparisons:
             p = float(np.mean(list(of[own].values())))
             error = f"{100 * math.sqrt(p * (1 - p) / n):.1f}"
             rows.append([task["name"], arm, items, acc, norm, bpb, own, f"{100 * chance(task):.1f}", error])
-    tables = [
-        Table(
-            "Benchmark tasks",
-            "task|arm|items|acc, %|acc_norm, %|bits per byte|task's own|chance|± SE".split("|"),
-            rows,
-            left=2,
-            note="Mean ± SD over seeds. bits per byte of the right answer, mean over items; lower is better. ± SE: "
-            "standard error of the task's own accuracy from the number of items alone. A model near chance guesses: its "
-            "accuracy says nothing yet, its bits per byte do.",
-        )
-    ]
+    header = "task|arm|items|acc, %|acc_norm, %|bits per byte|task's own|chance|± SE".split("|")
+    note = (
+        "Mean ± SD over seeds. bits per byte of the right answer, mean over items; lower is better. ± SE: standard error of "
+        "the task's own accuracy from the number of items alone. A model near chance guesses: its accuracy says nothing yet, "
+        "its bits per byte do."
+    )
+    tables = [Table("Benchmark tasks", header, rows, left=2, note=note)]
     rows = []
     for c in comparisons:
         points = [common.interval_cell(c[f"accuracy_over_{x}"], 1, 100) for x in ("items", "seeds")]
         p = " ".join([f"{m['p_value']:.2g}" for m in c["mcnemar_by_seed"].values()][:5])
         bits = [common.interval_cell(c[f"bpb_over_{x}"]) for x in ("items", "seeds")]
         rows.append([c["task"], c["arm"], c["over"], *points, p, *bits])
-    if rows:
-        tables.append(
-            Table(
-                "One arm over another, on the same items",
-                "task|arm|over|points, over items|over seeds|McNemar p|bits per byte, over items|over seeds".split(
-                    "|"
-                ),
-                rows,
-                left=3,
-                note="95% intervals; over items: bootstrap (accuracy) and t (bits per byte) of the seeds' mean, which "
-                "says what other questions would give; over seeds: t, which says what other trainings would give. "
-                "McNemar: exact, one a seed, not corrected for the number of tasks.",
-            )
+    header = (
+        "task|arm|over|points, over items|over seeds|McNemar p|bits per byte, over items|over seeds".split(
+            "|"
         )
-    return tables
+    )
+    note = (
+        "95% intervals; over items: bootstrap (accuracy) and t (bits per byte) of the seeds' mean, which says what other "
+        "questions would give; over seeds: t, which says what other trainings would give. McNemar: exact, one a seed, not "
+        "corrected for the number of tasks."
+    )
+    return tables + [
+        Table("One arm over another, on the same items", header, rows, left=3, note=note)
+    ] * bool(rows)
 
 
 def draw(by_model: dict, tasks: list[dict], arms: list[str]):
@@ -338,27 +326,14 @@ def arguments(argv):
     parser = Parser(__doc__)
     common.add_arguments(parser)
     add = parser.add_argument
-    add(
-        "--tasks",
-        type=names,
-        default="hellaswag,lambada,piqa,arc_easy,winogrande",
-        help="with commas (%(default)s)",
-    )
-    add(
-        "--limit",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="N items of each task, evenly spread, for a quick look",
-    )
-    formats = ("auto", "float32", "bfloat16", "float16")
+    tasks, formats = "hellaswag,lambada,piqa,arc_easy,winogrande", ("auto", "float32", "bfloat16", "float16")
+    add("--tasks", type=names, default=tasks, help="with commas (%(default)s)")
+    few = "N items of each task, evenly spread, for a quick look"
+    add("--limit", type=whole(0), default=0, metavar="N", help=few)
     add("--dtype", default="float32", choices=formats, help="of the matmuls (%(default)s)")
     add("--batch_tokens", type=whole(1), default=8192, help="tokens in a batch (%(default)s)")
-    add(
-        "--no-eot",
-        action="store_true",
-        help="do not open each context with end-of-text, as training did each document",
-    )
+    alone = "do not open each context with end-of-text, as training did each document"
+    add("--no-eot", action="store_true", help=alone)
     add("--tokenizer", default="", help="of weights that come without one (gpt2)")
     add("--wandb", action="store_true", help="add the figures to the runs on wandb")
     return parser.parse_args(argv)

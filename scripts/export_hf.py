@@ -10,7 +10,6 @@ transformers installed the exported folder is loaded back and its logits are com
 to 1e-4.
 """
 
-import argparse
 import shutil
 import sys
 from itertools import pairwise
@@ -26,6 +25,7 @@ from data.files import write_json, write_text
 from engine.errors import RunError, sentences
 from kronecker.tokens import byte_level_alphabet
 from sample import load_run
+from scripts.arguments import Parser
 
 # transformers keeps these (in, out), as GPT-2's first code did
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -41,9 +41,8 @@ def gpt2_weights(model) -> tuple[dict[str, torch.Tensor], bool]:
     for name, tensor in state.items():
         if name.startswith(("transformer.wpe.", "transformer.h.", "transformer.ln_f.")):
             weights[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
-            if (
-                not config.bias and ".wpe." not in name
-            ):  # transformers' GPT-2 has biases; zeros change nothing
+            if not config.bias and ".wpe." not in name:
+                # transformers' GPT-2 has biases; zeros change nothing
                 weights[name.removesuffix("weight") + "bias"] = torch.zeros(tensor.size(0))
     tied = model.lm_head is None and model.head_scale is None and config.wte_norm == "none"
     if model.lm_head is not None:
@@ -79,9 +78,8 @@ def tokenizer_json(backend) -> str | None:
     if hasattr(backend, "to_str"):
         return backend.to_str()
     if isinstance(backend, list):  # characters
-        made = Tokenizer(
-            models.WordLevel({piece.decode(): i for i, piece in enumerate(backend)}, unk_token="")
-        )
+        ids = {piece.decode(): i for i, piece in enumerate(backend)}
+        made = Tokenizer(models.WordLevel(ids, unk_token=""))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
         return made.to_str()
@@ -93,12 +91,9 @@ def tokenizer_json(backend) -> str | None:
             left, right = last_merge(piece, rank, ranks)
             merges.append((spelled[left], spelled[right]))
     made = Tokenizer(models.BPE({spelled[piece]: rank for piece, rank in ranks.items()}, merges))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(backend._pat_str), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(backend._pat_str), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(sorted(backend._special_tokens, key=backend._special_tokens.get))
     exact = all(made.token_to_id(text) == i for text, i in backend._special_tokens.items())
@@ -154,16 +149,12 @@ def export(run_dir, out_dir, which: str = "latest") -> str:
         else:
             end = None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
             write_text(unfinished / "tokenizer.json", description)
-            write_json(
-                unfinished / "tokenizer_config.json",
-                {
-                    "tokenizer_class": "PreTrainedTokenizerFast",
-                    "model_max_length": model.config.block_size,
-                    "clean_up_tokenization_spaces": False,
-                    "eos_token": end,
-                    "bos_token": end,
-                },
-            )
+            about = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": model.config.block_size,
+            }
+            about |= {"clean_up_tokenization_spaces": False, "eos_token": end, "bos_token": end}
+            write_json(unfinished / "tokenizer_config.json", about)
         try:
             if sys.flags.optimize > 1:
                 raise ImportError("transformers does not load under python -OO")
@@ -172,9 +163,8 @@ def export(run_dir, out_dir, which: str = "latest") -> str:
             said.append(f"logits not compared ({error})")
         else:
             if not difference <= TOLERANCE:
-                raise RunError(
-                    f"the exported logits differ from the run's by {difference:.1e}, over {TOLERANCE:.0e}"
-                )
+                differ = f"by {difference:.1e}, over {TOLERANCE:.0e}"
+                raise RunError(f"the exported logits differ from the run's {differ}")
             said.append(f"logits equal to {difference:.1e}")
         if out_dir.exists():
             out_dir.rmdir()
@@ -185,9 +175,7 @@ def export(run_dir, out_dir, which: str = "latest") -> str:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="export_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--which", default="latest", help="checkpoint: latest, best, or a step's number")
