@@ -174,6 +174,11 @@ def test_the_report_says_it_with_intervals(ladder, tmp_path):
     assert f"({gain['low']:+.4f} to {gain['high']:+.4f}, 5 seeds" in " ".join(text.split())
     assert "the tuned bpe_untied is beaten by kronecker_rank4" in " ".join(text.split())
     assert "does not cross zero between 1.05M and 16.8M tokens" in " ".join(text.split())
+    double = math.log(2) * c["gap"]["fit"]["ln_tokens"]["mean"]
+    assert (
+        f"changes by {double:+.4f} nats" in " ".join(text.split())
+        and "with twice the training tokens" in text
+    )
     figures = fair_figures.draw(c, tmp_path)
     assert list(figures) == ["gap", "learning_rates", "frequency"]
     assert all((tmp_path / f"{name}.svg").is_file() for name in figures)

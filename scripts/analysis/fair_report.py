@@ -1,5 +1,7 @@
 """An experiment's numbers (fair.numbers) as tables, findings and limits: results/NAME/README.md."""
 
+import math
+
 import numpy as np
 
 from scripts import experiment
@@ -170,10 +172,11 @@ def gap_findings(c: dict) -> list[str]:
     pair, fit = f"{g['arm']} over {g['over']}", g["fit"]
     if fit is None:
         return [f"The gap ({pair}) is not fitted: {g['reason']}."]
-    terms = {"ln_tokens": "each e-fold of training tokens", "ln_body": "each e-fold of body parameters"}
-    slopes = [
-        f"by {with_sign(fit[k]['mean'])} nats ({span(fit[k])}) with {w}" for k, w in terms.items() if k in fit
-    ]
+    terms = {"ln_tokens": "training tokens", "ln_body": "parameters in the body"}
+    double = {
+        k: {end: math.log(2) * fit[k][end] for end in ("mean", "low", "high")} for k in terms if k in fit
+    }
+    slopes = [f"{with_sign(x['mean'])} nats ({span(x)}) with twice the {terms[k]}" for k, x in double.items()]
     exact = fit["cells"] == fit["terms"]
     miss = (
         "all of which it meets by construction"
@@ -181,7 +184,7 @@ def gap_findings(c: dict) -> list[str]:
         else f"which it misses by at most {fit['largest_miss']:.4f} nats"
     )
     says = [
-        f"The gap ({pair}, own best settings) changes {' and '.join(slopes)}, in a fit to {fit['cells']} cells, {miss}. "
+        f"The gap ({pair}, own best settings) changes by {' and by '.join(slopes)}, in a fit to {fit['cells']} cells, {miss}. "
         "Its intervals hold the chance of seeds, not of the form of the fit."
     ]
     if h := g["held_out"]:
