@@ -6,8 +6,8 @@
     python scripts/matched.py config/experiments/ladder.py --jobs=2 --minutes=60
 
 Runs that are finished are left alone and interrupted ones go on, so the same command can be given again at
-any time. --check proves that the runs will match, and trains nothing. Keys that are not named here go to
-train.py as they are.
+any time. --check proves that the runs will match, and trains nothing. Any other --key=value goes to train.py
+as it is.
 """
 
 import json
