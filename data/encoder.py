@@ -6,7 +6,10 @@ Whatever encodes, these documents must also come back from their ids, or the ids
 """
 
 import base64
+import itertools
 import json
+import math
+import os
 import tempfile
 import threading
 import unicodedata
@@ -15,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError
+from data.shards import dtype_for
 from data.tokenizers import END_OF_TEXT, clean_text
 
 # gigatoken's names for the ways in which tiktoken's encodings split text into pieces
@@ -25,8 +29,10 @@ SCHEMES = {
     "o200k_base": "o200k",
     "o200k_harmony": "o200k",
 }
-# gigatoken remembers every piece that it has met, up to ten bytes a byte of text; a fresh one takes 0.1 s
-FRESH_AFTER = 1 << 26  # characters
+# gigatoken remembers every piece that it has met: a sixth of a byte a byte of real text, ten of the worst. So a new
+# one takes over, at most so often, where this process has outgrown its room.
+FRESH_AFTER = 1 << 26  # bytes of text
+ROOM = 1 << 30  # bytes of memory
 PROBES = [
     "",
     " ",
@@ -49,50 +55,46 @@ class Encoder:
 
     def __init__(self, tokenizer, fast: bool = True):
         self.tokenizer = tokenizer
-        self.dtype = np.dtype("<u2") if tokenizer.n_vocab <= 2**16 else np.dtype("<u4")
+        self.dtype = dtype_for(tokenizer.n_vocab)
         self._fast, self._make_fast = gigatoken_for(tokenizer) if fast else (None, None)
         self._bytes = [piece or b"" for piece in tokenizer.token_bytes()]
         self._encoded, self._lock = 0, threading.Lock()
         self.library = "gigatoken" if self._fast else type(tokenizer.backend).__module__.partition(".")[0]
 
-    def encode(self, texts: list[str], opens: list[bool], checked=lambda k: False) -> tuple[np.ndarray, int]:
+    def encode(self, texts: list[str], opens: list[bool], checked=()) -> tuple[np.ndarray, int]:
         """Ids of the texts, (n,) uint16, or uint32 for n_vocab > 65536; and how many texts no library could encode.
 
         opens: which texts open a document and so get an end-of-text in front; the others are its later parts.
-        checked: whether text k is held against the tokenizer's own library and its own bytes.
+        checked: numbers of the texts that are held against the tokenizer's own library and their own bytes.
         Raises DataError at the first difference.
         """
-        texts = [clean_text(text) for text in texts]
-        parts = self._encode_fast(texts) if self._fast is not None and texts else None
-        if parts is None:
-            parts = [self._encode_slowly(text) for text in texts]
-        else:
-            for k, text in enumerate(texts):
-                if checked(k):
-                    self._compare(text, parts[k])
-        eot, unk = np.array([self.tokenizer.eot], self.dtype), self.tokenizer.unk
+        contents = [utf8(text) for text in texts]
+        parts = (self._fast and self._encode_fast(contents)) or [self._encode_slowly(text) for text in texts]
+        unk, eot = self.tokenizer.unk, np.array([self.tokenizer.eot], self.dtype)
+        for k in checked:
+            if self._fast:
+                self._compare(texts[k], parts[k])
+        lossy = () if unk is None else [k for k, ids in enumerate(parts) if ids is not None and unk in ids]
+        for k in sorted({*(k for k in checked if opens[k]), *lossy}):
+            self._read_back(contents[k], parts[k])
         done = [np.empty(0, self.dtype)]
-        for k, (ids, opening) in enumerate(zip(parts, opens, strict=True)):
+        for ids, opening in zip(parts, opens, strict=True):
             if ids is not None:
-                if (checked(k) and opening) or (unk is not None and unk in ids):
-                    self._read_back(texts[k], ids)
                 done += [eot, ids] if opening else [ids]
         return np.concatenate(done), sum(ids is None for ids in parts)
 
-    def _encode_fast(self, texts: list[str]) -> list[np.ndarray] | None:
+    def _encode_fast(self, contents: list[bytes]) -> list[np.ndarray] | None:
         """Ids of each text, or None where gigatoken fails, which is for the slow way to look into."""
         with self._lock:
-            self._encoded += sum(map(len, texts))
-            if self._encoded > FRESH_AFTER:
+            self._encoded += sum(map(len, contents))
+            if self._encoded > FRESH_AFTER and resident_bytes() > ROOM:
                 self._fast, self._encoded = self._make_fast(), 0
             fast = self._fast
         try:
-            batch = fast.encode_batch(texts, parallel=False)
+            return _encode_batch(fast, contents, self.dtype)
         except BaseException as error:
             _let_pass(error)
             return None
-        ids = np.asarray(batch.layout.content.data).astype(self.dtype)
-        return [ids[a:b] for a, b in zip(*_edges(batch), strict=True)]
 
     def _encode_slowly(self, text: str) -> np.ndarray | None:
         try:
@@ -103,7 +105,7 @@ class Encoder:
 
     def _compare(self, text: str, ids: np.ndarray) -> None:
         own = self._encode_slowly(text)
-        if own is None or np.array_equal(own, ids):
+        if own is None or ids is None or np.array_equal(own, ids):
             return
         same = np.append(own[: len(ids)] == ids[: len(own)], False).argmin()
         around = self.tokenizer.decode(own[max(0, same - 5) : same + 5].tolist())
@@ -112,9 +114,12 @@ class Encoder:
             "delete what is there and run again with --plain, which does without gigatoken; and please report it"
         )
 
-    def _read_back(self, text: str, ids: np.ndarray) -> None:
+    def _read_back(self, content: bytes, ids: np.ndarray) -> None:
         """A tokenizer that loses text is refused: its losses per byte, and its tokens' bytes, would mean nothing."""
-        back = b"".join([self._bytes[i] for i in ids.tolist()]).decode("utf-8", "replace")
+        found = content if ids is None else b"".join([self._bytes[i] for i in ids.tolist()])
+        if found == content:
+            return
+        back, text = found.decode("utf-8", "replace"), content.decode()
         # some tokenizers open each text with a space, some compose letters and their accents: nothing is lost
         if _essence(back) != _essence(text):
             k = next(
@@ -134,9 +139,27 @@ def may_cut(tokenizer) -> bool:
     return list(whole) == [i for part in parts for i in tokenizer.encode(f"{part}cut")]
 
 
-def _edges(batch) -> tuple[list[int], list[int]]:
-    offsets = np.asarray(batch.layout.offsets.data)
-    return offsets[:-1].tolist(), offsets[1:].tolist()
+def utf8(text: str) -> bytes:
+    """The text as bytes; surrogate pairs are joined, and lone surrogates, which no encoding can write, as U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return clean_text(text).encode()
+
+
+def resident_bytes() -> float:
+    """Memory that this process holds; infinity where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return math.inf
+
+
+def _encode_batch(fast, contents: list[bytes], dtype) -> list[np.ndarray]:
+    # parallel: threads that encode at a time do not wait for each other, and megabytes at once take several
+    layout = fast.encode_batch(contents, parallel=True).layout
+    ids, edges = np.asarray(layout.content.data).astype(dtype), np.asarray(layout.offsets.data).tolist()
+    return [ids[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def _essence(text: str) -> str:
@@ -151,11 +174,10 @@ def _let_pass(error: BaseException) -> None:
 
 def gigatoken_for(tokenizer) -> tuple:
     """A gigatoken.Tokenizer of the same ids and a function that makes more; (None, None) where there is none."""
-    nothing = None, None
     try:
         import gigatoken
     except ImportError:  # no wheel for this machine
-        return nothing
+        return None, None
     kind = tokenizer.spec["kind"]
     if kind == "hf":
         description = json.dumps(_without_specials(json.loads(tokenizer.backend.to_str())))
@@ -173,26 +195,19 @@ def gigatoken_for(tokenizer) -> tuple:
                 # without special tokens: their text in a document is only text
                 return gigatoken.Tokenizer.from_tiktoken(path, scheme, {})
     else:
-        return nothing
+        return None, None
     try:
-        batch = (fast := make()).encode_batch(PROBES, parallel=False)
-        ids = np.asarray(batch.layout.content.data)
+        found = _encode_batch(fast := make(), [utf8(text) for text in PROBES], np.int64)
         same = all(
-            ids[a:b].tolist() == list(tokenizer.encode(text))
-            for text, a, b in zip(PROBES, *_edges(batch), strict=True)
+            ids.tolist() == list(tokenizer.encode(text)) for text, ids in zip(PROBES, found, strict=True)
         )
     except BaseException as error:  # a kind of tokenizer that it does not know
         _let_pass(error)
-        return nothing
-    return (fast, make) if same else nothing
+        return None, None
+    return (fast, make) if same else (None, None)
 
 
 def _without_specials(description: dict) -> dict:
     """A tokenizer.json that takes the text of special tokens as text, cuts nothing off and adds nothing."""
     added = [token for token in description.get("added_tokens") or [] if not token["special"]]
-    return description | {
-        "added_tokens": added,
-        "truncation": None,
-        "padding": None,
-        "post_processor": None,
-    }
+    return description | {"added_tokens": added, "truncation": None, "padding": None, "post_processor": None}

@@ -34,12 +34,8 @@ CHECK_ONE_IN = 100  # of the documents, beside all of the first block, see data.
 def encode_block(encoder: Encoder, payload: tuple, column: str, number: int) -> tuple:
     """Tokens of the `number`-th block read, its rows skipped by reason, and its characters of text."""
     texts, opens, skipped = read_payload(payload, column)
-
-    def checked(
-        k: int,
-    ) -> bool:  # 37 and 100 have no factor in common, so blocks of one document get their turn
-        return number == 0 or (37 * number + k) % CHECK_ONE_IN == 0
-
+    # 37 and 100 have no factor in common, so blocks of one document get their turn
+    checked = range(-37 * number % CHECK_ONE_IN, len(texts), CHECK_ONE_IN) if number else range(len(texts))
     tokens, skipped["not_encodable"] = encoder.encode(texts, opens, checked)
     return tokens, skipped, sum(map(len, texts))
 

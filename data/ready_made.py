@@ -52,8 +52,7 @@ def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: 
             if record is None or not is_whole(out_dir, record):
                 print(f"{number + 1} of {len(wanted)}: {name}", flush=True)
                 record = _retrying(
-                    lambda name=name: fetch_one(repo, name, remote[name], out_dir, tokenizer),
-                    retries,
+                    lambda name=name: fetch_one(repo, name, remote[name], out_dir, tokenizer), retries
                 )
             meta["shards"].append(record)
             shards = meta["shards"]

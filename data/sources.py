@@ -23,6 +23,11 @@ from pathlib import Path
 
 from data import DataError
 
+try:
+    import orjson
+except ImportError:
+    orjson = None
+
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 27  # bytes of a JSON line; what is longer is left out, so that memory has a limit
 LONGEST_PART = 1 << 22  # bytes of a text without a place for a cut, behind which it is cut all the same
@@ -78,7 +83,7 @@ def read_payload(payload: tuple, column: str) -> tuple[list[str], list[bool], di
             if not line or line.isspace():
                 continue
             try:
-                row = json.loads(line.decode().removeprefix("\ufeff"))
+                row = parsed_json(line.removeprefix(codecs.BOM_UTF8))
             except UnicodeDecodeError:
                 skipped["not_utf8"] += 1
             except (ValueError, RecursionError):
@@ -91,6 +96,16 @@ def read_payload(payload: tuple, column: str) -> tuple[list[str], list[bool], di
     skipped["empty"] = sum(1 for text in rows if text == "")
     skipped["not_text"] = len(rows) - len(texts) - skipped["empty"]
     return texts, [True] * len(texts), skipped
+
+
+def parsed_json(line: bytes):
+    """orjson takes part of what json takes, so what it refuses is for json to judge (a lone surrogate, NaN, ...)."""
+    if orjson is not None:
+        try:
+            return orjson.loads(line)
+        except ValueError:
+            pass
+    return json.loads(line.decode())
 
 
 def local_blocks(

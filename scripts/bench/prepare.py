@@ -172,9 +172,8 @@ def stages(source: Path, packed: Path | None, scratch: Path) -> dict[str, float]
     while (block := spent("reading", next, blocks, None)) is not None:
         texts, opens, _ = spent("parsing", read_payload, block.payload, "text")
         ids, _ = spent("encoding", encoder.encode, texts, opens)
-        for k, text in enumerate(texts):
-            if (37 * number + k) % CHECK_ONE_IN == 0:
-                spent("checking", encoder.tokenizer.encode, text)
+        for text in texts[-37 * number % CHECK_ONE_IN :: CHECK_ONE_IN]:
+            spent("checking", encoder.tokenizer.encode, text)
         spent("writing", shard.take, ids, encoder.tokenizer.eot)
         number += 1
     spent("writing", shard.finish)
