@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError
-from data.shards import dtype_for
+from data.meta import dtype_for
 from data.tokenizers import END_OF_TEXT, clean_text
 
 # gigatoken's names for the ways in which tiktoken's encodings split text into pieces
@@ -70,13 +70,14 @@ class Encoder:
         """
         contents = [utf8(text) for text in texts]
         parts = (self._fast and self._encode_fast(contents)) or [self._encode_slowly(text) for text in texts]
-        unk, eot = self.tokenizer.unk, np.array([self.tokenizer.eot], self.dtype)
         for k in checked:
-            if self._fast:
-                self._compare(texts[k], parts[k])
-        lossy = () if unk is None else [k for k, ids in enumerate(parts) if ids is not None and unk in ids]
+            if parts[k] is not None:
+                self._compare(texts[k], parts[k].tolist())
+        unk, eot = self.tokenizer.unk, np.array([self.tokenizer.eot], self.dtype)
+        lossy = [] if unk is None else [k for k, ids in enumerate(parts) if ids is not None and unk in ids]
         for k in sorted({*(k for k in checked if opens[k]), *lossy}):
-            self._read_back(contents[k], parts[k])
+            if parts[k] is not None:
+                self._read_back(contents[k], parts[k].tolist())
         done = [np.empty(0, self.dtype)]
         for ids, opening in zip(parts, opens, strict=True):
             if ids is not None:
@@ -97,39 +98,44 @@ class Encoder:
             return None
 
     def _encode_slowly(self, text: str) -> np.ndarray | None:
+        own = self._own(text)
+        return None if own is None else np.array(own, self.dtype)
+
+    def _own(self, text: str) -> list[int] | None:
         try:
-            return np.array(self.tokenizer.encode(text), self.dtype)
+            return self.tokenizer.encode(text)
         except BaseException as error:  # tiktoken panics on megabytes of mixed white space, outside Exception
             _let_pass(error)
             return None
 
-    def _compare(self, text: str, ids: np.ndarray) -> None:
-        own = self._encode_slowly(text)
-        if own is None or ids is None or np.array_equal(own, ids):
+    def _compare(self, text: str, ids: list[int]) -> None:
+        own = self._own(text) if self._fast else None
+        if own is None or own == ids:
             return
-        same = np.append(own[: len(ids)] == ids[: len(own)], False).argmin()
-        around = self.tokenizer.decode(own[max(0, same - 5) : same + 5].tolist())
+        same = _first_difference(own, ids)
         raise DataError(
-            f"gigatoken and the tokenizer's own library disagree at token {same:,} of a document, near {around!r}: "
-            "delete what is there and run again with --plain, which does without gigatoken; and please report it"
+            f"gigatoken and the tokenizer's own library disagree at token {same:,} of a document, near "
+            f"{self.tokenizer.decode(own[max(0, same - 5) : same + 5])!r}: delete what is there and run again with "
+            "--plain, which does without gigatoken; and please report it"
         )
 
-    def _read_back(self, content: bytes, ids: np.ndarray) -> None:
+    def _read_back(self, content: bytes, ids: list[int]) -> None:
         """A tokenizer that loses text is refused: its losses per byte, and its tokens' bytes, would mean nothing."""
-        found = content if ids is None else b"".join([self._bytes[i] for i in ids.tolist()])
+        found = b"".join([self._bytes[i] for i in ids])
         if found == content:
             return
         back, text = found.decode("utf-8", "replace"), content.decode()
         # some tokenizers open each text with a space, some compose letters and their accents: nothing is lost
         if _essence(back) != _essence(text):
-            k = next(
-                (k for k, (a, b) in enumerate(zip(back, text, strict=False)) if a != b),
-                min(len(back), len(text)),
-            )
+            k = _first_difference(back, text)
             raise DataError(
                 f"the tokenizer {self.tokenizer.name} does not give the text back: {text[max(0, k - 10) : k + 30]!r} "
                 f"became {back[max(0, k - 10) : k + 30]!r}; take another, a byte-level one such as gpt2"
             )
+
+
+def _first_difference(a, b) -> int:
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def may_cut(tokenizer) -> bool:

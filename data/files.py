@@ -95,6 +95,13 @@ def plain_name(name: str) -> str:
     return name
 
 
+def folder_lock(folder: Path) -> "Lock":
+    """Make a folder and hold it until this process is done or dead; DataError if another one prepares it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    refusal = f"another run is preparing {folder} at this moment: wait for it, or take another --out-dir"
+    return Lock(folder / "prepare.lock", refusal)
+
+
 class Lock:
     """Keeps other processes out for as long as this one lives, or until the lock is closed.
 

@@ -71,7 +71,7 @@ def read_through(path: Path, eot: int | None = None) -> tuple[ContentSchema, int
 
 
 def shard_record(path: Path, split: str, eot: int | None = None) -> dict:
-    """A shard's entry in meta.json's list."""
+    """A shard's entry in meta.json's list, from a reading of the whole; documents are counted where there is an eot."""
     content, documents = read_through(path, eot)
     record = {"file": path.name, "split": split, "tokens": content.tokens, "sha256": content.sha256}
     return record if eot is None else record | {"documents": documents}

@@ -167,12 +167,6 @@ class _Files:
             file = self._open[shard] = open(self._shards[shard].path, "rb", buffering=0)  # noqa: SIM115
         return file
 
-    def __getstate__(self):
-        return {"_shards": self._shards}
-
-    def __setstate__(self, state):
-        self.__init__(state["_shards"])
-
 
 def _open_files_limit() -> int:
     """How many files this process may have open at once (`ulimit -n`; 256 on macOS)."""

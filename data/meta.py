@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field
 
 from data import DataError
@@ -165,13 +166,8 @@ def _read_nanogpt_meta(path: Path) -> dict:
             raw = _PlainUnpickler(file).load()
         n = int(raw["vocab_size"])
         if "itos" not in raw and n > 0:  # all that nanoGPT's train.py asks for
-            return {
-                "format": FORMAT,
-                "dataset": path.parent.name,
-                "complete": True,
-                "tokenizer": None,
-                "vocab_size": n,
-            }
+            about = {"format": FORMAT, "dataset": path.parent.name, "complete": True}
+            return about | {"tokenizer": None, "vocab_size": n}
         characters = [raw["itos"][i] for i in range(n)]
         if not characters or not all(isinstance(c, str) for c in characters):
             raise KeyError("itos")
@@ -181,6 +177,25 @@ def _read_nanogpt_meta(path: Path) -> dict:
             f"data again"
         ) from error
     return characters_meta(path.parent.name, characters)
+
+
+def dtype_for(n_vocab: int) -> np.dtype:
+    """The narrowest token type that holds every id of a vocabulary."""
+    return np.dtype("<u2") if n_vocab <= 2**16 else np.dtype("<u4")
+
+
+def new_meta(dataset: str, tokenizer, **more) -> dict:
+    """The beginning of a set's description, with what its tokenizer says. more: further keys, or others' values."""
+    return {
+        "format": FORMAT,
+        "dataset": dataset,
+        "complete": True,
+        "tokenizer": tokenizer.spec,
+        "vocab_size": tokenizer.n_vocab,
+        "eot": tokenizer.eot,
+        "dtype": dtype_for(tokenizer.n_vocab).name,
+        "byte_lengths": tokenizer.byte_lengths().tolist(),
+    } | more
 
 
 def characters_meta(dataset: str, characters: list[str]) -> dict:

@@ -19,16 +19,13 @@ import numpy as np
 
 from data import DataError
 from data.encoder import Encoder
-from data.files import Lock, flush, publish, sha256
-from data.meta import FORMAT, META_NAME, read_meta, versions, write_meta
+from data.files import flush, folder_lock, publish, sha256
+from data.meta import META_NAME, new_meta, read_meta, versions, write_meta
 from data.progress import Progress
-from data.shards import MAX_TOKENS, dtype_for, header_bytes, open_shard
+from data.shards import MAX_TOKENS, header_bytes, open_shard
 from data.sources import SKIP_REASONS, Block, read_payload
 
 CHECK_ONE_IN = 100  # of the documents, beside all of the first block, see data.encoder
-
-
-# ---------------------------------------------------------------------------------------------- in parallel
 
 
 def encode_block(encoder: Encoder, payload: tuple, column: str, number: int) -> tuple:
@@ -58,9 +55,6 @@ def in_order(blocks: Iterator[Block], work: Callable, workers: int) -> Iterator[
             yield first, future.result()
     finally:
         threads.shutdown(cancel_futures=True)
-
-
-# --------------------------------------------------------------------------------------------- one shard
 
 
 class OpenShard:
@@ -102,15 +96,6 @@ class OpenShard:
         self.temporary.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------ the set
-
-
-def folder_lock(folder: Path) -> Lock:
-    """Hold a folder until this process is done or dead; DataError if another one has it."""
-    refusal = f"another run is preparing {folder} at this moment: wait for it, or take another --out-dir"
-    return Lock(folder / "prepare.lock", refusal)
-
-
 def prepare_shards(
     out_dir: Path,
     prefix: str,
@@ -136,26 +121,20 @@ def prepare_shards(
     """
     if tokenizer.eot is None:
         raise DataError(f"the tokenizer {tokenizer.name} has no end-of-text token to open documents with")
-    out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
         for leftover in out_dir.glob(f"{prefix}_*_*.bin.tmp"):
             leftover.unlink()
-        meta = {
-            "format": FORMAT,
-            "dataset": prefix,
-            "complete": False,
-            "tokenizer": tokenizer.spec,
-            "vocab_size": tokenizer.n_vocab,
-            "eot": tokenizer.eot,
-            "dtype": dtype_for(tokenizer.n_vocab).name,
-            "documents": 0,
-            "tokens": {"train": 0, "val": 0},
-            "skipped": dict.fromkeys(SKIP_REASONS, 0),
-            "made": {"source": source, "val_tokens": val_tokens, "shard_tokens": shard_tokens},
-            "versions": versions("tiktoken", "tokenizers", "gigatoken"),
-            "shards": [],
-            "byte_lengths": tokenizer.byte_lengths().tolist(),
-        }
+        meta = new_meta(
+            prefix,
+            tokenizer,
+            complete=False,
+            documents=0,
+            tokens={"train": 0, "val": 0},
+            skipped=dict.fromkeys(SKIP_REASONS, 0),
+            made={"source": source, "val_tokens": val_tokens, "shard_tokens": shard_tokens},
+            versions=versions("tiktoken", "tokenizers", "gigatoken"),
+            shards=[],
+        )
         lost = _take_up(out_dir, meta)
         limit = None if max_shards is None else max_shards + 1
         progress = Progress(meta, limit, say)
@@ -253,13 +232,7 @@ def shard_name(prefix: str, number: int) -> str:
 
 
 def _make_span(
-    out_dir: Path,
-    meta: dict,
-    lost: set[str],
-    first: int,
-    stop: int | None,
-    encoded: Callable,
-    progress: Progress,
+    out_dir: Path, meta: dict, lost: set[str], first: int, stop: int | None, encoded, progress
 ) -> None:
     """Make shards first, first + 1, ... up to stop (None: to the end of the source)."""
     shards, made, eot = meta["shards"], meta["made"], meta["eot"]

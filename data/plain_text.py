@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError, console
-from data.files import Lock, expanded, write_atomic
+from data.files import expanded, folder_lock, write_atomic
 from data.identity import shard_record
-from data.meta import FORMAT, characters_meta, mark_incomplete, write_meta
-from data.shards import dtype_for
+from data.meta import characters_meta, mark_incomplete, new_meta, write_meta
 from data.sources import MARKS
 from data.tokenizers import load_tokenizer
 
@@ -60,16 +59,7 @@ def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
         tokenizer = load_tokenizer(meta["tokenizer"])
     else:
         tokenizer = load_tokenizer("gpt2")
-        meta = {
-            "format": FORMAT,
-            "dataset": name,
-            "complete": True,
-            "tokenizer": tokenizer.spec,
-            "vocab_size": tokenizer.n_vocab,
-            "eot": tokenizer.eot,
-            "dtype": dtype_for(tokenizer.n_vocab).name,
-            "byte_lengths": tokenizer.byte_lengths().tolist(),
-        }
+        meta = new_meta(name, tokenizer)
     parts = {"train": text[:cut], "val": text[cut:]}
     ids = {split: np.array(tokenizer.encode(part), "<u2") for split, part in parts.items()}
     mark_incomplete(folder, meta)  # files of two makings must not pass for a set
@@ -96,8 +86,7 @@ def main(argv: list[str] | None, folder: Path, doc: str, characters: bool) -> No
     )
     args = parser.parse_args(argv)
     with console.sentences():
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        with Lock(args.out_dir / "prepare.lock", f"another run is preparing {args.out_dir} at this moment"):
+        with folder_lock(args.out_dir):
             text = obtain(args.input, SHAKESPEARE, args.out_dir)
             meta = prepare(args.out_dir, text, args.out_dir.resolve().name, characters)
         print(

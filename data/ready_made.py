@@ -1,20 +1,21 @@
 """Sets of shards that somebody has put on the hub: downloaded, checked, and described like our own."""
 
+import itertools
 import re
-import sys
 import time
 from pathlib import Path
 
 from data import DataError, files
+from data.files import folder_lock
 from data.identity import read_through
-from data.meta import FORMAT, read_meta, write_meta
-from data.pipeline import folder_lock, is_whole
+from data.meta import new_meta, read_meta, write_meta
+from data.pipeline import is_whole
 from data.shards import find_shards, open_shard
+from data.sources import wait_or_give_up
 
 
 def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: int) -> dict:
     """Download a hub data set of ready shards, all or `max_shards` for training, checking each; returns the meta."""
-    out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
         old = read_meta(out_dir)
         if old is not None and old.get("made", {}).get("source") != {"pretokenized": repo}:
@@ -35,17 +36,8 @@ def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: 
         if not wanted or not train:
             raise DataError(f"the data set {repo} has no *_val_*.bin and *_train_*.bin shards")
         wanted += train[:max_shards]
-        meta = {
-            "format": FORMAT,
-            "dataset": repo.rpartition("/")[2],
-            "complete": False,
-            "tokenizer": tokenizer.spec,
-            "vocab_size": tokenizer.n_vocab,
-            "eot": tokenizer.eot,
-            "made": {"source": {"pretokenized": repo}, "max_shards": max_shards},
-            "shards": [],
-            "byte_lengths": tokenizer.byte_lengths().tolist(),
-        }
+        made = {"source": {"pretokenized": repo}, "max_shards": max_shards}
+        meta = new_meta(repo.rpartition("/")[2], tokenizer, complete=False, made=made, shards=[])
         tokenizer.save(out_dir)
         for number, name in enumerate(wanted):
             record = known.get(name)
@@ -112,20 +104,10 @@ def fetch_one(repo: str, name: str, sha256: str | None, folder: Path, tokenizer)
 
 def _retrying(action, retries: int, wait=time.sleep):
     """Call until it succeeds, with longer and longer waits; after `retries` failures in a row a DataError."""
-    for attempt in range(retries + 1):
+    for failures in itertools.count(1):
         try:
             return action()
         except Exception as error:  # of httpx, requests, huggingface_hub, the operating system
-            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-            hopeless = type(error).__name__ in (
-                "RepositoryNotFoundError",
-                "OfflineModeIsEnabled",
-                "GatedRepoError",
-            )
-            if hopeless or attempt == retries or type(error) is ValueError:
-                raise DataError(
-                    f"{problem}; check the connection; what is there is kept, the same command goes on"
-                ) from error
-            seconds = min(120, 2**attempt)
-            print(f"{problem}; trying again in {seconds} s ({attempt + 1} of {retries})", file=sys.stderr)
-            wait(seconds)
+            if type(error) is ValueError:  # not of a kind of its own: `fetch_one`'s
+                raise DataError(str(error)) from error
+            wait_or_give_up(error, failures, retries, wait)

@@ -146,11 +146,6 @@ def _open_npy(path: Path, size: int) -> Shard:
     return Shard(path, offset, shape[0], dtype)
 
 
-def dtype_for(n_vocab: int) -> np.dtype:
-    """The narrowest token type that holds every id of a vocabulary."""
-    return np.dtype("<u2") if n_vocab <= 2**16 else np.dtype("<u4")
-
-
 def header_bytes(n_tokens: int, dtype) -> bytes:
     """The 1,024 bytes in front of `n_tokens` tokens of a type."""
     if n_tokens > MAX_TOKENS:

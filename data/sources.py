@@ -50,6 +50,11 @@ MAGIC = (
     (".bz2", rb"BZh[1-9]1AY&SY|BZh[1-9]\x17rE8P\x90"),
     (".parquet", rb"PAR1"),
 )
+# Errors of the hub that another attempt does not mend.
+HOPELESS = (
+    *("DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError", "OfflineModeIsEnabled"),
+    *("ModuleNotFoundError", "scripts are no longer"),
+)
 # Where text can be cut without changing its tokens: between a letter of the commonest alphabets and the space or line
 # end behind it. No piece of GPT-2's pattern, nor of its successors', goes across.
 SAFE_CUT = re.compile(rb"(?:[A-Za-z]|\xd0[\xb0-\xbf]|\xd1[\x80-\x8f]|[\xe5-\xe8][\x80-\xbf]{2})(?=[ \n])")
@@ -293,13 +298,12 @@ def _text_blocks(path: Path, pieces: Iterator[bytes], start: int, cut: bool):
         buffer += data
         while cut and searched + BLOCK_BYTES < len(buffer):
             searched += BLOCK_BYTES
-            cuts = [match.end() for match in SAFE_CUT.finditer(buffer, searched - 4096, searched + 1)]
+            cuts = _cuts(SAFE_CUT, buffer, searched)
             if (
                 not cuts and searched >= LONGEST_PART
             ):  # behind any letter or sign of other scripts, or else anywhere
-                cuts = [match.end() for match in LAST_CUT.finditer(buffer, searched - 4096, searched + 1)]
-            if not cuts and searched >= LONGEST_PART:
-                cuts = [searched - next((k for k in range(4) if buffer[searched - k] & 0xC0 != 0x80), 0)]
+                character = next((k for k in range(4) if buffer[searched - k] & 0xC0 != 0x80), 0)
+                cuts = _cuts(LAST_CUT, buffer, searched) or [searched - character]
             if cuts:
                 yield at, ("part", _decoded(path, buffer[: cuts[-1]], at), at == 0)
                 at, searched = at + cuts[-1], 0
@@ -311,6 +315,10 @@ def _text_blocks(path: Path, pieces: Iterator[bytes], start: int, cut: bool):
             )
     if text := _decoded(path, buffer, at):
         yield at, ("part", text, at == 0)
+
+
+def _cuts(pattern: re.Pattern, buffer: bytearray, end: int) -> list[int]:
+    return [match.end() for match in pattern.finditer(buffer, end - 4096, end + 1)]
 
 
 def _decoded(path: Path, text: bytearray, at: int) -> str:
@@ -374,59 +382,57 @@ def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=t
             stream = open_stream()
             if position is not None:
                 stream.load_state_dict(position)
-            texts, size = [], 0
-            position = stream.state_dict()
+            texts, size, position = [], 0, stream.state_dict()
             for row in stream:
                 if column not in row:
                     raise DataError(
-                        f"the data set has no column {column!r}; it has {', '.join(row)}: choose with "
-                        f"--text-column"
+                        f"the data set has no column {column!r}; it has {', '.join(row)}: choose with --text-column"
                     )
-                text, started = row[column], True
-                texts.append(text)
+                started = True
+                texts.append(text := row[column])
                 size += len(text) if isinstance(text, str) else 0
                 if size >= BLOCK_BYTES:
                     following = stream.state_dict()
                     yield Block(position, ("texts", texts), None)
-                    texts, size, position = [], 0, following
-                    failures = 0
+                    texts, size, position, failures = [], 0, following, 0
             if texts:
                 yield Block(position, ("texts", texts), None)
             return
         except DataError:
             raise
         except Exception as error:  # of datasets, fsspec, aiohttp, httpx, pyarrow, the operating system
-            failures += 1
-            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-            hopeless = (
-                "DatasetNotFoundError",
-                "ModuleNotFoundError",
-                "OfflineModeIsEnabled",
-                "scripts are no longer",
-            )
-            named = any(name in f"{type(error).__name__} {problem}" for name in hopeless)
-            if named or (not started and isinstance(error, ValueError)):
-                raise DataError(f"the data set cannot be opened ({problem})") from error
+            if not started and isinstance(error, ValueError):
+                raise DataError(f"the data set cannot be opened ({in_short(error)})") from error
             # a source that never answered is more likely out of reach than flaky, and each attempt takes long
-            if failures > (retries if started else min(retries, 2)):
-                raise DataError(
-                    f"the source failed {failures} times in a row ({problem}): check the connection and run the "
-                    "same command again"
-                ) from error
-            seconds = min(120, 2 ** (failures - 1))
-            print(f"\n{problem}; trying again in {seconds} s", file=sys.stderr)
-            wait(seconds)
+            failures += 1
+            wait_or_give_up(error, failures, retries if started else min(retries, 2), wait)
+
+
+def in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
+def wait_or_give_up(error: Exception, failures: int, retries: int, wait=time.sleep) -> None:
+    """After the `failures`-th error of the network in a row: wait longer and longer, or raise DataError.
+
+    The last is done at once where another attempt cannot help.
+    """
+    problem = in_short(error)
+    if any(name in problem for name in HOPELESS):
+        raise DataError(f"the data set cannot be opened ({problem})") from error
+    if failures > retries:
+        raise DataError(
+            f"the source failed {failures} times in a row ({problem}): check the connection and run the same command "
+            "again"
+        ) from error
+    seconds = min(120, 2 ** (failures - 1))
+    print(f"\n{problem}; trying again in {seconds} s ({failures} of {retries})", file=sys.stderr)
+    wait(seconds)
 
 
 def hub_stream(dataset: str, name: str | None, split: str, column: str):
-    """A function that opens a Hugging Face data set as a stream of rows with one column."""
+    """A Hugging Face data set as a stream of rows with one column."""
+    from datasets import load_dataset
 
-    def open_stream():
-        from datasets import load_dataset
-
-        stream = load_dataset(dataset, name=name, split=split, streaming=True)
-        if stream.column_names and column in stream.column_names:
-            stream = stream.select_columns([column])
-        return stream
-
-    return open_stream
+    stream = load_dataset(dataset, name=name, split=split, streaming=True)
+    return stream.select_columns([column]) if column in (stream.column_names or ()) else stream

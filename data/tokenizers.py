@@ -33,14 +33,8 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # Names under which tokenizers outside tiktoken keep their end of text, best first.
 END_NAMES = (
-    END_OF_TEXT,
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|im_end|>",
-    "[SEP]",
-    "<|begin_of_text|>",
-    "<s>",
+    *(END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>"),
+    *("<|im_end|>", "[SEP]", "<|begin_of_text|>", "<s>"),
 )
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
@@ -132,6 +126,7 @@ class _Tokenizer:
     """
 
     unk: int | None = None
+    _path: Path | None = None  # of the file that it was read from
     _special_text: dict[int, bytes]
 
     @cached_property
@@ -153,7 +148,8 @@ class _Tokenizer:
         return self._special_text.get(i, REPLACEMENT) if known is None else known
 
     def save(self, folder) -> None:
-        """Nothing to save, unless a kind says otherwise."""
+        if self._path:
+            write_atomic(Path(folder) / FILE_NAME, self._path.read_bytes())
 
 
 class TiktokenTokenizer(_Tokenizer):
@@ -196,9 +192,6 @@ class ByteBPETokenizer(TiktokenTokenizer):
             name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
         )
         super().__init__(encoding, {"kind": "bytebpe", "name": name, "file": FILE_NAME})
-
-    def save(self, folder) -> None:
-        write_atomic(Path(folder) / FILE_NAME, self._path.read_bytes())
 
 
 class HFTokenizer(_Tokenizer):
@@ -245,9 +238,6 @@ class HFTokenizer(_Tokenizer):
             return super()._token_bytes
         except TypeError as error:
             raise DataError(f"the tokenizer {self.name}: {error}") from error
-
-    def save(self, folder) -> None:
-        write_atomic(Path(folder) / FILE_NAME, self._path.read_bytes())
 
 
 class CharTokenizer(_Tokenizer):

@@ -28,7 +28,7 @@ def test_the_plain_side_gives_our_tokens_and_every_stage_takes_time(text, tmp_pa
     )
     ours = prepare.all_tokens(tmp_path / "ours")
     assert np.array_equal(prepare.all_tokens(tmp_path / "plain"), ours) and len(ours) > 40_000
-    seconds = prepare.stages(text, tmp_path / "text.jsonl.xz", tmp_path)
+    seconds = prepare.stages(text, [tmp_path / "text.jsonl.xz"], tmp_path)
     assert {"start", "reading", "parsing", "encoding", "checking", "writing", "unpacking"} == set(seconds)
     assert seconds["start"] > 0 and not list(tmp_path.glob("*.tmp"))
 

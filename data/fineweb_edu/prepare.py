@@ -41,7 +41,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
+    add, here = parser.add_argument, Path(__file__).resolve().parent
     add(
         "--input",
         type=expanded,
@@ -54,29 +54,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         type=expanded,
         nargs="+",
         metavar="FILE",
-        help="held-out files: all of shard 0, and nothing else",
+        help="held-out files: all of shard 0, nothing else",
     )
     add("--pretokenized", metavar="REPO", help="hub data set of ready shards to download")
     add("--dataset", default="HuggingFaceFW/fineweb-edu", help="hub data set to stream (%(default)s)")
-    add(
-        "--name",
-        default=None,
-        help="its configuration: sample-10BT (FineWeb-Edu's default here), sample-100BT, ...",
-    )
+    add("--name", help="its configuration: sample-10BT (FineWeb-Edu's default here), sample-100BT, ...")
     add("--split", default="train", help="its split (%(default)s)")
     add("--text-column", default="text", help="column or key that holds the text (%(default)s)")
-    add(
-        "--out-dir",
-        type=expanded,
-        default=Path(__file__).resolve().parent,
-        help="where the shards go (%(default)s)",
-    )
+    add("--out-dir", type=expanded, default=here, help="where the shards go (%(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads that tokenize (%(default)s)")
     add("--plain", action="store_true", help="tokenize without gigatoken, by the tokenizer's own library")
     add("--tokenizer", default="gpt2", help="tiktoken name, tokenizer folder or file, hub name (%(default)s)")
     add("--shard-size", type=int, default=100_000_000, help="tokens a training shard (%(default)s)")
-    add("--val-tokens", type=int, default=None, help="tokens of the validation shard (as --shard-size)")
-    add("--max-shards", type=int, default=None, help="stop after so many training shards")
+    add("--val-tokens", type=int, help="tokens of the validation shard (as --shard-size)")
+    add("--max-shards", type=int, help="stop after so many training shards")
     add("--retries", type=int, default=8, help="attempts after errors of the network, in a row (%(default)s)")
     # --out_dir and --out-dir are the same
     raw = sys.argv[1:] if argv is None else argv
@@ -113,10 +104,10 @@ def prepare(args: argparse.Namespace) -> dict:
             return local_blocks(files, args.text_column, position, len(held_out), may_cut(tokenizer))
     else:
         source = {"dataset": args.dataset, "name": args.name, "split": args.split}
+        hub = source | {"column": args.text_column}
 
         def blocks_from(position):
-            stream = hub_stream(args.dataset, args.name, args.split, args.text_column)
-            return hub_blocks(stream, args.text_column, position, args.retries)
+            return hub_blocks(lambda: hub_stream(**hub), args.text_column, position, args.retries)
 
     return prepare_shards(
         args.out_dir,

@@ -30,9 +30,9 @@ if __package__ in (None, ""):  # run as a file: let `import data` find the proje
 import numpy as np
 
 from data import DataError, console
-from data.files import Lock, expanded, write_atomic
+from data.files import expanded, folder_lock, write_atomic
 from data.identity import shard_record
-from data.meta import FORMAT, META_NAME, mark_incomplete, versions, write_meta
+from data.meta import META_NAME, mark_incomplete, new_meta, versions, write_meta
 from data.shards import is_prepared, write_shard
 from data.tokenizers import FILE_NAME, load_tokenizer
 
@@ -40,16 +40,7 @@ VOCAB_SIZE = 4096  # end-of-text, the last id, included
 MIN_CHARACTERS = 80
 VAL_FRACTION = 0.05
 # Folders of a package that hold tests or other people's packages rather than documentation.
-SKIP_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "testing",
-    "__pycache__",
-    "_vendor",
-    "ensurepip",
-}
+SKIP_FOLDERS = set("site-packages dist-packages test tests testing __pycache__ _vendor ensurepip".split())
 # Written in C, so their docstrings are in no source file; all of them are harmless to import.
 C_MODULES = (
     "_asyncio _bisect _codecs _collections _csv _datetime _decimal _elementtree _functools _heapq _io _json "
@@ -176,17 +167,7 @@ def prepare(out_dir: Path) -> None:
             f"only {len(documents)} docstrings found in this Python: is its library installed as source?"
         )
     tokenizer = train_tokenizer(documents[n_val:], out_dir / FILE_NAME)
-    meta = {
-        "format": FORMAT,
-        "dataset": "pydocs",
-        "complete": True,
-        "tokenizer": tokenizer.spec,
-        "vocab_size": tokenizer.n_vocab,
-        "eot": tokenizer.eot,
-        "dtype": "uint16",
-        "documents": len(documents),
-        "characters": sum(map(len, documents)),
-    }
+    meta = new_meta("pydocs", tokenizer, documents=len(documents), characters=sum(map(len, documents)))
     mark_incomplete(out_dir, meta)
     paths = [(out_dir / f"pydocs_{split}_{n:06d}.bin", split) for n, split in enumerate(("val", "train"))]
     for (path, _), part in zip(paths, (documents[:n_val], documents[n_val:]), strict=True):
@@ -197,7 +178,6 @@ def prepare(out_dir: Path) -> None:
         "tokens": {s["split"]: s["tokens"] for s in shards},
         "shards": shards,
         "made": {"documents_from": counts, "versions": made_by},
-        "byte_lengths": tokenizer.byte_lengths().tolist(),
     }
     write_meta(out_dir, meta)
     print(
@@ -212,18 +192,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out_dir",
-        "--out-dir",
-        type=expanded,
-        default=Path(__file__).resolve().parent,
-        help="where the shards go",
-    )
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--out_dir", "--out-dir", type=expanded, default=here, help="where the shards go")
     args = parser.parse_args(argv)
-    with console.sentences():
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        with Lock(args.out_dir / "prepare.lock", f"another run is preparing {args.out_dir} at this moment"):
-            prepare(args.out_dir)
+    with console.sentences(), folder_lock(args.out_dir):
+        prepare(args.out_dir)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@
 Both sides take the same JSON lines (unpacked beforehand, so that no decompressor is the limit), as many threads as the
 other has processes, and the same disk, in turns. The plain side is a multiprocessing.Pool over documents, tiktoken's
 encode_ordinary, a NumPy array with a range check, and a copy into a uint16 shard, the pipeline of llm.c's and
-modded-nanogpt's scripts. With --modded-dir CHECKOUT theirs runs too, their own data/fineweb.py with its download
-replaced by the same lines. All tokens are compared in the end. Then each stage of ours is timed alone, on one core.
+modded-nanogpt's scripts. All tokens are compared in the end. Then each stage of ours is timed alone, on one core.
 """
 
 import json
@@ -39,23 +38,7 @@ from scripts.arguments import Parser, whole
 from scripts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
-MODDED = """
-import json, os, runpy, sys
-import datasets
-script, source, processes = sys.argv[1:]
-class Rows:
-    def __iter__(self):
-        with open(source, "rb") as file:
-            for line in file:
-                yield json.loads(line)
-datasets.load_dataset = lambda *args, **kwargs: Rows()
-os.cpu_count = lambda: int(processes) + 2  # it leaves two cores to others
-sys.argv = [script, "--shard_size", "100000000"]
-runpy.run_path(script, run_name="__main__")
-"""
-
-
-# ------------------------------------------------------------------------------------- the plain pipeline
+SHARD_SIZE = "100000000"
 
 
 def _plain_worker(name: str) -> None:
@@ -90,9 +73,6 @@ def plain(source: Path, out_dir: Path, processes: int, shard_size: int) -> None:
             write_shard(out_dir / f"plain_{'train' if number else 'val'}_{number:06d}.bin", buffer[:count])
 
 
-# --------------------------------------------------------------------------------------------- measuring
-
-
 def tree_memory(pid: int) -> int:
     """Bytes of memory of a process and all below it, shared pages counted once (PSS), Linux only."""
     total, todo = 0, [pid]
@@ -109,8 +89,8 @@ def tree_memory(pid: int) -> int:
     return total
 
 
-def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak bytes of a command with everything that it starts; raises if it fails."""
+def timed(command: list[str]) -> dict:
+    """Seconds and peak memory (MB) of a command with everything that it starts; DataError if it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     peak, over = 0, threading.Event()
@@ -128,7 +108,7 @@ def timed(command: list[str]) -> tuple[float, int]:
     watcher.join()
     if process.returncode:
         raise DataError(f"{' '.join(command)} failed: {output[-2000:]}")
-    return seconds, peak
+    return {"seconds": round(seconds, 2), "peak_mb": round(peak / 1e6)}
 
 
 def all_tokens(folder: Path) -> np.ndarray:
@@ -136,21 +116,30 @@ def all_tokens(folder: Path) -> np.ndarray:
     return np.concatenate([open_shard(path).tokens for path in paths])
 
 
+def unpacked(paths: list[Path], target: Path) -> list[int]:
+    """Write the lines of all files, plain or .xz, to one; the bytes of text of each document."""
+    with open(target, "wb") as out:
+        for path in paths:
+            with lzma.open(path) if path.suffix == ".xz" else open(path, "rb") as file:
+                shutil.copyfileobj(file, out, 1 << 22)
+    with open(target, "rb") as file:  # also brings it into the page cache, for both sides
+        return [len(json.loads(line)["text"].encode()) for line in file]
+
+
 def ten_megabyte_documents(source: Path, target: Path) -> Path:
     """The same text in documents of 10 MB, which no pipeline expects."""
     with open(source, "rb") as file, open(target, "w", encoding="utf-8") as out:
-        texts, size = [], 0
+        texts = []
         for line in file:
             texts.append(json.loads(line)["text"])
-            size += len(texts[-1])
-            if size >= 10_000_000:
+            if sum(map(len, texts)) >= 10_000_000:
                 out.write(json.dumps({"text": "\n".join(texts)}) + "\n")
-                texts, size = [], 0
+                texts = []
         out.write(json.dumps({"text": "\n".join(texts)}) + "\n")
     return target
 
 
-def stages(source: Path, packed: Path | None, scratch: Path) -> dict[str, float]:
+def stages(source: Path, packed: list[Path], scratch: Path) -> dict[str, float]:
     """Seconds of each stage of ours for the whole text, one after the other on this thread.
 
     reading: lines from the page cache, cut into blocks; parsing: JSON to text; checking: tiktoken on its share; writing: hash, disk and fsync; unpacking: the .xz, which a packed source adds.
@@ -177,8 +166,8 @@ def stages(source: Path, packed: Path | None, scratch: Path) -> dict[str, float]
         spent("writing", shard.take, ids, encoder.tokenizer.eot)
         number += 1
     spent("writing", shard.finish)
-    if packed:
-        with lzma.open(packed) as file:
+    for path in packed:
+        with lzma.open(path) as file:
             while spent("unpacking", file.read, 1 << 20):
                 pass
     return {stage: round(value, 2) for stage, value in seconds.items()}
@@ -187,18 +176,18 @@ def stages(source: Path, packed: Path | None, scratch: Path) -> dict[str, float]
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--input", type=expanded, required=True, help="JSON lines with a text key, plain or .xz")
+    add("--input", type=expanded, nargs="+", required=True, help="JSON lines with a text key, plain or .xz")
     add("--workers", type=whole(1), default=os.cpu_count(), help="threads or processes (%(default)s)")
     add("--repeats", type=whole(1), default=3, help="runs of each side, in turns (%(default)s)")
-    add("--modded-dir", type=expanded, help="a checkout of modded-nanogpt (or its data folder)")
     add("--json", type=expanded, help="where the figures go; beside it a .md")
-    add("--plain-to", nargs=2, metavar=("DIR", "SIZE"), help="only tokenize --input, by the plain pipeline")
+    add("--plain-to", metavar="DIR", help="only tokenize --input, by the plain pipeline")
     args = parser.parse_args(argv)
     with console.sentences():
-        if not args.input.is_file():
-            raise DataError(f"no input file {args.input}: give JSON lines with --input")
+        for path in args.input:
+            if not path.is_file():
+                raise DataError(f"no input file {path}: give JSON lines with --input")
         if args.plain_to:
-            return plain(args.input, Path(args.plain_to[0]), args.workers, int(args.plain_to[1]))
+            return plain(args.input[0], Path(args.plain_to), args.workers, int(SHARD_SIZE))
         with tempfile.TemporaryDirectory() as scratch:
             report = measure(args, Path(scratch)) | provenance(__file__, argv)
         page = "\n\n".join(table.markdown() for table in tables(report))
@@ -210,59 +199,40 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(args, scratch: Path) -> dict:
-    """Time all sides in turns, ours on other input, and each stage; refuses figures of sides whose tokens differ."""
+    """Time both sides in turns, ours on other input, and each stage; refuses figures of sides whose tokens differ."""
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    source, packed = args.input, args.input if args.input.suffix == ".xz" else None
-    if packed:
-        source = scratch / args.input.stem
-        with lzma.open(packed) as file, open(source, "wb") as out:
-            shutil.copyfileobj(file, out, 1 << 22)
-    with open(source, "rb") as file:  # also brings it into the page cache, for both sides
-        lengths = [len(json.loads(line)["text"].encode()) for line in file]
-    mb, size, workers = sum(lengths) / 1e6, "100000000", str(args.workers)
+    source, out = scratch / "text.jsonl", scratch / "out"
+    packed = [path for path in args.input if path.suffix == ".xz"]
+    lengths = unpacked(args.input, source)
+    mb = sum(lengths) / 1e6
 
-    def ours(out: Path, source=source) -> list[str]:
+    def ours(*sources: Path) -> list[str]:
+        flags = ["--out-dir", str(out), "--workers", str(args.workers), "--val-tokens", "1000000"]
         script = str(ROOT / "data" / "fineweb_edu" / "prepare.py")
-        flags = ("--input", str(source), "--out-dir", str(out), "--workers", workers)
-        return [sys.executable, script, *flags, "--val-tokens", "1000000", "--shard-size", size]
+        return [sys.executable, script, *flags, "--shard-size", SHARD_SIZE, "--input", *map(str, sources)]
 
-    def plain_side(out: Path) -> list[str]:
-        flags = ("--input", str(source), "--workers", workers, "--plain-to", str(out), size)
-        return [sys.executable, str(Path(__file__).resolve()), *flags]
-
-    sides = {"ours": ours, "plain": plain_side}
-    if args.modded_dir:
-        found = [args.modded_dir / "data" / "fineweb.py", args.modded_dir / "fineweb.py"]
-        script = next((path for path in found if path.is_file()), None)
-        if script is None:
-            raise DataError(f"no data/fineweb.py in {args.modded_dir}")
-
-        def modded(out: Path) -> list[str]:
-            out.mkdir(parents=True)
-            shutil.copy(script, out / "fineweb.py")
-            return [sys.executable, "-c", MODDED, str(out / "fineweb.py"), str(source), workers]
-
-        sides["modded-nanogpt's"] = modded
+    script = str(Path(__file__).resolve())
+    flags = ["--workers", str(args.workers), "--plain-to", str(out), "--input", str(source)]
+    sides = {"ours": ours(source), "plain": [sys.executable, script, *flags]}
     runs, expected = {side: [] for side in sides}, None
 
-    def run(command: list[str], out: Path, compare: bool = True) -> dict:
+    def run(command: list[str], compare: bool = True) -> dict:
         nonlocal expected
-        seconds, peak = timed(command)
-        stream = all_tokens(next(out.glob("fineweb*B"), out))
+        measured, stream = timed(command), all_tokens(out)
         expected = stream if expected is None else expected
         if compare and not np.array_equal(expected, stream):
             raise DataError(f"{' '.join(command)} gave other tokens than ours")
         shutil.rmtree(out)
-        return {"seconds": round(seconds, 2), "peak_mb": round(peak / 1e6)}
+        return measured
 
     for repeat in range(args.repeats):
         for side, command in sides.items():
-            runs[side].append(run(command(scratch / "out"), scratch / "out"))
+            runs[side].append(run(command))
             print(f"{repeat + 1} of {args.repeats}  {side:20} {runs[side][-1]}", flush=True)
     long = ten_megabyte_documents(source, scratch / "long.jsonl")
-    others = {"documents of 10 MB each": run(ours(scratch / "out", long), scratch / "out", compare=False)}
+    others = {"documents of 10 MB each": run(ours(long), compare=False)}
     if packed:
-        others["from the .xz itself"] = run(ours(scratch / "out", packed), scratch / "out")
+        others["from the .xz itself"] = run(ours(*args.input))
     rows = []
     for side, measured in runs.items():
         seconds = statistics.median(run["seconds"] for run in measured)
@@ -279,10 +249,11 @@ def measure(args, scratch: Path) -> dict:
                 "runs": measured,
             }
         )
+    names = " + ".join(path.name for path in args.input)
     return {
         "what": "tokenizing local JSON lines into token shards, whole program with start-up and fsync",
         "input": {
-            "name": args.input.name,
+            "name": names,
             "documents": len(lengths),
             "text_bytes": sum(lengths),
             "tokens": len(expected),
@@ -300,39 +271,33 @@ def measure(args, scratch: Path) -> dict:
 def tables(report: dict) -> list[Table]:
     """The figures as tables: the sides, ours on other input, and where its time goes."""
     text, mb = report["input"], report["input"]["text_bytes"] / 1e6
-    spent = report["stage_seconds_on_one_core"]
     made = f"{report['machine']}; commit {report['commit']}; {report['date']}; load before {report['load_average_before']}"
+    sides = [
+        (r["side"], f"{r['tokens_per_second'] / 1e6:.2f}M", r["mb_per_second"], f"{r['minutes_for_10B_tokens']} min",
+         f"{r['peak_mb']} MB", f"{r['ours_is_faster_by']}x")
+        for r in report["sides"]
+    ]  # fmt: skip
+    others = [
+        (name, r["seconds"], round(mb / r["seconds"], 1), f"{r['peak_mb']} MB")
+        for name, r in report["ours_on_other_input"].items()
+    ]
+    spent = [
+        (stage, s, round(mb / s, 1) if s else "") for stage, s in report["stage_seconds_on_one_core"].items()
+    ]
     return [
         Table(
             "Sides",
             ["side", "tokens/s", "MB/s", "10B tokens take", "peak memory", "ours is faster by"],
-            [
-                [
-                    r["side"],
-                    f"{r['tokens_per_second'] / 1e6:.2f}M",
-                    r["mb_per_second"],
-                    f"{r['minutes_for_10B_tokens']} min",
-                    f"{r['peak_mb']} MB",
-                    f"{r['ours_is_faster_by']}x",
-                ]
-                for r in report["sides"]
-            ],
+            sides,
             note=f"{text['tokens']:,} tokens, {mb:.0f} MB of text in {text['documents']:,} documents ({text['name']}, "
             f"unpacked), {report['workers']} threads or processes; medians of {report['repeats']} runs in turns, ratios "
             f"by pairs; every side gave the same tokens. {made}; {report['command']}",
         ),
-        Table(
-            "Ours on the same text in another form",
-            ["form", "seconds", "MB/s", "peak memory"],
-            [
-                [name, r["seconds"], round(mb / r["seconds"], 1), f"{r['peak_mb']} MB"]
-                for name, r in report["ours_on_other_input"].items()
-            ],
-        ),
+        Table("Ours on the same text in another form", ["form", "seconds", "MB/s", "peak memory"], others),
         Table(
             "Where the time goes",
             ["stage", "seconds on one core", "MB/s"],
-            [[stage, s, round(mb / s, 1) if s else ""] for stage, s in spent.items()],
+            spent,
             note="Each stage alone, one after the other on one thread. In a preparation reading, writing and unpacking are "
             "the first thread's, parsing and encoding and checking the others'; parsing holds Python's lock.",
         ),
