@@ -166,9 +166,7 @@ def hash_rows(vocab_size: int, buckets: int, n_hashes: int, seed: int) -> np.nda
     rows_Vxk = np.empty((vocab_size, n_hashes), dtype=np.int64)
     for i in range(n_hashes):
         row_V = (random_Vxk[:, i] % np.uint64(buckets - i)).astype(np.int64)
-        for taken_V in np.sort(
-            rows_Vxk[:, :i], axis=1
-        ).T:  # in ascending order, each shifts what lies above it
+        for taken_V in np.sort(rows_Vxk[:, :i], axis=1).T:  # ascending: each shifts what lies above it
             row_V += row_V >= taken_V
         rows_Vxk[:, i] = row_V
     return rows_Vxk

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -36,29 +34,31 @@ def build_byte_buffer(tokenizer, pos_dim: int = 32, byte_extraction: str = "byte
     """
     import torch
 
-    pieces = token_bytes(tokenizer, byte_extraction)
-    if not pieces:
+    pieces = _read(tokenizer, byte_extraction)
+    if byte_extraction == "decode":
+        pieces = [utf8_safe_truncate(piece, pos_dim) for piece in pieces]
+    flat_K, starts_V, lengths_V = _spelled(pieces) if isinstance(pieces, list) else pieces
+    if not len(lengths_V):
         raise ValueError("the tokenizer has no tokens, so there is nothing to embed")
     if pos_dim < 1 or pos_dim > np.iinfo(np.int16).max:
         raise ValueError(f"pos_dim must be between 1 and {np.iinfo(np.int16).max}, but it is {pos_dim}")
-    if byte_extraction == "decode":
-        kept = [utf8_safe_truncate(piece, pos_dim) for piece in pieces]
-    else:
-        kept = pieces
-    fixed_V = np.array(kept, dtype=f"S{pos_dim}")  # cuts and pads in C
-    lengths_V = np.fromiter(map(len, kept), dtype=np.int64, count=len(kept)).clip(max=pos_dim)
-    bytes_VxP = fixed_V.view(np.uint8).reshape(len(kept), pos_dim)
-    return torch.from_numpy(bytes_VxP), torch.from_numpy(lengths_V.astype(np.int16))
+    lengths_V = lengths_V.clip(max=pos_dim).astype(np.int16)
+    position_P = np.arange(pos_dim, dtype=np.int16)
+    flat_K = np.concatenate(
+        (flat_K, np.zeros(pos_dim, dtype=np.uint8))
+    )  # the last token, too, is read pos_dim wide
+    bytes_VxP = np.lib.stride_tricks.sliding_window_view(flat_K, pos_dim)[starts_V]
+    bytes_VxP *= position_P < lengths_V[:, None]
+    return torch.from_numpy(bytes_VxP), torch.from_numpy(lengths_V)
 
 
 def token_bytes(tokenizer, byte_extraction: str = "bytes") -> list[bytes]:
     """The untruncated bytes of ids 0..V-1, b"" for an id without a token; arguments as build_byte_buffer."""
-    if byte_extraction not in EXTRACTIONS:
-        raise ValueError(f"byte_extraction must be 'bytes' or 'decode', but it is {byte_extraction!r}")
-    if isinstance(tokenizer, list | tuple):
-        return _checked_list(tokenizer, byte_extraction)
-    n_tokens, read = _reader(tokenizer, byte_extraction)
-    return list(map(read, range(n_tokens)))
+    pieces = _read(tokenizer, byte_extraction)
+    if isinstance(pieces, list):
+        return pieces
+    flat, ends_V = pieces.flat_K.tobytes(), pieces.starts_V + pieces.lengths_V
+    return [flat[start:end] for start, end in zip(pieces.starts_V.tolist(), ends_V.tolist(), strict=True)]
 
 
 def token_id_to_bytes(
@@ -66,18 +66,14 @@ def token_id_to_bytes(
 ) -> bytes:
     """The untruncated bytes of one token; ids in `special_ids` give their piece's literal text.
 
-    Raises IndexError for an id outside the tokenizer's range.
+    Reads all tokens: for many of them take token_bytes. Raises IndexError for an id outside the tokenizer's range.
     """
-    if isinstance(tokenizer, list | tuple):
-        pieces = token_bytes(tokenizer, byte_extraction)
-        n_tokens, read = len(pieces), pieces.__getitem__
-    else:
-        n_tokens, read = _reader(tokenizer, byte_extraction)
-    if not 0 <= token_id < n_tokens:
-        raise IndexError(f"token id {token_id} is outside 0..{n_tokens - 1} of this tokenizer")
+    pieces = token_bytes(tokenizer, byte_extraction)
+    if not 0 <= token_id < len(pieces):
+        raise IndexError(f"token id {token_id} is outside 0..{len(pieces) - 1} of this tokenizer")
     if special_ids and token_id in special_ids and hasattr(tokenizer, "convert_ids_to_tokens"):
         return (tokenizer.convert_ids_to_tokens(token_id) or "").encode("utf-8")
-    return read(token_id)
+    return pieces[token_id]
 
 
 def utf8_safe_truncate(byte_seq: bytes, max_bytes: int) -> bytes:
@@ -109,83 +105,79 @@ def coverage_stats(length_buffer: Tensor, pos_dim: int = 32) -> dict:
     }
 
 
-# ---- one reader a kind of tokenizer: (number of ids, function id -> bytes) ----
-
-Reader = tuple[int, Callable[[int], bytes]]
+# ---- one reader a kind of tokenizer: the bytes of ids 0..V-1 ----
 
 
-def _reader(tokenizer, byte_extraction: str) -> Reader:
-    if isinstance(tokenizer, str | Path):
-        return _tekken_file(Path(tokenizer), byte_extraction)
-    if hasattr(tokenizer, "decode_single_token_bytes"):
-        return _tiktoken(tokenizer, byte_extraction)
+class Spelled(NamedTuple):
+    """The bytes of V tokens in one array: token i has lengths[i] of them from starts[i] on. (A Python object for each
+    token would take longer than all else.)"""
+
+    flat_K: np.ndarray  # uint8
+    starts_V: np.ndarray  # int32
+    lengths_V: np.ndarray  # int32
+
+
+def _spelled(pieces: list[bytes]) -> Spelled:
+    lengths_V = np.fromiter(map(len, pieces), dtype=np.int32, count=len(pieces))
+    flat_K = np.frombuffer(b"".join(pieces), dtype=np.uint8)
+    return Spelled(flat_K, lengths_V.cumsum(dtype=np.int32) - lengths_V, lengths_V)
+
+
+def _read(tokenizer, byte_extraction: str) -> list[bytes] | Spelled:
+    if byte_extraction not in EXTRACTIONS:
+        raise ValueError(f"byte_extraction must be 'bytes' or 'decode', but it is {byte_extraction!r}")
     if hasattr(tokenizer, "instruct_tokenizer"):  # mistral-common's MistralTokenizer wraps the Tekkenizer
         tokenizer = tokenizer.instruct_tokenizer.tokenizer
-    if hasattr(tokenizer, "id_to_byte_piece"):
-        return _tekkenizer(tokenizer, byte_extraction)
+    special = None
     if hasattr(tokenizer, "backend_tokenizer"):
         special = set(getattr(tokenizer, "all_special_ids", None) or [])
-        return _huggingface(tokenizer.backend_tokenizer, byte_extraction, special)
+        tokenizer = tokenizer.backend_tokenizer
     if hasattr(tokenizer, "get_added_tokens_decoder") and hasattr(tokenizer, "id_to_token"):
-        special = {i for i, added in tokenizer.get_added_tokens_decoder().items() if added.special}
         return _huggingface(tokenizer, byte_extraction, special)
     if hasattr(tokenizer, "id_to_piece") and hasattr(tokenizer, "is_byte"):
-        return _sentencepiece(tokenizer, byte_extraction)
+        return _sentencepiece(tokenizer.get_piece_size(), tokenizer.id_to_piece, byte_extraction)
     if hasattr(tokenizer, "sp_model"):  # a slow transformers tokenizer
-        return _sentencepiece(
-            tokenizer.sp_model, byte_extraction, len(tokenizer), tokenizer.convert_ids_to_tokens
+        return _sentencepiece(len(tokenizer), tokenizer.convert_ids_to_tokens, byte_extraction)
+    if isinstance(tokenizer, list | tuple):
+        pieces = _checked_list(tokenizer)
+    elif isinstance(tokenizer, str | Path):
+        pieces = read_tekken_file(tokenizer)
+    elif hasattr(tokenizer, "decode_single_token_bytes"):
+        pieces = _tiktoken(tokenizer)
+    elif hasattr(tokenizer, "id_to_byte_piece"):
+        n_special = tokenizer.num_special_tokens
+        special = [tokenizer.id_to_piece(i).encode("utf-8") for i in range(n_special)]
+        pieces = special + [tokenizer.id_to_byte_piece(i) for i in range(n_special, tokenizer.n_words)]
+    else:
+        raise TypeError(
+            f"cannot read the token bytes of a {type(tokenizer).__module__}.{type(tokenizer).__name__}: give a "
+            "tiktoken Encoding, a transformers fast tokenizer, a tokenizers.Tokenizer, a Tekkenizer, "
+            "a SentencePieceProcessor, or a list with the bytes of each token id"
         )
-    raise TypeError(
-        f"cannot read the token bytes of a {type(tokenizer).__module__}.{type(tokenizer).__name__}: give a "
-        "tiktoken Encoding, a transformers fast tokenizer, a tokenizers.Tokenizer, a Tekkenizer, "
-        "a SentencePieceProcessor, or a list with the bytes of each token id"
-    )
+    if (
+        byte_extraction == "decode"
+    ):  # what decode() leaves: each broken UTF-8 sequence becomes U+FFFD (3 bytes)
+        return [piece.decode("utf-8", errors="replace").encode("utf-8") for piece in pieces]
+    return pieces
 
 
-def _checked_list(pieces, byte_extraction: str) -> list[bytes]:
+def _checked_list(pieces) -> list[bytes]:
     for i, piece in enumerate(pieces):
         if not isinstance(piece, bytes | bytearray):
             raise TypeError(
                 f"a list of token bytes must hold bytes, but entry {i} is a {type(piece).__name__}"
             )
-    if byte_extraction == "decode":
-        return [_through_text(bytes(piece)) for piece in pieces]
-    return [bytes(piece) for piece in pieces]
+    return list(map(bytes, pieces))
 
 
-def _through_text(piece: bytes) -> bytes:
-    """What decode() leaves of a piece: each broken UTF-8 sequence becomes U+FFFD (3 bytes)."""
-    return piece.decode("utf-8", errors="replace").encode("utf-8")
-
-
-def _tiktoken(encoding, byte_extraction: str) -> Reader:
+def _tiktoken(encoding) -> list[bytes]:
     def read(token_id: int) -> bytes:
         try:
-            piece = encoding.decode_single_token_bytes(token_id)
+            return encoding.decode_single_token_bytes(token_id)
         except KeyError:  # an id that the encoding leaves free
             return b""
-        return _through_text(piece) if byte_extraction == "decode" else piece
 
-    return encoding.n_vocab, read
-
-
-def _tekkenizer(tekken, byte_extraction: str) -> Reader:
-    n_special = tekken.num_special_tokens
-
-    def read(token_id: int) -> bytes:
-        if token_id < n_special:
-            return tekken.id_to_piece(token_id).encode("utf-8")
-        piece = tekken.id_to_byte_piece(token_id)
-        return _through_text(piece) if byte_extraction == "decode" else piece
-
-    return tekken.n_words, read
-
-
-def _tekken_file(path: Path, byte_extraction: str) -> Reader:
-    pieces = read_tekken_file(path)
-    if byte_extraction == "decode":
-        pieces = [_through_text(piece) for piece in pieces]
-    return len(pieces), pieces.__getitem__
+    return list(map(read, range(encoding.n_vocab)))
 
 
 def read_tekken_file(path: str | Path) -> list[bytes]:
@@ -210,67 +202,51 @@ def read_tekken_file(path: str | Path) -> list[bytes]:
         raise ValueError(f"{path} is not a readable tekken JSON file ({error})") from None
 
 
-def _sentencepiece(processor, byte_extraction: str, n_tokens: int | None = None, id_to_piece=None) -> Reader:
-    id_to_piece = id_to_piece or processor.id_to_piece
-
-    def read(token_id: int) -> bytes:
-        return _metaspace_piece(id_to_piece(token_id) or "", "\u2581")
-
+def _sentencepiece(n_tokens: int, id_to_piece, byte_extraction: str) -> list[bytes]:
     if byte_extraction == "decode":
         raise ValueError(
             "byte_extraction='decode' needs a transformers or tiktoken tokenizer, not SentencePiece's own"
         )
-    return n_tokens or processor.get_piece_size(), read
+    return [_metaspace_piece(id_to_piece(i) or "", "\u2581") for i in range(n_tokens)]
+
+
+def _byte_piece(piece: str) -> bytes:
+    """The byte that a piece <0xNN> stands for; b"" for another piece."""
+    byte = BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte.group(1), 16)]) if byte else b""
 
 
 def _metaspace_piece(piece: str, space: str) -> bytes:
-    byte = BYTE_PIECE.fullmatch(piece)
-    return bytes([int(byte.group(1), 16)]) if byte else piece.replace(space, " ").encode("utf-8")
+    return _byte_piece(piece) or piece.replace(space, " ").encode("utf-8")
 
 
-def _huggingface(backend, byte_extraction: str, special_ids: set[int]) -> Reader:
+def _huggingface(backend, byte_extraction: str, special: set[int] | None) -> list[bytes] | Spelled:
     """A tokenizers.Tokenizer; its decoder, else its pre-tokenizer, tells the alphabet of its pieces."""
-    vocab = backend.get_vocab(with_added_tokens=True)
-    n_tokens = max(vocab.values(), default=-1) + 1
-    if n_tokens > 10**7:
-        raise ValueError(
-            f"the tokenizer has {len(vocab)} tokens, but ids up to {n_tokens - 1}: it is damaged"
-        )
-    pieces = [""] * n_tokens
+    vocab, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
+    steps = _steps(backend.decoder) or _steps(backend.pre_tokenizer)
+    kinds = {step["type"] for step in steps}
+    if byte_extraction == "bytes" and "ByteLevel" in kinds:
+        return _byte_level(vocab, {i: token.content for i, token in added.items()})
+
+    pieces = [""] * _count(np.array(list(vocab.values())))
     for piece, token_id in vocab.items():
         pieces[token_id] = piece
     if byte_extraction == "decode":
-        return n_tokens, _huggingface_decode(backend, pieces, n_tokens, special_ids)
-
-    steps = _steps(backend.decoder) or _steps(backend.pre_tokenizer)
-    kinds = {step["type"] for step in steps}
-    if "ByteLevel" in kinds:
-        spelled = _byte_level_pieces(pieces)
-    elif space := _space_symbol(steps):
-        spelled = [_metaspace_piece(piece, space) for piece in pieces]
-    else:
+        special = {i for i, token in added.items() if token.special} if special is None else special
+        decoded = backend.decode_batch([[i] for i in range(len(pieces))], skip_special_tokens=False)
+        texts = [piece if i in special else decoded[i] for i, piece in enumerate(pieces)]
+        return [_byte_piece(piece) or text.encode("utf-8") for piece, text in zip(pieces, texts, strict=True)]
+    space = _space_symbol(steps)
+    if space is None:
         raise TypeError(
             "cannot read true token bytes of this tokenizer (decoder steps: "
             f"{', '.join(sorted(kinds)) or 'none'}): byte-level and SentencePiece (Metaspace) kinds are known; "
             "give a list with the bytes of each token id, or byte_extraction='decode'"
         )
-
-    for token_id, added in backend.get_added_tokens_decoder().items():
-        spelled[token_id] = added.content.encode("utf-8")
-    return n_tokens, spelled.__getitem__
-
-
-def _huggingface_decode(backend, pieces: list[str], n_tokens: int, special_ids: set[int]):
-    decoded = backend.decode_batch([[i] for i in range(n_tokens)], skip_special_tokens=False)
-
-    def read(token_id: int) -> bytes:
-        piece = pieces[token_id]
-        byte = BYTE_PIECE.fullmatch(piece)
-        if byte:
-            return bytes([int(byte.group(1), 16)])
-        return (piece if token_id in special_ids else decoded[token_id]).encode("utf-8")
-
-    return read
+    spelled = [_metaspace_piece(piece, space) for piece in pieces]
+    for token_id, token in added.items():
+        spelled[token_id] = token.content.encode("utf-8")
+    return spelled
 
 
 def _steps(component) -> list[dict]:
@@ -291,20 +267,43 @@ def _space_symbol(steps: list[dict]) -> str | None:
     return None
 
 
-def _byte_level_pieces(pieces: list[str]) -> list[bytes]:
-    """The bytes that byte-level pieces spell, all in one look-up. A piece with a character outside of the
-    alphabet stands for itself, as in the library's decoder."""
-    table = np.full(0x110000, -1, dtype=np.int16)
+def _byte_level(vocab: dict[str, int], literal: dict[int, str]) -> Spelled:
+    """What byte-level pieces spell, all in one look-up. Literal tokens, and pieces with a character outside of the
+    alphabet, stand for themselves, as in the library's decoder."""
+    table = np.full(
+        325, -1, dtype=np.int16
+    )  # one longer than the alphabet: whatever lies beyond is outside of it
     for byte, character in byte_level_alphabet().items():
         table[ord(character)] = byte
-    codes_K = np.frombuffer("".join(pieces).encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    bytes_K = table[codes_K]
-    ends = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)).cumsum()
-    flat, bounds = bytes_K.astype(np.uint8).tobytes(), [0, *ends.tolist()]
-    spelled = [flat[start:end] for start, end in pairwise(bounds)]
-    for i in np.unique(np.searchsorted(ends, np.flatnonzero(bytes_K < 0), side="right")).tolist():
-        spelled[i] = pieces[i].encode("utf-8")
-    return spelled
+    for end in map(chr, range(0x10FFFF, 0, -1)):  # behind each piece, a character that no piece has
+        text = end.join([*vocab, ""])
+        if text.count(end) == len(vocab):
+            break
+    codes_K = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<i4")
+    bytes_K = table.take(codes_K, mode="clip")
+    ends = np.flatnonzero(codes_K == ord(end)).astype(np.int32)
+    starts = np.concatenate((np.zeros(1, dtype=np.int32), ends[:-1] + 1))
+    ids = np.fromiter(vocab.values(), dtype=np.int64, count=len(vocab))
+
+    outside = np.flatnonzero((bytes_K < 0) & (codes_K != ord(end)))
+    if len(outside):
+        names = list(vocab)
+        odd = np.unique(np.searchsorted(ends, outside)).tolist()
+        literal = {int(ids[i]): names[i] for i in odd} | literal
+    more = _spelled([piece.encode("utf-8") for piece in literal.values()])
+    starts_V, lengths_V = np.zeros((2, _count(ids)), dtype=np.int32)
+    starts_V[ids], lengths_V[ids] = starts, ends - starts
+    at = list(literal)
+    starts_V[at], lengths_V[at] = len(codes_K) + more.starts_V, more.lengths_V
+    return Spelled(np.concatenate((bytes_K.astype(np.uint8), more.flat_K)), starts_V, lengths_V)
+
+
+def _count(ids: np.ndarray) -> int:
+    """How many ids there are from 0 to the highest; ValueError where that is beyond any vocabulary."""
+    n_tokens = int(ids.max(initial=-1)) + 1
+    if n_tokens > 10**7:
+        raise ValueError(f"the tokenizer has {len(ids)} tokens, but ids up to {n_tokens - 1}: it is damaged")
+    return n_tokens
 
 
 def byte_level_alphabet() -> dict[int, str]:

@@ -1,25 +1,21 @@
-"""Time and memory of the Kronecker embedding beside the PyPI reference and nn.Embedding, in one run.
+"""Time, memory and growth of the Kronecker embedding beside the PyPI reference and nn.Embedding, in one run.
 
     python scripts/bench/embedding.py --text corpus.jsonl.xz --hf-tokenizer path/to/gpt2 --out results/embedding
     python scripts/bench/embedding.py --quick
 
-Every round runs each side once, in turn, and the table gives medians, so that what else the machine does falls
-on all sides alike. A second table says how the ratios depend on what is timed (`CONDITIONS`). Peak memory is measured with each side alone in a process of its own. Without --text the ids
-follow a Zipf law (exponent 1) and the token bytes are drawn at random with GPT-2-like lengths; the output says
-which of the two it was. Writes embedding_<device>.json and .md.
+Every round runs each side once, in turn, and the tables give medians, so that what else the machine does falls on
+all sides alike. "prepared" is kronecker as train.py and evaluation use it: a step's plan made before it (by the
+loader's thread), and a forward pass without gradients that looks up in a kept table (mode="cached"). The table of
+conditions says how the ratios depend on what is timed. Peak memory is measured with each side alone in a process of
+its own. Without --text the ids follow a Zipf law (exponent 1) and the token bytes are drawn at random with GPT-2-like
+lengths; the output says which of the two it was. Writes embedding_<device>.json and .md, and the figures of growth.
 """
 
-import gc
-import importlib.util
 import json
-import lzma
-import os
-import resource
 import statistics
-import subprocess
 import sys
 import time
-from argparse import SUPPRESS
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -27,17 +23,16 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 from data.files import write_json, write_text
 from engine.errors import RunError, sentences
 from engine.ranks import keep_heap
-from kronecker import KroneckerEmbedding, build_byte_buffer
+from kronecker import build_byte_buffer
 from scripts import provenance
-from scripts.analysis.report import Table
 from scripts.arguments import Parser, device, number, whole
+from scripts.bench import embedding_page
+from scripts.bench.embedding_sides import Corpus, build, forward, loss_alone, peak_memory, sides_for, step
 
-SIDES = ("kronecker", "embedding", "reference")
 #            V        d     pos_dim  token counts
 SETTINGS = [
     (4_096, 128, 16, (1_024,)),
@@ -47,81 +42,30 @@ SETTINGS = [
 ]
 SETTINGS_CUDA = [(50_304, 768, 16, (8_192, 65_536)), (131_072, 4_096, 32, (8_192, 65_536))]
 QUICK = [(4_096, 128, 16, (1_024,)), (50_304, 768, 16, (8_192,))]
-
-
-def read_tokens(path: str | None, limit: int) -> tuple[np.ndarray | None, list[bytes] | None]:
-    """GPT-2 tokens of a text (.txt, .jsonl or .jsonl.xz) and the bytes of its ids; (None, None) without a text."""
-    if path is None:
-        return None, None
-    import tiktoken
-
-    encoding = tiktoken.get_encoding("gpt2")
-    open_text = lzma.open if path.endswith(".xz") else open
-    tokens: list[int] = []
-    with open_text(path, "rt", encoding="utf8") as lines:
-        for line in lines:
-            if ".jsonl" in path:
-                tokens.append(encoding.eot_token)
-                line = json.loads(line)["text"]
-            tokens += encoding.encode_ordinary(line)
-            if len(tokens) >= limit:
-                break
-    return np.array(tokens, dtype=np.int64), [encoding.decode_single_token_bytes(i) for i in range(50_257)]
-
-
-def byte_buffers(V: int, pos_dim: int, pieces: list[bytes] | None):
-    """Real token bytes, repeated from the start where V is larger than the tokenizer; else random ones."""
-    if pieces is None:
-        rng = np.random.default_rng(0)
-        lengths = np.minimum(rng.geometric(0.16, V), 40)  # mean about 6, as GPT-2's
-        pieces = [rng.bytes(n) for n in lengths]
-    return build_byte_buffer([pieces[i % len(pieces)] for i in range(V)], pos_dim)
-
-
-def draw_ids(kind: str, n: int, V: int, tokens: np.ndarray | None) -> torch.Tensor:
-    """n ids below V, int64: of the text's tokens, by a Zipf law where there is none, or uniformly drawn."""
-    rng = np.random.default_rng(1)
-    if kind == "uniform":
-        return torch.from_numpy(rng.integers(0, V, n))
-    if tokens is None:
-        p = 1 / np.arange(1, V + 1)
-        return torch.from_numpy(rng.choice(V, n, p=p / p.sum()))
-    # a smaller vocabulary keeps the ids that it has: GPT-2's first ids are its most frequent pieces
-    return torch.from_numpy(tokens[tokens < V][:n].copy())
-
-
-def build(side: str, V: int, d: int, pos_dim: int, buffers, device: str, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
-    if side == "embedding":
-        return nn.Embedding(V, d, device=device, dtype=dtype)
-    if side == "reference":
-        from kronecker_embeddings import KroneckerEmbedding as Reference
-
-        make = Reference
-    else:
-        make = KroneckerEmbedding
-    module = make(V, d, pos_dim=pos_dim, byte_buffer=buffers[0], length_buffer=buffers[1])
-    return module.to(device=device, dtype=dtype)
-
-
-def step(module: nn.Module, ids: torch.Tensor, g: torch.Tensor | None) -> None:
-    if g is None:
-        with torch.no_grad():
-            module(ids)
-        return
-    module.zero_grad(set_to_none=True)
-    module(ids).backward(g)
-
-
-def step_with_loss(module: nn.Module, ids: torch.Tensor) -> None:
-    """What a bench without a gradient at hand does: all sides pay for the loss and its own backward pass."""
-    module.zero_grad(set_to_none=True)
-    module(ids).square().mean().backward()
+# What grows, and from where: the other two stay as in BASE.
+BASE = {"tokens": 4_096, "vocabulary": 32_768, "width": 512}
+GROWTH = {
+    "tokens": [1_024, 4_096, 16_384, 65_536],
+    "vocabulary": [4_096, 16_384, 65_536, 262_144],
+    "width": [128, 256, 512, 1_024, 2_048],
+}
+# What a bench of an embedding may time, at GPT-2's size: (bytes of the tokens, a loss in the step or a gradient given,
+# does the process keep freed memory). A loss adds the same milliseconds to every side, and more to all than the
+# embedding takes, so that it bounds the ratios; memory that is kept, as train.py does, spares nn.Embedding most of
+# its time, which goes into clearing the pages of a gradient of the table's size. The bytes hardly matter.
+CONDITIONS = [
+    ("real", "gradient given", False),
+    ("real", "with a loss", False),
+    ("1 to 12 random", "gradient given", False),
+    ("1 to 12 random", "with a loss", False),
+    ("real", "gradient given", True),
+    ("real", "with a loss", True),
+]
 
 
 def timed(run, device: str) -> float:
     """Milliseconds of one call."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -156,189 +100,61 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
     return {"median": float(middle), "low": float(low), "high": float(high)}
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes read and written a second by a large copy: the bound that shares are counted against."""
-    source = torch.empty(1 << (28 if device == "cuda" else 26), device=device)
-    target = torch.empty_like(source)
-    run = interleave({"copy": lambda: target.copy_(source)}, 10, device)
-    return 2 * source.numel() * 4 / (run["copy"] / 1e3)
-
-
-def least_bytes(side: str, module: nn.Module, n: int, d: int, size: int, backward: bool) -> int:
-    """What must cross memory at least: the output (and its gradient), the weight (and its gradient) once."""
-    rows = module.D if side != "embedding" else module.num_embeddings
-    read = (rows * d if side != "embedding" else n * d) * size
-    forward = read + n * d * size
-    return forward + (n * d + rows * d) * size if backward else forward
-
-
-# ---- peak memory: one side alone ----
-
-
-def memory_of_side(args) -> None:
-    """In a subprocess: the peak of one step above what stood before it, less the output and the gradient."""
-    V, d, pos_dim, n = args.memory
-    tokens, pieces = read_tokens(args.text, n + 100_000)
-    buffers = byte_buffers(V, pos_dim, pieces)
-    del pieces
-    dtype = getattr(torch, args.dtype)
-    module = build(args.side, V, d, pos_dim, buffers, args.device, dtype)
-    ids = draw_ids("text", n, V, tokens).to(args.device)
-    g = torch.ones(n, d, device=args.device, dtype=dtype)
-    step(module, ids[:8], g[:8])  # libraries and thread pools come up here
-    module.zero_grad(set_to_none=True)
-    gc.collect()
-    unavoidable = g.numel() * g.element_size() + sum(
-        p.numel() * p.element_size() for p in module.parameters()
-    )
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(module, ids, g)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        before = resident_bytes()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        step(module, ids, g)
-        peak = peak_resident_bytes() - before
-    print(json.dumps({"step": peak, "extra": max(peak - unavoidable, 0)}))
-
-
-def status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def resident_bytes() -> int:
-    return status_bytes("VmRSS")
-
-
-def peak_resident_bytes() -> int:
-    return status_bytes("VmHWM")
-
-
-def peak_memory(side: str, V: int, d: int, pos_dim: int, n: int, args) -> dict | None:
-    command = [sys.executable, str(Path(__file__).resolve()), "--side", side, "--device", args.device]
-    command += ["--memory", *map(str, (V, d, pos_dim, n)), "--dtype", args.dtype]
-    if args.text:
-        command += ["--text", args.text]
-    # a fixed threshold makes malloc give every large block back at once, so that RSS counts what is alive
-    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="131072")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        print(
-            f"  peak memory of {side} not measured: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr
-        )
-        return None
-    return json.loads(done.stdout)
-
-
-# ---- the parts of the table ----
-
-
-def bench_setting(V, d, pos_dim, n, kind, tokens, pieces, bandwidth, args) -> dict:
-    buffers = byte_buffers(V, pos_dim, pieces)
-    dtype = getattr(torch, args.dtype)
-    ids = draw_ids(kind, n, V, tokens).to(args.device)
-    g = torch.randn(n, d, device=args.device, dtype=dtype)
-    sides, skipped = list(SIDES), {}
-    # the reference keeps about six (tokens, D) float32 tensors alive, and multiplies 6 tokens D d numbers a step
-    D = 256 * pos_dim
-    if 6 * 4 * n * D > args.reference_gb * 1e9 or (args.device == "cpu" and 6 * n * D * d > 2.1e11):
-        sides.remove("reference")
-        skipped["reference"] = (
-            f"not run: needs about {6 * 4 * n * D / 1e9:.0f} GB and {6 * n * D * d / 1e12:.1f} TFLOP a step"
-        )
-    elif importlib.util.find_spec("kronecker_embeddings") is None:
-        sides.remove("reference")
-        skipped["reference"] = "not run: kronecker-embeddings is not installed"
-    modules = {side: build(side, V, d, pos_dim, buffers, args.device, dtype) for side in sides}
-    rounds = args.rounds * (10 if n * d < 1e6 else 1)
-    row = {
-        "V": V,
-        "d": d,
-        "pos_dim": pos_dim,
-        "tokens": n,
-        "ids": kind,
-        "distinct": int(ids.unique().numel()),
-    }
-    row["fwd_bwd_ms"] = interleave(
-        {s: lambda m=m: step(m, ids, g) for s, m in modules.items()}, rounds, args.device
-    )
-    for module in modules.values():
-        module.zero_grad(set_to_none=True)
-    row["fwd_ms"] = interleave(
-        {s: lambda m=m: step(m, ids, None) for s, m in modules.items()}, rounds, args.device
-    )
-    row["share_of_bandwidth_bound"] = {
-        s: least_bytes(s, m, n, d, dtype.itemsize, True) / bandwidth / (row["fwd_bwd_ms"][s] / 1e3)
-        for s, m in modules.items()
-    }
-    del modules
-    if kind == "text" and not args.no_memory:
-        row["peak_bytes"] = {s: peak_memory(s, V, d, pos_dim, n, args) for s in sides}
-    return row | skipped
-
-
-def bench_table(tokens, pieces, args, V=50_304, d=768, pos_dim=16, n=8_192) -> dict:
-    """Materialise once, look up ever after."""
-    dtype = getattr(torch, args.dtype)
-    ours = build("kronecker", V, d, pos_dim, byte_buffers(V, pos_dim, pieces), args.device, dtype)
-    plain = build("embedding", V, d, pos_dim, None, args.device, dtype)
-    frozen = ours.to_embedding()
-    ids = draw_ids("text", n, V, tokens).to(args.device)
+def bench_setting(V: int, d: int, pos_dim: int, counts: tuple, corpus: Corpus, args) -> list[dict]:
+    """Rows of one vocabulary and width: each number of tokens, of text and drawn uniformly."""
+    dtype, buffers, rows = getattr(torch, args.dtype), corpus.buffers(V, pos_dim), []
+    every, _ = sides_for(min(counts), d, 256 * pos_dim, args)
+    modules = {side: build(side, V, d, pos_dim, buffers, args.device, dtype) for side in every}
+    kept = modules["prepared"].eval()
     with torch.no_grad():
-        lookup = interleave(
-            {"kronecker": lambda: frozen(ids), "embedding": lambda: plain(ids)}, args.rounds * 5, args.device
+        table_ms = timed(kept.table, args.device)
+    for n, kind in ((n, kind) for n in counts for kind in ("text", "uniform")):
+        sides, why = sides_for(n, d, 256 * pos_dim, args)
+        ids = corpus.ids(kind, n, V).to(args.device)
+        g, planned = torch.randn(n, d, device=args.device, dtype=dtype), ids.clone()
+        row = {"V": V, "d": d, "pos_dim": pos_dim, "tokens": n, "ids": kind, "distinct": len(ids.unique())}
+        row["prepared_ms"] = {
+            "step": interleave({"plan": partial(kept.plan_ahead, planned)}, 5, args.device)["plan"],
+            "forward": table_ms,
+        }
+        using = {s: planned if s == "prepared" else ids for s in sides}
+        rounds = args.rounds * (10 if n * d < 1e6 else 1)
+        row["step_ms"] = interleave(
+            {s: partial(step, modules[s], using[s], g) for s in sides}, rounds, args.device
         )
-        table = interleave({"table": ours.table}, 5, args.device)
-        error = float((frozen(ids).double() - ours(ids).double()).abs().max())
-    return {
-        "V": V,
-        "d": d,
-        "tokens": n,
-        "lookup_ms": lookup,
-        "build_ms": table["table"],
-        "max_difference": error,
-    }
+        for module in modules.values():
+            module.zero_grad(set_to_none=True)
+        row["forward_ms"] = interleave(
+            {s: partial(forward, modules[s], ids) for s in sides}, rounds, args.device
+        )
+        row["reference_left_out"] = why
+        if kind == "text" and not args.no_memory:
+            alone = [s for s in sides if s != "prepared"]
+            row["peak_bytes"] = {s: peak_memory(s, V, d, pos_dim, n, corpus, args) for s in alone}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
 
 
-# What a bench of an embedding may time, at GPT-2's size: (bytes of the tokens, the step, does the process keep
-# freed memory). A loss in the step adds the same milliseconds to every side and so brings the ratios closer to 1;
-# memory that is kept, as train.py does, spares nn.Embedding most of its time, which goes into clearing the pages of
-# a gradient of the table's size. The bytes themselves hardly matter.
-CONDITIONS = [
-    ("real", "gradient given", False),
-    ("real", "with a loss", False),
-    ("1 to 12 random", "gradient given", False),
-    ("1 to 12 random", "with a loss", False),
-    ("real", "gradient given", True),
-    ("real", "with a loss", True),
-]
-
-
-def bench_conditions(tokens, pieces, args, V=50_304, d=768, pos_dim=16, n=8_192) -> list[dict]:
+def bench_conditions(corpus: Corpus, args, V=50_304, d=768, pos_dim=16, n=8_192) -> list[dict]:
     """One row a condition. Comes last: a process that has once kept its memory keeps it."""
     rng = np.random.default_rng(0)
-    random_pieces = [rng.bytes(rng.integers(1, 13)) for _ in range(V)]
-    ids = draw_ids("text", n, V, tokens)
-    g, rows = torch.randn(n, d), []
-    sides = [s for s in SIDES if s != "reference" or importlib.util.find_spec("kronecker_embeddings")]
-    for name, what, kept in CONDITIONS:
-        if kept:
+    made_up = Corpus(None)
+    made_up.pieces = [rng.bytes(rng.integers(1, 13)) for _ in range(V)]
+    ids, given, rows = corpus.ids("text", n, V), torch.randn(n, d), []
+    for name, what, keeps in CONDITIONS:
+        if keeps:
             keep_heap()
-        buffers = byte_buffers(V, pos_dim, pieces if name == "real" else random_pieces)
-        modules = {side: build(side, V, d, pos_dim, buffers, "cpu", torch.float32) for side in sides}
-        runs = {
-            side: (lambda m=m: step(m, ids, g))
-            if what == "gradient given"
-            else (lambda m=m: step_with_loss(m, ids))
-            for side, m in modules.items()
-        }
+        buffers = (corpus if name == "real" else made_up).buffers(V, pos_dim)
+        sides, _ = sides_for(n, d, 256 * pos_dim, args)
+        sides.remove("prepared")
+        modules = {s: build(s, V, d, pos_dim, buffers, "cpu", torch.float32) for s in sides}
+        g = given if what == "gradient given" else None
+        runs = {s: partial(step, m, ids, g) for s, m in modules.items()}
+        if g is None:
+            runs["loss alone"] = partial(loss_alone, given.clone().requires_grad_())
         times = rounds_of(runs, args.rounds, "cpu")
-        row = {"bytes": name, "step": what, "memory_kept": kept}
+        row = {"bytes": name, "step": what, "memory_kept": keeps}
         row["ms"] = {side: statistics.median(values) for side, values in times.items()}
         row["over_embedding"] = ratio(times["kronecker"], times["embedding"])
         if "reference" in times:
@@ -348,118 +164,41 @@ def bench_conditions(tokens, pieces, args, V=50_304, d=768, pos_dim=16, n=8_192)
     return rows
 
 
+def bench_growth(corpus: Corpus, args) -> list[dict]:
+    """One row a point of GROWTH: time of a step, and all that a side holds at its peak."""
+    rows = []
+    for axis, numbers in GROWTH.items():
+        for x in numbers:
+            n, V, d = (BASE | {axis: x}).values()
+            sides, _ = sides_for(n, d, 4_096, args, most_flop=6e10)
+            sides.remove("prepared")
+            ids, buffers = corpus.ids("text", n, V), corpus.buffers(V, 16)
+            modules = {s: build(s, V, d, 16, buffers, "cpu", torch.float32) for s in sides}
+            g = torch.randn(n, d)
+            ms = interleave({s: partial(step, m, ids, g) for s, m in modules.items()}, args.rounds, "cpu")
+            del modules
+            peaks = {} if args.no_memory else {s: peak_memory(s, V, d, 16, n, corpus, args) for s in sides}
+            mb = {s: peak["all"] / 1e6 for s, peak in peaks.items() if peak}
+            rows.append({"base": BASE, "axis": axis, "x": x, "ms": ms, "mb": mb})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def bench_buffers(folder: str, pos_dim: int = 16) -> dict:
     """Building GPT-2's byte buffer; the reference reads a transformers tokenizer only."""
     import tiktoken
     from kronecker_embeddings import build_byte_buffer as reference
     from transformers import AutoTokenizer
 
-    fast, encoding = (
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-        tiktoken.get_encoding("gpt2"),
-    )
+    fast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    encoding = tiktoken.get_encoding("gpt2")
     runs = {
         "reference": lambda: reference(fast, pos_dim),
         "kronecker, transformers": lambda: build_byte_buffer(fast, pos_dim),
+        "of which transformers lists its vocabulary": lambda: fast.backend_tokenizer.get_vocab(True),
         "kronecker, tiktoken": lambda: build_byte_buffer(encoding, pos_dim),
     }
-    return interleave(runs, 7, "cpu")
-
-
-def time_table(rows: list[dict]) -> Table:
-    """Milliseconds of every side, forward and backward, and what kronecker's are beside the others'."""
-
-    def ms(value):
-        return "-" if value is None else f"{value:,.2f}"
-
-    cells = []
-    for row in rows:
-        for key, name in (("fwd_bwd_ms", "fwd+bwd"), ("fwd_ms", "fwd")):
-            ours, plain, ref = (row[key].get(side) for side in SIDES)
-            ratio = "-" if ref is None else f"{ref / ours:.0f}x"
-            head = [
-                f"{row['V']:,}",
-                f"{row['d']:,}",
-                row["pos_dim"],
-                f"{row['tokens']:,} ({row['distinct']:,})",
-            ]
-            cells.append(
-                [*head, row["ids"], name, ms(ours), ms(plain), ms(ref), f"{ours / plain:.2f}x", ratio]
-            )
-    header = ["V", "d", "pos_dim", "tokens (distinct)", "ids", "", "kronecker", "nn.Embedding", "reference"]
-    note = "Medians in ms of interleaved runs; ratios are kronecker's time over the other side's."
-    return Table("Time", [*header, "/ nn.Embedding", "reference /"], cells, left=6, note=note)
-
-
-def memory_table(rows: list[dict], shares: bool) -> Table:
-    """Extra memory of a step in MB, and with `shares` the part of the bandwidth bound that a step reaches."""
-    cells = []
-    for row in rows:
-        peaks = {s: (row.get("peak_bytes") or {}).get(s) for s in SIDES}
-        if not peaks["kronecker"]:
-            continue
-        mb = {s: p and p["extra"] / 1e6 for s, p in peaks.items()}
-        ratio = f"{mb['reference'] / max(mb['kronecker'], 0.1):.0f}x" if mb["reference"] else "-"
-        line = [f"{row['V']:,}", f"{row['d']:,}", row["pos_dim"], f"{row['tokens']:,}"]
-        line += ["-" if mb[s] is None else f"{mb[s]:,.1f}" for s in SIDES] + [ratio]
-        share = row["share_of_bandwidth_bound"]
-        cells.append(line + ([f"{share[s]:.0%}" for s in SIDES[:2]] if shares else []))
-    header = ["V", "d", "pos_dim", "tokens", "kronecker", "nn.Embedding", "reference", "reference /"]
-    header += ["share, kronecker", "share, nn.Embedding"] if shares else []
-    note = "The peak of a step above what stood before it, less its output and the weight's gradient."
-    note += " share: of the bandwidth bound that the step reaches." if shares else ""
-    return Table("Extra peak memory of a training step (MB)", header, cells, left=0, note=note)
-
-
-def conditions_table(rows: list[dict]) -> Table:
-    """A training step and its ratios under each of CONDITIONS."""
-
-    def spread(found: dict | None, digits: int) -> str:
-        if found is None:
-            return "-"
-        return f"{found['median']:.{digits}f}x ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
-
-    cells = []
-    for row in rows:
-        times = [f"{row['ms'][s]:,.2f}" if s in row["ms"] else "-" for s in SIDES]
-        line = [row["bytes"], row["step"], "kept" if row["memory_kept"] else "given back", *times]
-        cells.append([*line, spread(row["over_embedding"], 2), spread(row.get("reference_over"), 0)])
-    header = ["bytes of a token", "step", "freed memory", "kronecker", "nn.Embedding", "reference"]
-    note = "Medians in ms; ratios are taken round by round: median (quartiles)."
-    title = "A training step of 8,192 tokens of text at GPT-2's size, by what is timed"
-    return Table(title, [*header, "/ nn.Embedding", "reference /"], cells, left=3, note=note)
-
-
-def markdown(result: dict) -> str:
-    """The page of a result."""
-    # on a CPU the caches hold what a step touches, so a share of the memory's bandwidth would say nothing
-    tables = [time_table(result["rows"]), memory_table(result["rows"], result["device"] != "cpu")]
-    parts = [
-        f"# The embedding on {result['device']}: time and memory",
-        f"`{result['command']}` at commit {result['commit']}, {result['date']}, {result['machine']}, "
-        f"torch {result['torch']}, {result['threads']} threads, {result['dtype']}. Ids: {result['tokens_from']}.",
-        *(t.markdown() for t in tables if t.rows),
-    ]
-    table = result["table"]
-    lookup = table["lookup_ms"]
-    parts.append(
-        f"Materialised table (V={table['V']:,}, d={table['d']}): built in {table['build_ms']:.1f} ms; a lookup of "
-        f"{table['tokens']:,} tokens takes {lookup['kronecker']:.2f} ms, nn.Embedding {lookup['embedding']:.2f} ms "
-        f"({lookup['kronecker'] / lookup['embedding']:.2f}x); largest difference from the direct path "
-        f"{table['max_difference']:.1e}."
-    )
-    if result.get("conditions"):
-        parts.append(conditions_table(result["conditions"]).markdown())
-    if times := result.get("buffers_ms"):
-        parts.append(
-            "Building GPT-2's byte buffer: " + ", ".join(f"{k} {v:.0f} ms" for k, v in times.items())
-        )
-    for r in result["rows"]:
-        if "reference" in r:
-            parts.append(
-                f"The reference at V={r['V']:,}, d={r['d']:,}, {r['tokens']:,} tokens: {r['reference']}."
-            )
-    return "\n\n".join(dict.fromkeys(parts)) + "\n"
+    return interleave(runs, 9, "cpu")
 
 
 def main(argv=None) -> None:
@@ -474,15 +213,11 @@ def main(argv=None) -> None:
     add("--threads", type=whole(0), default=0, help="CPU threads (0: as many as torch takes)")
     add("--reference-gb", type=number(0), default=8.0, help="leave the reference out above this")
     add("--no-memory", action="store_true", help="leave the peak memory out (a process a side)")
-    add("--quick", action="store_true", help="two settings, five rounds")
-    add("--side", help=SUPPRESS)
-    add("--memory", type=whole(1), nargs=4, help=SUPPRESS)
+    add("--quick", action="store_true", help="two settings, five rounds, no growth")
     args = parser.parse_args(argv)
     with sentences():
         if args.threads:
             torch.set_num_threads(args.threads)
-        if args.side:
-            return memory_of_side(args)
         measure(args, argv)
 
 
@@ -490,18 +225,11 @@ def measure(args, argv) -> None:
     """All settings; writes embedding_DEVICE.json and .md."""
     args.rounds = 5 if args.quick else args.rounds
     try:
-        tokens, pieces = read_tokens(args.text, 400_000)
+        corpus = Corpus(args.text)
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"cannot read the tokens of {args.text}: {error}") from None
-    kind = args.device.partition(":")[0]
+    kind, plain = args.device.partition(":")[0], args.dtype == "float32"
     settings = QUICK if args.quick else SETTINGS_CUDA if kind == "cuda" else SETTINGS
-    bandwidth = copy_bandwidth(args.device)
-    rows = []
-    for V, d, pos_dim, counts in settings:
-        for n in counts:
-            for ids in ("text", "uniform"):
-                rows.append(bench_setting(V, d, pos_dim, n, ids, tokens, pieces, bandwidth, args))
-                print(json.dumps(rows[-1]), flush=True)
     result = provenance.provenance(__file__, argv) | {
         "device": args.device,
         "torch": torch.__version__,
@@ -510,21 +238,21 @@ def measure(args, argv) -> None:
         "tokens_from": f"GPT-2 tokens of {Path(args.text).name}"
         if args.text
         else "a Zipf law, random token bytes",
-        "copy_bytes_per_second": bandwidth,
-        "rows": rows,
-        "table": bench_table(tokens, pieces, args),
+        "rows": [row for setting in settings for row in bench_setting(*setting, corpus, args)],
     }
     if kind == "cuda":
         result["machine"] = torch.cuda.get_device_name()
     if args.hf_tokenizer:
         result["buffers_ms"] = bench_buffers(args.hf_tokenizer)
-    if kind == "cpu" and args.dtype == "float32":
-        result["conditions"] = bench_conditions(tokens, pieces, args)
+    if kind == "cpu" and plain:
+        result["growth"] = [] if args.quick else bench_growth(corpus, args)
+        result["conditions"] = bench_conditions(corpus, args)
     args.out.mkdir(parents=True, exist_ok=True)
-    base = args.out / f"embedding_{kind}{'' if args.dtype == 'float32' else f'_{args.dtype}'}"
+    base = args.out / f"embedding_{kind}{'' if plain else f'_{args.dtype}'}"
+    page = embedding_page.markdown(result, args.out)
     write_json(base.with_suffix(".json"), result)
-    write_text(base.with_suffix(".md"), markdown(result))
-    print(markdown(result))
+    write_text(base.with_suffix(".md"), page)
+    print(page)
 
 
 if __name__ == "__main__":
