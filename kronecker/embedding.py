@@ -29,7 +29,8 @@ class KroneckerEmbedding(nn.Module):
     tokenizer: whatever build_byte_buffer takes; or give byte_buffer (vocab_size, pos_dim) and length_buffer
         (vocab_size,) instead.
     mode: "dynamic" computes embeddings from the weight at each call; "cached" keeps the (vocab_size, d_model)
-        table while the module is in eval() mode and gradients are off. Training is the same in both.
+        table while the module is in eval() mode and gradients are off, and so costs what nn.Embedding costs there.
+        Training is the same in both.
     projection_init: "normal" (std init_rms/sqrt(D), the paper's at init_rms 1) or "xavier" (times init_rms).
     length_normalize, z_normalize: the codec's two normalisations (both on in the paper).
     byte_extraction: "bytes" for the tokens' true bytes, "decode" for what the reference package extracts.
@@ -187,12 +188,7 @@ class KroneckerEmbedding(nn.Module):
         if self._caches():
             return nn.functional.embedding(input_ids.long(), self.table())
         ids = input_ids.long()
-        e = self._embed(ids, self._byte_buffer, self._length_buffer)
-        if self.ngrams:
-            e = e + self._ngram_term(self._byte_buffer[ids], self._length_buffer[ids])
-        if self.rank:
-            e = e + self._residual_term(ids)
-        return e
+        return self._embeddings(ids)
 
     def plan_ahead(self, input_ids: Tensor) -> None:
         """Do the part of forward() that needs no weights now, for this very tensor: for the thread of a loader.
@@ -218,13 +214,7 @@ class KroneckerEmbedding(nn.Module):
         return self.mode == "cached" and not self.training and not torch.is_grad_enabled()
 
     def _make_table(self) -> Tensor:
-        ids_V = torch.arange(self.vocab_size, device=self.projection.weight.device)
-        e_VxM = self._embed(ids_V, self._byte_buffer, self._length_buffer)
-        if self.ngrams:
-            e_VxM = e_VxM + self._ngram_term(self._byte_buffer, self._length_buffer)
-        if self.rank:
-            e_VxM = e_VxM + self._residual_term(ids_V)
-        return e_VxM
+        return self._embeddings(torch.arange(self.vocab_size, device=self.projection.weight.device))
 
     @torch.no_grad()
     def to_embedding(self) -> nn.Embedding:
@@ -268,9 +258,7 @@ class KroneckerEmbedding(nn.Module):
         check_buffers(bytes_RxP, lengths_R, self.char_dim, self.pos_dim)
         ids_R = torch.arange(len(kept), device=device)
         bytes_RxP, lengths_R = bytes_RxP.to(device), lengths_R.to(device)
-        e_RxM = self._embed(ids_R, bytes_RxP, lengths_R)
-        if self.ngrams:
-            e_RxM = e_RxM + self._ngram_term(bytes_RxP, lengths_R)
+        e_RxM = self._of_bytes(ids_R, bytes_RxP, lengths_R)
         rows_R = torch.tensor(flat_R, device=device)
         return out.reshape(-1, self.d_model).index_copy(0, rows_R, e_RxM).view_as(out)
 
@@ -296,12 +284,20 @@ class KroneckerEmbedding(nn.Module):
 
     # ---- inside ----
 
-    def _embed(self, ids: Tensor, bytes_VxP: Tensor, lengths_V: Tensor) -> Tensor:
+    def _embeddings(self, ids: Tensor) -> Tensor:
+        e = self._of_bytes(ids, self._byte_buffer, self._length_buffer)
+        if self.rank:
+            e = e + nn.functional.embedding(ids, self.residual_u) @ self.residual_v
+        return e
+
+    def _of_bytes(self, ids: Tensor, bytes_VxP: Tensor, lengths_V: Tensor) -> Tensor:
+        """Embeddings of ids of a vocabulary of these bytes, without what is a token's own."""
         weight = self.projection.weight
         if self._coef.device != weight.device or self._coef.dtype != _sum_dtype(weight):
             self._place_constants()  # the weight was moved by something else than the module's own to()
             bytes_VxP, lengths_V = bytes_VxP.to(weight.device), lengths_V.to(weight.device)
-        return embed(ids, weight, (bytes_VxP, lengths_V, self._coef))
+        e = embed(ids, weight, (bytes_VxP, lengths_V, self._coef))
+        return e + self._ngram_term(bytes_VxP[ids], lengths_V[ids]) if self.ngrams else e
 
     def _ngram_term(self, bytes_: Tensor, lengths: Tensor) -> Tensor:
         """(..., M) for bytes (..., P) and lengths (...): the sum of their n-grams' rows / sqrt(count)."""
@@ -309,9 +305,6 @@ class KroneckerEmbedding(nn.Module):
         count_Nx1 = (buckets_NxG != EMPTY).sum(1, keepdim=True).clamp(min=1)
         bag_NxM = self.ngram(buckets_NxG)
         return (bag_NxM * count_Nx1.to(bag_NxM.dtype).rsqrt()).view(*lengths.shape, self.d_model)
-
-    def _residual_term(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.residual_u) @ self.residual_v
 
     def _place_constants(self) -> None:
         """Keep bytes and coefficients beside the weight; a meta weight leaves them where they are."""

@@ -11,6 +11,7 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.loader import prefetch
 from kronecker import KroneckerEmbedding, bag, kronecker_codec
 from kronecker.codec import bag_coefficients
 
@@ -195,6 +196,13 @@ def test_a_plan_made_ahead_changes_no_bit_and_serves_only_its_own_ids(monkeypatc
         assert torch.equal(other(ids), other(ids.clone()))  # the plan is of another vocabulary
         ids.copy_(ids.flip(1))
         assert torch.equal(emb(ids), expected.flip(1))
+
+
+def test_a_plan_survives_the_loader_s_queue():
+    emb, ids = random_embedding(), torch.arange(6).view(2, 3)
+    emb.plan_ahead(ids)
+    [(x, y)] = prefetch(iter([(ids, ids + 1)]), "cpu")
+    assert x._kronecker_plan is ids._kronecker_plan and not hasattr(y, "_kronecker_plan")
 
 
 def test_no_bytes_is_the_zero_vector_and_gives_no_gradient():
