@@ -15,54 +15,41 @@ ARMS = {"bpe_tied": ("stock", True), "bpe_untied": ("stock", False), "kronecker"
 SEEDS = (1337, 1338)
 
 
-def train_tokenizer(path):
+def word_families() -> list[dict]:
+    return json.loads((common.DATA / "word_families.json").read_text())["families"]
+
+
+def train_tokenizer(path, texts: list[str], vocab_size: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    words = [
-        w
-        for f in json.loads((common.DATA / "word_families.json").read_text())["families"]
-        for w in f["exact_family"]
-    ]
-    words += [w for p in json.loads((common.DATA / "tradeoff_pairs.json").read_text())["kin"] for w in p]
-    prompts = json.loads((common.DATA / "spelling_pairs.json").read_text())["prompt_pairs"]
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tok.train_from_iterator([" ".join(words), *(p["clean"] for p in prompts)] * 2, trainer)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator(texts, trainer)
     tok.save(str(path))
 
 
 def make_runs(root):
     """Untrained runs of three arms and two seeds, in the folders that training would have left."""
+    words = [w for f in word_families() for w in f["exact_family"]]
+    words += [w for p in json.loads((common.DATA / "tradeoff_pairs.json").read_text())["kin"] for w in p]
+    prompts = json.loads((common.DATA / "spelling_pairs.json").read_text())["prompt_pairs"]
+    root.mkdir(parents=True)
+    train_tokenizer(root / "tokenizer.json", [" ".join(words), *(p["clean"] for p in prompts)] * 2, 1000)
+    shape = {"block_size": 48, "vocab_size": 1024, "n_layer": 2, "n_head": 2, "n_embd": 32, "bias": False}
     for arm, (wte, tied) in ARMS.items():
         for seed in SEEDS:
             folder = root / f"{arm}_s{seed}"
-            folder.mkdir(parents=True)
-            if not (root / "tokenizer.json").exists():
-                train_tokenizer(root / "tokenizer.json")
+            folder.mkdir()
             (folder / "tokenizer.json").write_bytes((root / "tokenizer.json").read_bytes())
             spec = {"kind": "hf", "name": "tiny", "file": "tokenizer.json"}
             tokenizer = load_tokenizer(spec, base_dir=folder)
-            shape = {
-                "block_size": 48,
-                "vocab_size": 1024,
-                "n_layer": 2,
-                "n_head": 2,
-                "n_embd": 32,
-                "bias": False,
-            }
-            config = shape | {
-                "wte": wte,
-                "tie_weights": tied,
-                "pos_dim": 16,
-                "byte_extraction": "bytes",
-                "max_iters": 2,
-            }
+            keys = shape | {"wte": wte, "tie_weights": tied, "pos_dim": 16}
+            config = keys | {"byte_extraction": "bytes", "max_iters": 2}
             buffers = build_byte_buffer(tokenizer.backend, 16) if wte == "kronecker" else None
-            net = gpt.GPT(gpt.GPTConfig(**shape, wte=wte, tie_weights=tied, pos_dim=16), buffers, seed=seed)
+            net = gpt.GPT(gpt.GPTConfig(**keys), buffers, seed=seed)
             with torch.no_grad():  # untrained blocks do nearly nothing; make them count
                 for name, p in net.named_parameters():
                     if ".h." in name and p.dim() == 2:

@@ -6,19 +6,20 @@ import math
 import shutil
 
 import pytest
-from probe_runs import args_for, published
+from probe_runs import args_for, published, word_families
 
 from engine import checkpoint
 from sample import load_run
 from scripts.analysis.runs import Run
 from scripts.probes import common, generation, layers, norms, spelling, tradeoff
 
+PROBES = {m.__name__.split(".")[-1]: m for m in (spelling, generation, layers, tradeoff, norms)}
 
-@pytest.mark.parametrize("name", ["spelling", "generation", "layers", "tradeoff", "norms"])
+
+@pytest.mark.parametrize("name", PROBES)
 def test_commands_write_json_figure_and_section(probed_runs, name, capsys):
-    module = globals()[name]
-    extra = {"generation": ["--samples", "2", "--max_new_tokens", "4"]}.get(name, [])
-    module.main(["--runs", str(probed_runs), *extra])
+    extra = ["--samples", "2", "--max_new_tokens", "4"] if name == "generation" else []
+    PROBES[name].main(["--runs", str(probed_runs), *extra])
     printed = capsys.readouterr().out
     assert "kronecker" in printed and max(map(len, printed.splitlines())) <= 120
     folder = probed_runs / "compare"
@@ -44,7 +45,7 @@ def test_records_have_the_published_keys(shared_dir, probed_runs):
     ours = generation.measure(net, tokenizer, run, prompts, args_for())[0]
     assert set(theirs["results"][0]) <= set(ours)
     theirs, _ = published(shared_dir, "layered_probe_results.json")
-    families = json.loads((common.DATA / "word_families.json").read_text())["families"]
+    families = word_families()
     ours = layers.measure(net, tokenizer, run, families, False, args_for(batch_size=500))
     assert set(theirs["kron"]) <= set(ours)
     assert set(theirs["kron"]["sanity_checks"]) <= set(ours["sanity_checks"])
@@ -53,45 +54,69 @@ def test_records_have_the_published_keys(shared_dir, probed_runs):
     assert set(probe["L1"]) == set(ours["probes"]["help"]["per_probe"][0]["L1"])
 
 
-def test_errors_are_one_sentence(tmp_path, probed_runs):
-    bad = tmp_path / "pairs.json"
-    bad.write_text('{"prompt_pairs": [{"clean": "a"}]}')
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    for main, argv in (
-        (spelling.main, ["--runs", str(empty)]),
-        (spelling.main, ["--runs", str(probed_runs), "--pairs", str(bad)]),
-        (spelling.main, ["--runs", str(probed_runs), "--pairs", str(tmp_path / "none.json")]),
-        (spelling.main, ["--runs", str(probed_runs), "--generate", "5"]),
-        (layers.main, ["--runs", str(probed_runs), "--baseline", "none"]),
-        (layers.main, ["--runs", str(probed_runs), "--families", str(bad)]),
-        (tradeoff.main, ["--runs", str(probed_runs), "--prefix", "word " * 100]),
-        (norms.main, ["--runs", str(empty)]),
-    ):
-        with pytest.raises(SystemExit) as e:
-            main(argv)
-        assert str(e.value).startswith("error: ") and "\n" not in str(e.value), argv
+def refused(name: str, argv: list[str]) -> str:
+    """The one sentence with which a probe ends."""
+    with pytest.raises(SystemExit) as e:
+        PROBES[name].main(argv)
+    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+    return str(e.value)
 
 
 @pytest.mark.parametrize(
-    ("main", "flags"),
+    ("name", "flags", "told"),
     [
-        (generation.main, ["--samples=0"]),
-        (generation.main, ["--top_p=0"]),
-        (generation.main, ["--temperature=nan"]),
-        (generation.main, ["--max_new_tokens=-1"]),
-        (spelling.main, ["--generate=1000000"]),
-        (spelling.main, ["--batch_size=0"]),
-        (layers.main, ["--batch_size=many"]),
-        (norms.main, ["--device=cuda:99"]),
-        (tradeoff.main, ["--device=abacus"]),
-        (norms.main, ["--seed=-1"]),
+        ("spelling", ["--pairs=none.json"], "there is no none.json"),
+        ("spelling", ["--generate=5"], "no validation shard"),
+        ("layers", ["--baseline=none"], "no run of the baseline none"),
+        ("tradeoff", ["--prefix=" + "word " * 100], "--prefix and a word make"),
+        ("norms", ["--runs", "nowhere"], "there is no folder nowhere"),
+        ("generation", ["--samples=0"], "argument --samples: "),
+        ("generation", ["--top_p=0"], "argument --top_p: "),
+        ("generation", ["--temperature=nan"], "argument --temperature: "),
+        ("generation", ["--max_new_tokens=-1"], "argument --max_new_tokens: "),
+        ("spelling", ["--generate=1000000"], "argument --generate: "),
+        ("spelling", ["--sources=codespel"], "choose from codespell, nlpaug, keyboard"),
+        ("spelling", ["--batch_size=0"], "argument --batch_size: "),
+        ("layers", ["--batch_size=many"], "argument --batch_size: "),
+        ("norms", ["--device=cuda:99"], "argument --device: "),
+        ("tradeoff", ["--device=abacus"], "argument --device: "),
+        ("norms", ["--seed=-1"], "argument --seed: "),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(main, flags):
-    with pytest.raises(SystemExit) as e:
-        main(["--runs", "nowhere", *flags])
-    assert str(e.value).startswith(f"error: argument {flags[0].split('=')[0]}: ") and "\n" not in str(e.value)
+def test_errors_are_one_sentence(probed_runs, name, flags, told):
+    assert told in refused(name, ["--runs", str(probed_runs), *flags])
+
+
+def test_a_folder_without_runs_is_one_sentence(tmp_path):
+    for name in ("spelling", "norms"):
+        assert "no run.json at or below" in refused(name, ["--runs", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "content"),
+    [
+        ("spelling", "--pairs", '{"prompt_pairs": [{"clean": "a"}]}'),
+        ("spelling", "--pairs", '{"prompt_pairs": ["the typo"]}'),
+        ("spelling", "--pairs", '{"prompt_pairs": [{"category": 1, "clean": "a", "typo": "b"}]}'),
+        ("spelling", "--pairs", '{"prompt_pairs": []}'),
+        (
+            "spelling",
+            "--pairs",
+            '{"prompt_pairs": [{"category": "c", "clean": "a", "typo": "b"}], "bpe": {"agg": [], "per_prompt": {}}}',
+        ),
+        ("layers", "--families", '{"families": {"run": ["runs"]}}'),
+        ("layers", "--families", '{"kron": {"probes": {"run": {"family_root": "run"}}}}'),
+        ("layers", "--families", '{"prompt_pairs": []}'),
+        ("layers", "--families", "[]"),
+        ("tradeoff", "--pairs", '{"byte_similar": [["a"]], "kin": [], "synonyms": []}'),
+        ("generation", "--prompts", '{"prompts": {"normal": "x"}}'),
+        ("generation", "--prompts", '{"prompts": []}'),
+        ("generation", "--prompts", '{"results": [{"condition": "odd"}]}'),
+    ],
+)
+def test_files_of_another_shape_are_one_sentence(probed_runs, tmp_path, name, flag, content):
+    (tmp_path / "given.json").write_text(content)
+    assert "given.json" in refused(name, ["--runs", str(probed_runs), flag, str(tmp_path / "given.json")])
 
 
 def test_a_model_of_nan_is_refused(probed_runs, tmp_path):
@@ -120,24 +145,3 @@ def test_unfinished_runs_do_not_pass_for_their_arm(probed_runs, tmp_path, capsys
         assert list(by_seed["by_seed"]) == ["1337"]
         module.main(["--runs", str(root), "--allow-unfinished"])
         assert "left out" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("main", "flag", "content"),
-    [
-        (spelling.main, "--pairs", '{"prompt_pairs": ["the typo"]}'),
-        (spelling.main, "--pairs", '{"prompt_pairs": [{"category": 1, "clean": "a", "typo": "b"}]}'),
-        (spelling.main, "--pairs", '{"prompt_pairs": [], "bpe": {"agg": [], "per_prompt": {}}}'),
-        (layers.main, "--families", '{"families": {"run": ["runs"]}}'),
-        (layers.main, "--families", '{"kron": {"probes": {"run": {"family_root": "run"}}}}'),
-        (layers.main, "--families", "[]"),
-        (tradeoff.main, "--pairs", '{"byte_similar": [["a"]], "kin": [], "synonyms": []}'),
-        (generation.main, "--prompts", '{"prompts": {"normal": "x"}}'),
-        (generation.main, "--prompts", '{"results": [{"condition": "odd"}]}'),
-    ],
-)
-def test_files_of_another_shape_are_one_sentence(probed_runs, tmp_path, main, flag, content):
-    (tmp_path / "given.json").write_text(content)
-    with pytest.raises(SystemExit) as e:
-        main(["--runs", str(probed_runs), flag, str(tmp_path / "given.json")])
-    assert str(e.value).startswith("error: ") and "given.json" in str(e.value) and "\n" not in str(e.value)

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from rapidfuzz.distance import Levenshtein
 
 DATA = Path(__file__).resolve().parent.parent / "scripts" / "probes" / "data"
 # a typo must fall on a content word, not on one of these
@@ -16,16 +17,6 @@ than that this it its they we you he she who all your our their her his i up out
 
 def load(name):
     return json.loads((DATA / name).read_text(encoding="utf-8"))
-
-
-def edit_distance(a, b):
-    """Plain Levenshtein by recursion over prefixes: an oracle that shares nothing with the probes' code."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        row, old = [i], row
-        for j, y in enumerate(b, 1):
-            row.append(min(row[-1] + 1, old[j] + 1, old[j - 1] + (x != y)))
-    return row[-1]
 
 
 def test_spelling_pairs_obey_the_rules():
@@ -54,7 +45,7 @@ def test_spelling_pairs_obey_the_rules():
         assert len(changed) == 1, p
         a, b = changed[0]
         assert a.lower() not in FUNCTION_WORDS.split() and len(a) > 2, p
-        assert 1 <= edit_distance(a.lower(), b.lower()) <= 2, p
+        assert 1 <= Levenshtein.distance(a.lower(), b.lower()) <= 2, p
         assert not p["clean"].endswith(" "), p  # the last position must predict the next word
 
 
@@ -91,6 +82,6 @@ def test_families_and_tradeoff_pairs():
         assert len(set(words)) == len(words) >= 52 and all(a != b for a, b in words), kind
 
     def apart(kind):  # edits per letter
-        return [edit_distance(a, b) / max(len(a), len(b)) for a, b in pairs[kind]]
+        return [Levenshtein.distance(a, b) / max(len(a), len(b)) for a, b in pairs[kind]]
 
     assert max(apart("byte_similar")) <= 0.5 < sorted(apart("synonyms"))[len(pairs["synonyms"]) // 5]

@@ -1,14 +1,12 @@
 """scripts/probes/layers.py: scores as published, neighbours against a plain search."""
 
-import json
-
 import pytest
 import torch
-from probe_runs import args_for, published
+from probe_runs import args_for, published, word_families
 
 from sample import load_run
 from scripts.analysis.runs import Run
-from scripts.probes import common, layers
+from scripts.probes import layers
 
 
 def test_layer_scores_and_aggregates_as_published(shared_dir):
@@ -35,7 +33,7 @@ def test_layer_scores_and_aggregates_as_published(shared_dir):
 
 def test_layer_neighbours_against_a_plain_search(probed_runs):
     net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
-    families = json.loads((common.DATA / "word_families.json").read_text())["families"]
+    families = word_families()
     run = Run("x", "kronecker", 1337, {}, {})
     result = layers.measure(net, tokenizer, run, families, False, args_for(batch_size=100))
     assert result["sanity_checks"]["self_retrieval_pass"] and result["sanity_checks"]["probe_in_vocab_pass"]

@@ -1,129 +1,98 @@
 """scripts/probes/models.py on small sharded checkpoints written here, and scripts/probes/tables.py; the hub is a server on this machine."""
 
 import http.server
-import itertools
 import json
 import threading
 
 import numpy as np
 import pytest
 import torch
+from probe_runs import train_tokenizer, word_families
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from data import DataError
 from engine.errors import RunError
 from kronecker import kronecker_codec, token_bytes
-from scripts.probes import common as probe_common
-from scripts.probes import models as probe_models
-from scripts.probes import spaces, tables
+from scripts.probes import models, spaces, tables
 
 transformers = pytest.importorskip("transformers")
-FAMILY_TEXT = " ".join(
-    f"{w} {w.capitalize()}"
-    for f in json.loads((probe_common.DATA / "word_families.json").read_text())["families"]
-    for w in f["exact_family"]
-)
+FAMILIES = word_families()
 
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
+    path = tmp_path_factory.mktemp("tok") / "tokenizer.json"
+    words = " ".join(f"{w} {w.capitalize()}" for f in FAMILIES for w in f["exact_family"])
     prose = (
         "the quick brown fox jumps over a lazy dog while many small words wander around the old stone house"
     )
-    trainer = trainers.BpeTrainer(
-        vocab_size=900,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        min_frequency=1,
-    )
-    tok.train_from_iterator([FAMILY_TEXT, prose] * 3, trainer)
-    path = tmp_path_factory.mktemp("tok") / "tokenizer.json"
-    tok.save(str(path))
+    train_tokenizer(path, [words, prose] * 3, 900)
     return path
 
 
-def save_model(kind, folder, tokenizer_file, shard="60KB"):
-    from tokenizers import Tokenizer
-
-    n = Tokenizer.from_file(str(tokenizer_file)).get_vocab_size() + 7  # padded, as real tables are
+def save_model(kind, folder, tokenizer_file):
+    """A model of transformers' own in shards of 60 KB, its table padded by 7 rows, as real ones are."""
+    n = Tokenizer.from_file(str(tokenizer_file)).get_vocab_size() + 7
     torch.manual_seed(0)
+    size = {"vocab_size": n, "hidden_size": 32, "intermediate_size": 32}
+    size |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     if kind == "tied":
         config = transformers.GPT2Config(vocab_size=n, n_embd=32, n_layer=2, n_head=2, n_positions=16)
         model = transformers.GPT2LMHeadModel(config)
     elif kind == "untied":
-        config = transformers.LlamaConfig(
-            vocab_size=n,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            tie_word_embeddings=False,
-        )
+        config = transformers.LlamaConfig(**size, tie_word_embeddings=False)
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     else:
-        config = transformers.GPTNeoXConfig(
-            vocab_size=n, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-        )
-        model = transformers.GPTNeoXForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size=shard)
+        model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**size))
+    model.save_pretrained(folder, max_shard_size="60KB")
     (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     return model
+
+
+def find(folder, tensor=None):
+    """(a local model's files, where its table lies)."""
+    source = tables.open_model(str(folder), "main", folder)
+    return source, tables.find_table(source, tensor)
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "other_name"])
 def test_finds_and_reads_the_input_table_alone(kind, tmp_path, tokenizer_file):
     model = save_model(kind, tmp_path, tokenizer_file)
     assert (tmp_path / "model.safetensors.index.json").exists()  # really sharded
-    source = tables.open_model(str(tmp_path), "main", tmp_path)
-    info = tables.find_table(source)
+    source, info = find(tmp_path)
     table = tables.load_table(source, info)
     wanted = model.get_input_embeddings().weight.detach()
     assert table.dtype == wanted.dtype and torch.equal(table, wanted)
-    total = sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
-    assert source.bytes_read < total  # not the whole model
-    tokens = tables.load_tokens(source)
-    assert b" play" in tokens
+    assert source.bytes_read < sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
+    assert b" play" in tables.load_tokens(source)
 
 
 def test_head_alone_stands_for_a_tied_table(tmp_path):
-    from safetensors.torch import save_file
-
     head = torch.randn(10, 4)
     save_file({"lm_head.weight": head, "h.0.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
-    source = tables.open_model(str(tmp_path), "main", tmp_path)
-    info = tables.find_table(source)
+    source, info = find(tmp_path)
     assert info["tensor"] == "lm_head.weight" and torch.equal(tables.load_table(source, info), head)
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
     with pytest.raises(RunError, match="--tensor"):
-        tables.find_table(source)
-    assert tables.find_table(source, "lm_head.weight")["shape"] == [10, 4]
+        find(tmp_path)
+    assert find(tmp_path, "lm_head.weight")[1]["shape"] == [10, 4]
     with pytest.raises(RunError, match="has no tensor"):
-        tables.find_table(source, "nope")
+        find(tmp_path, "nope")
 
 
 def test_position_tables_are_not_taken(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file(
-        {"transformer.wpe.weight": torch.zeros(3, 4), "position_embeddings.weight": torch.zeros(3, 4)},
-        tmp_path / "model.safetensors",
-    )
+    names = ("transformer.wpe.weight", "position_embeddings.weight")
+    save_file({name: torch.zeros(3, 4) for name in names}, tmp_path / "model.safetensors")
     with pytest.raises(RunError, match="no embedding table under a known name"):
-        tables.find_table(tables.open_model(str(tmp_path), "main", tmp_path))
+        find(tmp_path)
 
 
-def test_damaged_or_missing_files_say_so(tmp_path):
+def test_missing_files_say_so(tmp_path):
     with pytest.raises(RunError, match=r"no model\.safetensors"):
-        tables.find_table(tables.open_model(str(tmp_path), "main", tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(RunError, match="not a safetensors file"):
-        tables.find_table(tables.open_model(str(tmp_path), "main", tmp_path))
+        find(tmp_path)
     with pytest.raises(RunError, match="no folder"):
-        tables.open_model("/nowhere/at all", "main", tmp_path)
+        find("/nowhere/at all")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -216,8 +185,6 @@ def test_a_download_that_broke_off_goes_on(hub, tmp_path, tokenizer_file, monkey
 
 def test_names_of_others_stay_inside_the_cache(hub, tmp_path, tokenizer_file):
     """A tensor or a shard named like a path elsewhere: the one is cached under a hash, the other refused."""
-    from safetensors.torch import save_file
-
     evil = str(tmp_path / "outside" / "embed_tokens.weight")
     save_file({evil: torch.randn(300, 8)}, hub.root / "model.safetensors")
     source = tables.open_model("someone/model", "main", tmp_path / "cache")
@@ -229,12 +196,13 @@ def test_names_of_others_stay_inside_the_cache(hub, tmp_path, tokenizer_file):
     (tmp_path / "local").mkdir()
     (tmp_path / "local" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match="is not a plain file name"):
-        tables.find_table(tables.open_model(str(tmp_path / "local"), "main", tmp_path))
+        find(tmp_path / "local")
 
 
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [
+        ("model.safetensors", b"\xff" * 64, "not a safetensors file"),
         ("model.safetensors.index.json", b'{"weight_map": []}', "weight_map"),
         ("model.safetensors.index.json", b"[1]", "JSON object"),
         ("model.safetensors.index.json", b"\xff{", "damaged"),
@@ -252,7 +220,7 @@ def test_names_of_others_stay_inside_the_cache(hub, tmp_path, tokenizer_file):
 def test_records_of_another_shape_are_one_sentence(tmp_path, file, content, told):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=told) as e:
-        tables.find_table(tables.open_model(str(tmp_path), "main", tmp_path))
+        find(tmp_path)
     assert isinstance(e.value, RunError | DataError) and file in str(e.value) and "\n" not in str(e.value)
 
 
@@ -260,7 +228,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     tables.HfFileSystem.clear_instance_cache()
     with pytest.raises(SystemExit) as e:
-        probe_models.main(["--models", "someone/model", "--cache", str(tmp_path)])
+        models.main(["--models", "someone/model", "--cache", str(tmp_path)])
     assert str(e.value).startswith("error: cannot read") and "\n" not in str(e.value)
 
 
@@ -292,43 +260,28 @@ def test_table_space_is_the_centred_cosine():
     )
 
 
-def test_edit_distances_against_a_recursive_oracle():
-    def oracle(a, b):
-        if not a or not b:
-            return len(a) + len(b)
-        return min(oracle(a[1:], b) + 1, oracle(a, b[1:]) + 1, oracle(a[1:], b[1:]) + (a[0] != b[0]))
-
-    words = ["a", "run", "runs", "ran", "nation", "notion", "kit", "iron"]
-    i, j = map(np.array, zip(*itertools.product(range(len(words)), repeat=2), strict=True))
-    got = probe_models.edit_distances(words, i, j)
-    assert got.tolist() == [oracle(words[x], words[y]) for x, y in zip(i, j, strict=True)]
-
-
 def test_canonical_forms():
-    assert {probe_models.canonical(t) for t in (b" Run", b"RUN", b".run", b"run")} == {"run"}
-    assert probe_models.canonical(b"runs") == "runs"
+    assert {models.canonical(t) for t in (b" Run", b"RUN", b".run", b"run")} == {"run"}
+    assert models.canonical(b"runs") == "runs"
 
 
 def test_a_table_that_knows_case_is_found_out(tokenizer_file):
     """A table made to put case variants together must score typographic; kin made near must score kin."""
-    from tokenizers import Tokenizer
-
     tokens = token_bytes(Tokenizer.from_file(str(tokenizer_file)))
-    families = json.loads((probe_common.DATA / "word_families.json").read_text())["families"]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(tokens), 64, generator=generator)
     by_form = {}
     case_table, kin_table = noise.clone(), noise.clone()
     for i, t in enumerate(tokens):
-        form = probe_models.canonical(t)
+        form = models.canonical(t)
         case_table[i] = 0.1 * noise[i] + by_form.setdefault(form, torch.randn(64, generator=generator))
-        family = next((f["family"] for f in families if form in f["exact_family"]), None)
+        family = next((f["family"] for f in FAMILIES if form in f["exact_family"]), None)
         if family:
             kin_table[i] = 0.1 * noise[i] + by_form.setdefault(
                 ("kin", family), torch.randn(64, generator=generator)
             )
-    a = probe_models.measure_model("case", case_table, tokens, families, ["zorp"], 0)["spaces"]
-    b = probe_models.measure_model("kin", kin_table, tokens, families, ["zorp"], 0)["spaces"]
+    a = models.measure_model("case", case_table, tokens, FAMILIES, ["zorp"], 0)["spaces"]
+    b = models.measure_model("kin", kin_table, tokens, FAMILIES, ["zorp"], 0)["spaces"]
     assert (
         a["trained"]["neighbours_at_5"]["typographic"]
         > 2 * a["random"]["neighbours_at_5"]["typographic"] + 0.1
@@ -343,7 +296,7 @@ def test_command_end_to_end(tmp_path, tokenizer_file, capsys):
         (tmp_path / kind).mkdir()
         save_model(kind, tmp_path / kind, tokenizer_file)
     out = tmp_path / "out"
-    probe_models.main(["--models", str(tmp_path / "tied"), str(tmp_path / "untied"), "--out", str(out)])
+    models.main(["--models", str(tmp_path / "tied"), str(tmp_path / "untied"), "--out", str(out)])
     printed = capsys.readouterr().out
     assert "typographic" in printed and max(map(len, printed.splitlines())) <= 140
     result = json.loads((out / "compare" / "probes" / "models.json").read_text())

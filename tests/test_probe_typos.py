@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from probe_runs import args_for
 
 from engine.errors import RunError
 from sample import load_run
@@ -88,8 +89,13 @@ def test_pairs_follow_from_the_seed(pairs):
     assert typos.draw_pairs(TEXT, 240, seed=3) == pairs != typos.draw_pairs(TEXT, 240, seed=4)
     with pytest.raises(RunError, match="longer --text"):
         typos.draw_pairs("too short a text " * 9, 5, seed=0)
-    with pytest.raises(RunError, match="choose from codespell, nlpaug, keyboard"):
-        typos.draw_pairs(TEXT, 5, 0, ["codespel"])
+
+
+def test_a_long_text_is_read_as_far_as_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(typos, "MOST_TEXT", 1_500_000)
+    (tmp_path / "held_out.jsonl").write_text(('{"text": "' + "word " * 200 + '"}\n') * 5000)
+    text = typos.held_out_text(args_for(text=str(tmp_path / "held_out.jsonl")), None)
+    assert 1_500_000 < len(text) < 3_000_000
 
 
 def test_costs_against_the_model_asked_plainly(gpt2_runs, pairs):

@@ -15,7 +15,9 @@ mention is always in tokens, as the model writes it.
 
 import math
 import random
+import re
 import sys
+from itertools import product
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -41,92 +43,78 @@ SENTENCES = [part.split("|") for part in (
     "He asked for a| at the market. The man did not have a",
     "This chapter is about the| and its history. For a long time people used the",
 )]  # fmt: skip
-ONSETS, VOWELS, CODAS = (
-    "b br d dr f fl g gl gr k kl m n p pl qu sk sl sn t tr v vr z".split(),
-    "aeiou",
-    "bdgklmnprstvxz",
-)
+ONSETS = "b br d dr f fl g gl gr k kl m n p pl qu sk sl sn t tr v vr z".split()
+VOWELS, CODAS = "aeiou", "bdgklmnprstvxz"
 CONDITIONS = {"ordinary": "ordinary word", "pieces": "made-up word, pieces", "slot": "made-up word, slot"}
 
 
 def made_up_word(rng: random.Random) -> str:
     """Two or three syllables that read like a word: 5 to 12 letters."""
-    parts = [
-        rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.choice((2, 2, 3)))
-    ]
-    return "".join(parts)
+    syllables = rng.choice((2, 2, 3))
+    return "".join(rng.choice(part) for _ in range(syllables) for part in (ONSETS, VOWELS, CODAS))
 
 
 def word_pairs(tokenizer, n: int, seed: int) -> dict[str, list[tuple[str, str]]]:
     """{"ordinary", "made-up": n pairs of words of the same length}; a word is in one pair alone."""
     rng = random.Random(seed)
+
+    def pieces(word: str) -> int:
+        return len(tokenizer.encode(" " + word))
+
     texts = [(b or b"").decode("utf-8", "replace") for b in tokenizer.token_bytes()]
-    ordinary = [
-        t[1:] for t in texts if t[:1] == " " and t[1:].isascii() and t[1:].islower() and t[1:].isalpha()
-    ]
-    ordinary = [t for t in ordinary if 4 <= len(t) <= 10 and len(tokenizer.encode(" " + t)) == 1]
+    ordinary = [t[1:] for t in texts if re.fullmatch(" [a-z]{4,10}", t) and pieces(t[1:]) == 1]
     rng.shuffle(ordinary)
     made_up = dict.fromkeys(made_up_word(rng) for _ in range(20 * n))
-    made_up = [w for w in made_up if 5 <= len(w) <= 12 and len(tokenizer.encode(" " + w)) > 1]
-    found = {}
+    made_up = [w for w in made_up if 5 <= len(w) <= 12 and pieces(w) > 1]
+    found = {"ordinary": [], "made-up": []}
     for name, words in (("ordinary", ordinary), ("made-up", made_up)):
-        waiting, pairs = {}, []
+        waiting = {}
         for word in words:
-            other = waiting.pop(len(word), None)
-            if other is None:
-                waiting[len(word)] = word
+            if other := waiting.pop(len(word), None):
+                found[name].append((other, word))
             else:
-                pairs.append((other, word))
-        if len(pairs) < n:
-            raise RunError(f"there are only {len(pairs)} pairs of {name} words; lower --words")
-        found[name] = pairs[:n]
-    return found
+                waiting[len(word)] = word
+        if len(found[name]) < n:
+            raise RunError(f"there are only {len(found[name])} pairs of {name} words; lower --words")
+    return {name: pairs[:n] for name, pairs in found.items()}
 
 
 def measure(model, tokenizer, words: dict, sentences_each: int) -> dict:
     """{condition: {"again", "control", "saved": of each pair}}: bits per byte once mentioned, when not, and between."""
     start = [] if tokenizer.eot is None else [tokenizer.eot]
     slot = min(50300, model.config.vocab_size - 1)
-    conditions = CONDITIONS if model.config.wte == "kronecker" else ("ordinary", "pieces")
     parts = [(start + tokenizer.encode(before), tokenizer.encode(between)) for before, between in SENTENCES]
     result = {}
-    for condition in conditions:
+    for condition in CONDITIONS if model.config.wte == "kronecker" else ("ordinary", "pieces"):
         pairs = words["ordinary" if condition == "ordinary" else "made-up"]
         asked, overrides = [], []
         for number, pair in enumerate(pairs):
-            for k in range(sentences_each):
-                before, between = parts[(number + k) % len(parts)]
-                for first in pair:
+            for k in range(number, number + sentences_each):
+                before, between = parts[k % len(parts)]
+                for first, second in product(pair, pair):
                     mention = [slot] if condition == "slot" else tokenizer.encode(" " + first)
-                    for second in pair:
-                        asked.append((before + mention + between, tokenizer.encode(" " + second)))
-                        overrides.append({len(before): f" {first}".encode()} if condition == "slot" else {})
+                    asked.append((before + mention + between, tokenizer.encode(" " + second)))
+                    overrides.append({len(before): f" {first}".encode()} if condition == "slot" else {})
         nats, _ = score(model, asked, overrides)
-        n_bytes = np.array([[[1 + len(w) for w in pair] for _ in pair] for pair in pairs])
-        bits = (
-            np.array([x.sum() for x in nats]).reshape(len(pairs), sentences_each, 2, 2).mean(1)
-            / n_bytes
-            / math.log(2)
-        )
+        nats = np.array([x.sum() for x in nats]).reshape(len(pairs), sentences_each, 2, 2).mean(1)
+        n_bytes = np.array([[[1 + len(w) for w in pair]] for pair in pairs])
+        bits = nats / n_bytes / math.log(2)  # of every pair: [first word, second word]
         again, control = (bits[:, 0, 0] + bits[:, 1, 1]) / 2, (bits[:, 0, 1] + bits[:, 1, 0]) / 2
-        saved = control - again
-        result[condition] = {
-            k: x.tolist() for k, x in (("again", again), ("control", control), ("saved", saved))
-        }
+        found = {"again": again, "control": control, "saved": control - again}
+        result[condition] = {k: x.tolist() for k, x in found.items()}
     return result
 
 
 def compare(by_run: dict, mine: tuple[str, str], other: tuple[str, str]) -> dict | None:
     """What (arm, condition) saves less what the other does, on the same pairs of words and seeds."""
-    seeds = [
-        s
-        for a, s in by_run
-        if a == mine[0] and mine[1] in by_run[a, s] and other[1] in by_run.get((other[0], s), {})
+    saved = [
+        {s: np.array(x[condition]["saved"]) for (a, s), x in by_run.items() if a == arm and condition in x}
+        for arm, condition in (mine, other)
     ]
+    seeds = [s for s in saved[0] if s in saved[1]]
     if not seeds:
         return None
-    of = [np.array([by_run[arm, s][condition]["saved"] for s in seeds]) for arm, condition in (mine, other)]
-    d = of[0] - of[1]
+    d = np.array([saved[0][s] - saved[1][s] for s in seeds])
     names = {"arm": mine[0], "word": mine[1], "over": other[0], "over_word": other[1], "seeds": seeds}
     return names | {"over_words": stats.interval(d.mean(0)), "over_seeds": stats.interval(d.mean(1))}
 
@@ -136,30 +124,25 @@ def make_tables(by_run: dict, arms: list[str], comparisons: list[dict]) -> list[
     rows = []
     for condition, name in CONDITIONS.items():
         for arm in arms:
-            mine = {run: x for run, x in by_run.items() if run[0] == arm and condition in x}
+            mine = {run: x[condition] for run, x in by_run.items() if run[0] == arm and condition in x}
             if mine:
-                values = {
-                    k: {run: float(np.mean(x[condition][k])) for run, x in mine.items()}
-                    for k in ("control", "again", "saved")
-                }
-                cells = [common.arm_cell(of, arm, 4) for of in values.values()]
-                over = stats.interval(np.mean([x[condition]["saved"] for x in mine.values()], axis=0))
-                rows.append([name, arm, f"{over['n']:,}", *cells, common.interval_cell(over, 4)])
-    tables = [
-        Table(
-            "What a first mention saves, in bits per byte",
-            ["word", "arm", "pairs", "not mentioned", "mentioned", "saved", "95% over words"],
-            rows,
-            left=2,
-            note="Mean ± SD over seeds. mentioned: bits per byte of the second mention; not mentioned: of a word of the "
-            "same length that another word's mention came before. A model that does not copy saves 0.",
-        )
-    ]
-    rows = [
-        [CONDITIONS[c["word"]], c["arm"], c["over"] + ("" if c["word"] == c["over_word"] else f", {c['over_word']}"),
-         common.interval_cell(c["over_words"], 4), common.interval_cell(c["over_seeds"], 4)]
-        for c in comparisons
-    ]  # fmt: skip
+                means = [
+                    {run: np.mean(x[k]) for run, x in mine.items()} for k in ("control", "again", "saved")
+                ]
+                over = stats.interval(np.mean([x["saved"] for x in mine.values()], axis=0))
+                cells = [*(common.arm_cell(of, arm, 4) for of in means), common.interval_cell(over, 4)]
+                rows.append([name, arm, f"{over['n']:,}", *cells])
+    note = (
+        "Mean ± SD over seeds. mentioned: bits per byte of the second mention; not mentioned: of a word of the "
+        "same length that another word's mention came before. A model that does not copy saves 0."
+    )
+    header = ["word", "arm", "pairs", "not mentioned", "mentioned", "saved", "95% over words"]
+    tables = [Table("What a first mention saves, in bits per byte", header, rows, left=2, note=note)]
+    rows = []
+    for c in comparisons:
+        over = c["over"] if c["word"] == c["over_word"] else f"{c['over']}, {c['over_word']}"
+        cells = [common.interval_cell(c[k], 4) for k in ("over_words", "over_seeds")]
+        rows.append([CONDITIONS[c["word"]], c["arm"], over, *cells])
     if rows:
         note = "Bits per byte that one saves more than the other: t intervals over pairs of words and over seeds, 95%."
         header = ["word", "arm", "over", "saved more, over words", "over seeds"]
@@ -170,17 +153,15 @@ def make_tables(by_run: dict, arms: list[str], comparisons: list[dict]) -> list[
 def draw(by_run: dict, arms: list[str]):
     """What is saved and what the second mention costs, by kind of word."""
 
-    def values(key):
-        runs = {a: [x for (b, _), x in by_run.items() if b == a] for a in arms}
-        return {
-            a: [[float(np.mean(x[c][key])) for x in xs if c in x] for c in CONDITIONS]
-            for a, xs in runs.items()
-        }
+    def means(arm: str, key: str) -> list[list[float]]:
+        mine = [x for (a, _), x in by_run.items() if a == arm]
+        return [[float(np.mean(x[c][key])) for x in mine if c in x] for c in CONDITIONS]
 
-    panels = [
-        ("Saved by the first mention (bits per byte)", values("saved")),
-        ("Second mention (bits per byte)", values("again")),
-    ]
+    titles = {
+        "saved": "Saved by the first mention (bits per byte)",
+        "again": "Second mention (bits per byte)",
+    }
+    panels = [(title, {arm: means(arm, key) for arm in arms}) for key, title in titles.items()]
     return figures.dot_figure(list(CONDITIONS.values()), panels)
 
 

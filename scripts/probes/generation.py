@@ -202,17 +202,13 @@ def make_tables(found: dict, arms: list[str], baseline: str, published: dict, n:
             rows.append([condition, arm, *cells, less])
         for arm, of in published.get(condition, {}).items():
             rows.append([condition, f"paper: {arm}", *(f"{100 * of[k]:.1f}" for k in RATES), "-", "-", ""])
+    title = f"Echo of the novel or misspelled word, in per cent ({n} continuations a condition and run)"
     header = ["condition", "arm", "echo", "partial", "gibberish", "greedy echo", "gibberish"]
-    return [
-        Table(
-            f"Echo of the novel or misspelled word, in per cent ({n} continuations a condition and run)",
-            [*header, f"partial less {baseline}'s"],
-            rows,
-            left=2,
-            note="Mean ± SD over seeds; last column: paired over seeds, 95%. normal: the ordinary word of the same "
-            "place, as a control. forced_oov: one position made from bytes on kronecker arms, pieces on stock arms.",
-        )
-    ]
+    note = (
+        "Mean ± SD over seeds; last column: paired over seeds, 95%. normal: the ordinary word of the same "
+        "place, as a control. forced_oov: one position made from bytes on kronecker arms, pieces on stock arms."
+    )
+    return [Table(title, [*header, f"partial less {baseline}'s"], rows, left=2, note=note)]
 
 
 def draw(found: dict, arms: list[str]):
@@ -243,10 +239,10 @@ def examples(by_run: dict, arms: list[str], count: int = 4) -> list[dict]:
     wanted = sorted(with_slot or {r["prompt_id"] for r in first[0]})[:count]
     shown = [r for of_run in first for r in of_run if r["prompt_id"] in wanted and r["sample"] == 0]
     shown.sort(key=lambda r: (r["prompt_id"], CONDITIONS.index(r["condition"])))
-    quotes = [
-        [f"{r['prompt_text']} ({r['condition'].replace('_', ' ')}, {r['arm']})", r["completion"]]
-        for r in shown
-    ]
+    quotes = []
+    for r in shown:
+        what = f"{r['prompt_text']} ({r['condition'].replace('_', ' ')}, {r['arm']})"
+        quotes.append([what, r["completion"]])
     return [{"details": "Some continuations", "blocks": [{"quotes": quotes}]}]
 
 

@@ -76,8 +76,7 @@ def read_families(path: Path) -> tuple[list[dict], dict]:
     if not arms:
         raise RunError(f"{path} holds neither 'families' nor published 'probes'")
     families = [
-        {"family": name, "family_root": f.family_root, "exact_family": f.exact_family}
-        | {"probes": [p.probe for p in f.per_probe]}
+        f.model_dump() | {"family": name, "probes": [p.probe for p in f.per_probe]}
         for name, f in next(iter(arms.values())).probes.items()
     ]
     return families, {arm: x.overall_aggregate for arm, x in arms.items()}
@@ -86,12 +85,8 @@ def read_families(path: Path) -> tuple[list[dict], dict]:
 def scores(strings: list[str], probe: str, root: str, family) -> dict:
     """The three counts of a list of neighbours, as shares."""
     forms = [s.strip().lower() for s in strings]
-    counts = {
-        "L": sum(f != probe.lower() for f in forms),
-        "M": sum(root in f for f in forms),
-        "S": sum(f in set(family) for f in forms),
-    }
-    return {score: count / len(forms) for score, count in counts.items()}
+    tests = {"L": lambda f: f != probe.lower(), "M": lambda f: root in f, "S": set(family).__contains__}
+    return {score: sum(map(test, forms)) / len(forms) for score, test in tests.items()}
 
 
 def probe_token(word: str, tokenizer, bare: bool) -> tuple[int, bool]:
@@ -103,31 +98,26 @@ def probe_token(word: str, tokenizer, bare: bool) -> tuple[int, bool]:
     return tokenizer.encode(word)[0], False
 
 
-def vocabulary_states(
-    model, ids: np.ndarray, batch_size: int
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Every token by itself at position 0: ({level: centred unit rows (n, n_embd)}, {level: mean centred norm})."""
+def vocabulary_states(model, ids: np.ndarray, batch_size: int) -> dict[str, torch.Tensor]:
+    """Every token by itself at position 0: {level: rows (n, n_embd), centred}."""
     parts = []
     position = model.transformer.wpe.weight[0].detach().float().cpu()
     for batch in torch.from_numpy(ids)[:, None].split(batch_size):
         raw, *after = [s[:, 0] for s in common.block_states(model, batch, blocks=2)]
         parts.append([raw, raw + position, *after])
     rows = dict(zip(LEVELS, map(torch.cat, zip(*parts, strict=True)), strict=False))  # one block gives no L1
-    centred = {level: x - x.mean(0) for level, x in rows.items()}
-    norms = {level: x.norm(dim=1).mean().item() for level, x in centred.items()}
-    return {level: torch.nn.functional.normalize(x, dim=1) for level, x in centred.items()}, norms
+    return {level: x - x.mean(0) for level, x in rows.items()}
 
 
 def measure(model, tokenizer, run, families: list[dict], bare: bool, args) -> dict:
     """One run in the published schema; `whole` on each probe and the *_whole aggregates are ours."""
     ids = np.nonzero(tokenizer.byte_lengths()[: model.config.vocab_size])[0].astype(np.int64)
     row_of = {int(i): r for r, i in enumerate(ids)}
-    states, norms = vocabulary_states(model, ids, args.batch_size)
-    rng = np.random.default_rng(args.seed)
-    i, j = rng.integers(0, len(ids), (2, 4000))
+    centred = vocabulary_states(model, ids, args.batch_size)
+    states = {level: torch.nn.functional.normalize(x, dim=1) for level, x in centred.items()}
+    i, j = np.random.default_rng(args.seed).integers(0, len(ids), (2, 4000))
     i, j = i[i != j], j[i != j]
     random = {level: (x[i] * x[j]).sum(1).mean().item() for level, x in states.items()}
-
     probes, self_found, in_vocab = {}, True, True
     for family in families:
         entries = []
@@ -165,7 +155,7 @@ def measure(model, tokenizer, run, families: list[dict], bare: bool, args) -> di
             "architecture_notes": "GPT-2 as in nanoGPT: pre-norm blocks, learned positions",
             "preprocessing_before_layer_0": "x = wte(id) + wpe(0)",
             "stream_collapse_used": "n/a (single-stream)",
-            **{f"centered_norm_{level}": x for level, x in norms.items()},
+            **{f"centered_norm_{level}": x.norm(dim=1).mean().item() for level, x in centred.items()},
         },
         "sanity_checks": {
             "self_retrieval_pass": self_found,
@@ -212,6 +202,10 @@ def make_tables(by_run: dict, arms: list[str], baseline: str, published: dict) -
     kinds = {"overall_aggregate": f"all {first['all_probes']} probes"}
     if first["whole_probes"] < first["all_probes"] and all(r["overall_whole"] for r in by_run.values()):
         kinds["overall_whole"] = f"the {first['whole_probes']} probes that are one token"
+    note = (
+        "Mean ± SD over seeds. loose: not the probe in another case or spacing; root: contains the "
+        "family's root; strict: a word of the family."
+    )
     tables = []
     for kind, words in kinds.items():
         rows = []
@@ -220,23 +214,15 @@ def make_tables(by_run: dict, arms: list[str], baseline: str, published: dict) -
                 of = {s: {run: r[kind][level][s] for run, r in by_run.items()} for s in "LMS"}
                 cells = [common.arm_cell(of[s], arm, 1, 100) for s in "LMS"]
                 less = common.over_seeds(of["S"], arms, baseline)[arm]["difference"]
-                rows.append(
-                    [arm if level == "E_raw" else "", level, *cells, common.interval_cell(less, 1, 100)]
-                )
+                cells.append(common.interval_cell(less, 1, 100))
+                rows.append([arm if level == "E_raw" else "", level, *cells])
         for arm, overall in published.items() if kind == "overall_aggregate" else ():
             for level in [x for x in levels if x in overall]:
                 cells = [f"{100 * overall[level][s]:.1f}" for s in "LMS"]
                 rows.append([f"paper: {arm}" if level == "E_raw" else "", level, *cells, ""])
-        tables.append(
-            Table(
-                f"Of the 10 nearest tokens, per cent: {words}",
-                ["arm", "level", "loose", "root", "strict", f"strict less {baseline}'s (95%)"],
-                rows,
-                left=2,
-                note="Mean ± SD over seeds. loose: not the probe in another case or spacing; root: contains the "
-                "family's root; strict: a word of the family.",
-            )
-        )
+        title = f"Of the 10 nearest tokens, per cent: {words}"
+        header = ["arm", "level", "loose", "root", "strict", f"strict less {baseline}'s (95%)"]
+        tables.append(Table(title, header, rows, left=2, note=note))
     return [*tables, sanity_table(by_run, arms, levels)]
 
 
@@ -255,12 +241,12 @@ def sanity_table(by_run: dict, arms: list[str], levels: list[str]) -> Table:
         cosines = [max(abs(c[f"centered_random_pair_cos_{x}"]) for c in checks) for x in levels]
         norms = [np.mean([r["model_info"][f"centered_norm_{x}"] for r in mine]) for x in levels]
         rows.append([arm, found, *(f"{x:.4f}" for x in cosines), *(f"{x:.2f}" for x in norms)])
-    return Table(
-        "Sanity: each token finds itself, random pairs are at right angles",
-        ["arm", "finds itself", *(f"cos {x}" for x in levels), *(f"norm {x}" for x in levels)],
-        rows,
-        note="cos: largest absolute mean cosine of random pairs over the seeds, centred; norm: mean centred norm.",
+    title = "Sanity: each token finds itself, random pairs are at right angles"
+    header = ["arm", "finds itself", *(f"cos {x}" for x in levels), *(f"norm {x}" for x in levels)]
+    note = (
+        "cos: largest absolute mean cosine of random pairs over the seeds, centred; norm: mean centred norm."
     )
+    return Table(title, header, rows, note=note)
 
 
 def draw(by_run: dict, arms: list[str]):

@@ -32,7 +32,6 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cpdist
 from scipy.stats import spearmanr
 
-from data.records import read_record
 from engine.errors import RunError, sentences
 from kronecker import token_bytes
 from scripts.analysis import figures
@@ -40,7 +39,7 @@ from scripts.analysis.report import Table
 from scripts.arguments import Parser
 from scripts.probes import common, tables
 from scripts.probes.generation import read_prompts
-from scripts.probes.layers import Families
+from scripts.probes.layers import read_families
 from scripts.probes.spaces import POS_DIM, CodecSpace, TableSpace
 
 SPACES = {"trained": "#0072B2", "codec": "#D55E00", "random": "#7F7F7F"}  # with their colours
@@ -92,9 +91,7 @@ def measure_space(
         if len(rows) > 1:
             inside.append(float(space.pairs(*np.array(list(combinations(rows, 2))).T).mean()))
         probes = find_words(family["probes"], row_of)
-        if not probes:
-            continue
-        at = np.array(list(probes.values()))
+        at = np.array(list(probes.values()), dtype=int)
         cosines = space.against_all(at)
         cosines[np.arange(len(at)), at] = -2.0
         for word, near in zip(probes, nearest(cosines, tokens), strict=True):
@@ -102,14 +99,13 @@ def measure_space(
             typographic, related = forms.count(own) / 5, sum(f in kin and f != own for f in forms) / 5
             shares.append([typographic, related, 1 - typographic - related])
             examples[word], forms_of[word] = shown(near), set(forms)
+    shares = np.mean(shares, 0).tolist() if shares else [None] * 3
     return {
         "random_pair_cosine": float(space.pairs(i[i != j], j[i != j]).mean()),
         "in_family_cosine": float(np.mean(inside)) if inside else None,
         "families_used": len(inside),
         "probes_used": len(examples),
-        "neighbours_at_5": dict(
-            zip(KINDS, np.mean(shares, 0).tolist() if shares else [None] * 3, strict=True)
-        ),
+        "neighbours_at_5": dict(zip(KINDS, shares, strict=True)),
         "examples": examples,
     }, forms_of
 
@@ -174,35 +170,29 @@ def measure_model(name: str, table: torch.Tensor, tokens: list[bytes], families,
     }
 
 
-def agreement(results: list[dict], seed: int) -> list[dict]:
-    """For every two models: do the same words lie alike? Over the words that are one token in both.
+def agreement(one: dict, other: dict, seed: int) -> dict:
+    """Do the same words lie alike in two models? Over the words that are one token in both.
 
     "rsa": Spearman correlation of the two cosine matrices over up to 400 shared words.
     "jaccard": overlap of the forms of the 5 nearest tokens of the probe words, each in its own vocabulary.
     """
-    found = []
-    for both in combinations(results, 2):
-        shared = set.intersection(*(set(m["_words"]) for m in both))
-        shared = thinned(shared, 400, np.random.default_rng(seed))
-        entry = {"models": [m["model"] for m in both], "shared_words": len(shared)}
-        if len(shared) >= 10:
+    shared = thinned(one["_words"].keys() & other["_words"].keys(), 400, np.random.default_rng(seed))
+    found = {"models": [one["model"], other["model"]], "shared_words": len(shared)}
+    if len(shared) >= 10:
+
+        def cosines(model: dict, kind: str) -> np.ndarray:
+            rows = np.array([model["_words"][w] for w in shared])
             i, j = np.triu_indices(len(shared), 1)
-            rows = [np.array([m["_words"][w] for w in shared]) for m in both]
-            cosines = {
-                k: [m["_spaces"][k].pairs(r[i], r[j]) for m, r in zip(both, rows, strict=True)]
-                for k in SPACES
-            }
-            entry["rsa"] = {k: float(spearmanr(*of).statistic) for k, of in cosines.items()}
-        one, other = (m["_forms"] for m in both)
-        if probes := [w for w in one["codec"] if w in other["codec"]]:
-            entry["jaccard"] = {
-                k: float(
-                    np.mean([len(one[k][w] & other[k][w]) / len(one[k][w] | other[k][w]) for w in probes])
-                )
-                for k in SPACES
-            }
-            entry["probes"] = len(probes)
-        found.append(entry)
+            return model["_spaces"][kind].pairs(rows[i], rows[j])
+
+        found["rsa"] = {k: float(spearmanr(cosines(one, k), cosines(other, k)).statistic) for k in SPACES}
+    forms = {k: (one["_forms"][k], other["_forms"][k]) for k in SPACES}
+    if probes := [w for w in forms["codec"][0] if w in forms["codec"][1]]:
+        found["jaccard"] = {
+            k: float(np.mean([len(a[w] & b[w]) / len(a[w] | b[w]) for w in probes]))
+            for k, (a, b) in forms.items()
+        }
+        found["probes"] = len(probes)
     return found
 
 
@@ -236,23 +226,15 @@ def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Ta
             shares = [figure_cell(x, "{:.0%}") for x in shares]
             near.append([*start, *map(figure_cell, cosines), *shares, str(spaces[0]["probes_used"])])
             by_distance.append([*start, *map(figure_cell, falls(members, kind))])
-    found = [
-        Table(
-            "Word families and nearest neighbours",
-            ["model", "table", "in family", "random pair", *KINDS, "probes"],
-            near,
-            left=2,
-            note="Cosines are centred. typographic, kin, other: share of the 5 nearest tokens that are "
-            "the probe in another case or spacing, a word of its family, or neither (the paper counts all "
-            "that is not typographic as morphological).",
-        ),
-        Table(
-            "Cosine of two words by their edit distance",
-            ["model", "table", *DISTANCES[:-1], "7+"],
-            by_distance,
-            left=2,
-        ),
-    ]
+    note = (
+        "Cosines are centred. typographic, kin, other: share of the 5 nearest tokens that are the probe in another "
+        "case or spacing, a word of its family, or neither (the paper counts all that is not typographic as "
+        "morphological)."
+    )
+    header = ["model", "table", "in family", "random pair", *KINDS, "probes"]
+    found = [Table("Word families and nearest neighbours", header, near, left=2, note=note)]
+    header = ["model", "table", *DISTANCES[:-1], "7+"]
+    found.append(Table("Cosine of two words by their edit distance", header, by_distance, left=2))
     rows = []
     for p in pairs[:30]:
         values = [p.get(key, {}).get(k) for key in ("rsa", "jaccard") for k in SPACES]
@@ -260,8 +242,8 @@ def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Ta
         rows.append([" / ".join(p["models"]), str(p["shared_words"]), *cells])
     if rows:
         note = (
-            "rsa: rank correlation of the cosines of shared words; nn: Jaccard overlap of the 5 "
-            "nearest tokens' forms, each in its own vocabulary."
+            "rsa: rank correlation of the cosines of shared words; nn: Jaccard overlap of the 5 nearest tokens' "
+            "forms, each in its own vocabulary."
         )
         header = ["models", "words", *(f"rsa {k}" for k in SPACES), *(f"nn {k}" for k in SPACES)]
         found.append(Table("Agreement of two models", header, rows, note=note))
@@ -320,9 +302,7 @@ def main(argv=None) -> None:
         parser.error("give --models or --runs")
     args.out = args.out or (None if args.runs else "out/probe_models")
     with sentences():
-        families = read_record(common.DATA / "word_families.json", Families, "word families").model_dump()[
-            "families"
-        ]
+        families, _ = read_families(common.DATA / "word_families.json")
         prompts, _ = read_prompts(common.DATA / "generation_prompts.json")
         asked = families, [p["oov_target"] for p in prompts if p["oov_target"]], args.seed
         groups = {}
@@ -345,7 +325,7 @@ def main(argv=None) -> None:
         for (arm, _), result in by_run.items():
             groups.setdefault(arm, []).append(result)
         results = [m for members in groups.values() for m in members]
-        pairs = agreement(results, args.seed)
+        pairs = [agreement(a, b, args.seed) for a, b in combinations(results, 2)]
         record = {
             "models": [{k: v for k, v in r.items() if not k.startswith("_")} for r in results],
             "agreement": pairs,

@@ -29,7 +29,7 @@ from kronecker import build_byte_buffer
 from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
 from scripts.analysis.report import Table
-from scripts.arguments import Parser, names, whole
+from scripts.arguments import Parser, some_of, whole
 from scripts.probes import common, typos
 
 METRICS = {  # name in agg: (key of a record, heading, digits, scale)
@@ -41,14 +41,12 @@ METRICS = {  # name in agg: (key of a record, heading, digits, scale)
     "mean_bpb_cost": ("bpb_cost", "typo's cost", 4, 1.0),
 }
 PLAIN = list(METRICS)[:4]
-CONTINUED = [
-    m for m in METRICS if m not in ("mean_cosine", "mean_logprob_drop")
-]  # of pairs with a continuation
-STRATA = {"source": "category", "edit": "edit", "tokens added": "added", "frequency": "frequency"}
-ORDERED = {  # strata whose values have an order
-    "edit": (*typos.EDITS, "several"),
-    "added": ("none", "1", "2 and more"),
-    "frequency": tuple(typos.FREQUENCIES),
+CONTINUED = ["top1_match_rate", "mean_kl", "mean_bpb_clean", "mean_bpb_cost"]  # of pairs with a continuation
+STRATA = {  # name: (key of a pair or record, its values in their order)
+    "source": ("category", ()),
+    "edit": ("edit", (*typos.EDITS, "several")),
+    "tokens added": ("added", ("none", "1", "2 and more")),
+    "frequency": ("frequency", tuple(typos.FREQUENCIES)),
 }
 TEXTS = ("clean", "typo", "top5_clean", "top5_typo", "top1_clean_str", "top1_typo_str")
 TITLES = {  # in the order of their places on the page
@@ -117,19 +115,14 @@ def untrained_twin(model, tokenizer, config: dict, seed: int):
 
 def summarise(records: list[dict]) -> dict:
     """The published aggregate of some records."""
-    means = {
-        m: float(np.mean([r[key] for r in records])) for m, (key, *_) in METRICS.items() if key in records[0]
-    }
-    return (
-        {"n": len(records)}
-        | means
-        | {
-            "median_kl": float(np.median([r["kl_clean_to_typo"] for r in records])),
-            "mean_token_inflation": float(
-                np.mean([r["n_tokens_typo"] - r["n_tokens_clean"] for r in records])
-            ),
-        }
-    )
+
+    def of(key: str) -> list:
+        return [r[key] for r in records]
+
+    means = {m: float(np.mean(of(key))) for m, (key, *_) in METRICS.items() if key in records[0]}
+    added = np.subtract(of("n_tokens_typo"), of("n_tokens_clean"))
+    kl = float(np.median(of("kl_clean_to_typo")))
+    return {"n": len(records)} | means | {"median_kl": kl, "mean_token_inflation": float(added.mean())}
 
 
 def aggregate(arm: str, records: list[dict]) -> dict:
@@ -192,31 +185,25 @@ def stratified(by_run: dict, pairs: list[dict], comparisons: list[dict]) -> list
     """
     first = next(iter(by_run.values()))
     cost = "bpb_cost" in first[0]
-    strata = {"all": None} | (STRATA if cost else {"category": "category"})
+    strata = {"all": (None, ())} | (STRATA if cost else {"category": ("category", ())})
+    keys = {m: METRICS[m][0] for m in CONTINUED if METRICS[m][0] in first[0]}
     seeds = {arm: [s for a, s in by_run if a == arm] for arm, _ in by_run}
-    figures_of = {
-        arm: {
-            m: columns(by_run, arm, seeds[arm], METRICS[m][0]) for m in CONTINUED if METRICS[m][0] in first[0]
-        }
-        for arm in seeds
-    }
-    saved = {}
+    values = {a: {m: columns(by_run, a, seeds[a], key) for m, key in keys.items()} for a in seeds}
+    more = {}
     for c in comparisons if cost else ():
         mine, other = (columns(by_run, a, c["seeds"], "bpb_cost") for a in (c["arm"], c["over"]))
-        saved[f"{c['arm']} over {c['over']}"] = (mine - other).mean(0)
+        more[f"{c['arm']} over {c['over']}"] = (mine - other).mean(0)
     rows = []
-    for stratum, key in strata.items():
-        of = ["all" if key is None else (r | p)[key] for p, r in zip(pairs, first, strict=True)]
-        for value in [v for v in ORDERED.get(key, dict.fromkeys(of)) if v in of]:
-            at = np.array(of) == value
-            arms = {
-                arm: {m: x[:, at].mean(1).tolist() for m, x in of_arm.items()}
-                for arm, of_arm in figures_of.items()
+    for stratum, (key, order) in strata.items():
+        of = np.array([(r | p).get(key, "all") for p, r in zip(pairs, first, strict=True)])
+        for value in [v for v in order or dict.fromkeys(of.tolist()) if v in of]:
+            row = {"stratum": stratum, "value": value, "pairs": int((of == value).sum())}
+            row["arms"] = {
+                a: {m: x[:, of == value].mean(1).tolist() for m, x in by_key.items()}
+                for a, by_key in values.items()
             }
-            over = {name: stats.interval(x[at]) for name, x in saved.items()}
-            rows.append(
-                {"stratum": stratum, "value": value, "pairs": int(at.sum()), "arms": arms, "over": over}
-            )
+            row["over"] = {name: stats.interval(x[of == value]) for name, x in more.items()}
+            rows.append(row)
     return rows
 
 
@@ -277,27 +264,19 @@ def comparison_tables(comparisons: list[dict]) -> list[Table]:
             row += [common.interval_cell(c["kl_difference"]), percent, won]
         rows.append(row)
         w = c["power"]
-        least = [("top1", 1, 100), ("top1_of_110", 1, 100), ("kl", 3, 1), ("bpb_cost", 4, 1)]
-        least = ["-" if (x := w.get(k)) is None else f"{x * f:.{d}f}" for k, d, f in least]
+        shown = [("top1", 1, 100), ("top1_of_110", 1, 100), ("kl", 3, 1), ("bpb_cost", 4, 1)]
+        least = ["-" if (x := w.get(k)) is None else f"{x * f:.{d}f}" for k, d, f in shown]
         power.append([c["arm"], c["over"], f"{w['pairs']:,}", f"{100 * w['discordant']:.1f}", *least])
-    return [
-        Table(
-            "One arm over another, on the same prompts",
-            ["arm", "over", "top-1, points", "McNemar p", *last],
-            rows,
-            left=2,
-            note="95% intervals. top-1: t over seeds; McNemar: exact, one a seed; " + how,
-        ),
-        Table(
-            "What so many pairs can show",
-            ["arm", "over", "pairs", "differ, %", "top-1, points", "of 110 pairs", "KL, nats", "typo's cost"],
-            power,
-            left=2,
-            note="The smallest true difference that a test at 5% finds in 80 of 100 repetitions: McNemar's on the top-1 "
-            "of one seed, given the share of pairs on which the two differ; the paired t test on the seeds' means. Other "
-            "prompts only: what another training would give is in the intervals over seeds.",
-        ),
-    ]
+    note = "95% intervals. top-1: t over seeds; McNemar: exact, one a seed; " + how
+    header = ["arm", "over", "top-1, points", "McNemar p", *last]
+    table = Table("One arm over another, on the same prompts", header, rows, left=2, note=note)
+    note = (
+        "The smallest true difference that a test at 5% finds in 80 of 100 repetitions: McNemar's on the top-1 "
+        "of one seed, given the share of pairs on which the two differ; the paired t test on the seeds' means. Other "
+        "prompts only: what another training would give is in the intervals over seeds."
+    )
+    header = ["arm", "over", "pairs", "differ, %", "top-1, points", "of 110 pairs", "KL, nats", "typo's cost"]
+    return [table, Table("What so many pairs can show", header, power, left=2, note=note)]
 
 
 def kind_tables(strata: list[dict]) -> list[Table]:
@@ -333,11 +312,8 @@ def draw(strata: list[dict]):
     plain = ("all", "category")
     rows = [r["value"] if r["stratum"] in plain else f"{r['stratum']}: {r['value']}" for r in strata]
     arms = strata[0]["arms"]
-    panels = [
-        (title, {a: [r["arms"][a][k] for r in strata] for a in arms})
-        for k, title in titles.items()
-        if k in next(iter(arms.values()))
-    ]
+    shown = [k for k in titles if k in next(iter(arms.values()))]
+    panels = [(titles[k], {a: [r["arms"][a][k] for r in strata] for a in arms}) for k in shown]
     return figures.dot_figure(rows, panels)
 
 
@@ -347,7 +323,7 @@ def main(argv=None) -> None:
     add, sources = parser.add_argument, ",".join(typos.SOURCES)
     add("--pairs", default=str(common.DATA / "spelling_pairs.json"), help="typo pairs (default: our 110)")
     add("--generate", type=whole(1, 100_000), metavar="N", help="N misspellings in held-out text instead")
-    add("--sources", type=names, default=sources, help="of --generate, in equal parts (%(default)s)")
+    add("--sources", type=some_of(typos.SOURCES), default=sources, help="in equal parts (%(default)s)")
     add("--text", metavar="FILE", help="held-out text for --generate: txt, jsonl or parquet, packed or not")
     add("--no-control", action="store_true", help="do not measure the untrained twins")
     add("--batch_size", type=whole(1), default=64, help="prompts at a time (%(default)s)")

@@ -33,17 +33,10 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-# The input table's name in the families of models, best first; a decoder's position table never matches.
-TABLE_NAMES = [
-    r"(^|\.)embed_tokens\.weight$",
-    r"(^|\.)wte\.weight$",
-    r"(^|\.)tok_embeddings\.weight$",
-    r"(^|\.)embed_in\.weight$",
-    r"(^|\.)word_embeddings\.weight$",
-    r"(^|\.)shared\.weight$",
-    r"(^|\.)(token_)?embeddings?\.weight$",
-]
-HEAD_NAMES = [r"(^|\.)lm_head\.weight$", r"(^|\.)embed_out\.weight$", r"(^|\.)output\.weight$"]
+# The input table's name in the families of models, best first, and the head's.
+TABLE_NAMES = "embed_tokens wte tok_embeddings embed_in word_embeddings shared (token_)?embeddings?".split()
+HEAD_NAMES = "lm_head embed_out output".split()
+OTHERS = r"position|token_type|segment|vision|visual|audio"  # tables of these are no input tables
 CHUNK = 32 * 2**20  # bytes of one request
 
 
@@ -81,20 +74,16 @@ class Source:
             with self.files.open(f"{self.root}/{file}", "rb", cache_type="none") as f:
                 f.seek(start)
                 data = f.read(-1 if end is None else end - start)
-        except FileNotFoundError as e:
-            if isinstance(e, RepositoryNotFoundError):
-                raise RunError(
-                    f"there is no {self.name} on the hub, or it is private: check the name, set HF_TOKEN"
-                ) from None
+        except RepositoryNotFoundError:
+            why = f"there is no {self.name} on the hub, or it is private: check the name, set HF_TOKEN"
+            raise RunError(why) from None
+        except FileNotFoundError:
             return None
         except Exception as e:  # the hub's client passes on errors of several packages
+            why = f"cannot read {file} of {self.name} ({first_line(e)}); a local folder needs no network"
             if getattr(getattr(e, "response", None), "status_code", None) in (401, 403):
-                raise RunError(
-                    f"{self.name} is gated: accept its licence on its page and set HF_TOKEN"
-                ) from None
-            raise RunError(
-                f"cannot read {file} of {self.name} ({first_line(e)}); a local folder needs no network"
-            ) from None
+                why = f"{self.name} is gated: accept its licence on its page and set HF_TOKEN"
+            raise RunError(why) from None
         if end is not None and len(data) != end - start:
             raise RunError(f"{file} of {self.name} is damaged: bytes {start:,} to {end:,} are not all there")
         self.bytes_read += len(data)
@@ -108,15 +97,13 @@ class Source:
         self.cache.mkdir(parents=True, exist_ok=True)
         # a name that others chose is no file's name
         key = hashlib.sha256(json.dumps([self.root, info]).encode()).hexdigest()
-        done, part = self.cache / f"{key}.bin", self.cache / f"{key}.part"
+        done, part, length = self.cache / f"{key}.bin", self.cache / f"{key}.part", info["length"]
         if not done.exists():
             with open(part, "ab") as f:
-                while (have := f.tell()) < info["length"]:
-                    start = info["start"] + have
-                    f.write(
-                        self.read(info["file"], start, min(start + CHUNK, info["start"] + info["length"]))
-                    )
-                    progress(f"{self.name}: {f.tell() / 2**20:,.0f} of {info['length'] / 2**20:,.0f} MiB")
+                while (have := f.tell()) < length:
+                    ends = (info["start"] + n for n in (have, min(have + CHUNK, length)))
+                    f.write(self.read(info["file"], *ends))
+                    progress(f"{self.name}: {f.tell() / 2**20:,.0f} of {length / 2**20:,.0f} MiB")
             publish(part, done)
         return done, 0
 
@@ -148,9 +135,8 @@ def of_json(source: Source, file: str, schema, start: int = 0, end: int | None =
     content, where = source.read(file, start, end), f"{file} of {source.name}"
     if content is None:
         return None
-    return validated(
-        parsed(content.decode("utf-8", "surrogateescape"), where), schema, where, "what a model has there"
-    )
+    value = parsed(content.decode("utf-8", "surrogateescape"), where)
+    return validated(value, schema, where, "what a model has there")
 
 
 def find_table(source: Source, tensor: str | None = None) -> dict:
@@ -188,20 +174,18 @@ def find_table(source: Source, tensor: str | None = None) -> dict:
 
 def choose_table(source: Source, weight_map: dict) -> str:
     """The input table by its name; the head where the two are tied and only the head was saved."""
-    for patterns in (TABLE_NAMES, HEAD_NAMES):
-        for pattern in patterns:
-            found = sorted((n for n in weight_map if re.search(pattern, n)), key=lambda n: (n.count("."), n))
-            found = [n for n in found if not re.search(r"position|token_type|segment|vision|visual|audio", n)]
-            if not found:
-                continue
-            if patterns is HEAD_NAMES:
-                config = of_json(source, "config.json", ModelConfig) or ModelConfig()
-                tied = (config.text_config or {}).get("tie_word_embeddings", config.tie_word_embeddings)
-                if tied is False:
-                    raise RunError(
-                        f"{source.name} has a head but no input table of a known name; give it with --tensor"
-                    )
-            return found[0]
+    for name in (*TABLE_NAMES, *HEAD_NAMES):
+        form = re.compile(rf"(.*\.)?{name}\.weight", re.DOTALL)
+        found = [n for n in weight_map if form.fullmatch(n) and not re.search(OTHERS, n)]
+        if not found:
+            continue
+        if name in HEAD_NAMES:
+            config = of_json(source, "config.json", ModelConfig) or ModelConfig()
+            if (config.text_config or {}).get("tie_word_embeddings", config.tie_word_embeddings) is False:
+                raise RunError(
+                    f"{source.name} has a head but no input table of a known name; give it with --tensor"
+                )
+        return min(found, key=lambda n: (n.count("."), n))
     raise RunError(f"no embedding table under a known name in {source.name}; give its name with --tensor")
 
 

@@ -21,12 +21,13 @@ EDITS = ("insert", "delete", "substitute", "transpose")
 WORD = re.compile(r"[a-z]{4,14}")
 FREQUENCIES = {"256 and more": 256, "64 to 255": 64, "16 to 63": 16, "4 to 15": 4, "1 to 3": 1}
 AFTER = 8  # words of the continuation
+MOST_TEXT = 20_000_000  # characters of --text
 
 
 # ---------------------------------------------------------------------------------------------- lists
 
 
-def installed_file(package: str, path: str, pip_name: str) -> list[str]:
+def installed_lines(package: str, path: str, pip_name: str) -> list[str]:
     """Lines of a data file of an installed package, none of whose code is run."""
     found = importlib.util.find_spec(package)
     if found is None:
@@ -39,16 +40,15 @@ def installed_file(package: str, path: str, pip_name: str) -> list[str]:
 
 def codespell() -> dict[str, list[str]]:
     """{word: misspellings} where codespell's dictionary of real mistakes knows one right word alone."""
-    entries = (
-        line.partition("->") for line in installed_file("codespell_lib", "data/dictionary.txt", "codespell")
-    )
+    lines = installed_lines("codespell_lib", "data/dictionary.txt", "codespell")
+    entries = (line.partition("->") for line in lines)
     return gather((word, wrong) for wrong, _, word in entries if "," not in word)
 
 
 def nlpaug() -> dict[str, list[str]]:
     """{word: misspellings} of nlpaug's list, which was collected from people's writing."""
-    lines = [line.split() for line in installed_file("nlpaug", "res/word/spelling/spelling_en.txt", "nlpaug")]
-    return gather((line[0], wrong) for line in lines if line for wrong in line[1:])
+    lines = map(str.split, installed_lines("nlpaug", "res/word/spelling/spelling_en.txt", "nlpaug"))
+    return gather((line[0], wrong) for line in lines for wrong in line[1:])
 
 
 def gather(pairs) -> dict[str, list[str]]:
@@ -73,8 +73,8 @@ def slip(word: str, edit: str, rng: random.Random) -> str:
         return word[:k] + word[k + 1] + word[k] + word[k + 2 :]
     if edit == "delete":
         return word[:k] + word[k + 1 :]
-    other = rng.choice(neighbours(word[k]) + word[k]) if edit == "insert" else rng.choice(neighbours(word[k]))
-    return word[:k] + other + word[k + (edit == "substitute") :]
+    near = neighbours(word[k]) + (word[k] if edit == "insert" else "")
+    return word[:k] + rng.choice(near) + word[k + (edit == "substitute") :]
 
 
 def neighbours(letter: str) -> str:
@@ -129,9 +129,8 @@ class PublishedArm(Record):
 def read_pairs(path: Path) -> tuple[list[dict], dict]:
     """(pairs, published figures or {}): our own file, or the paper's results, which hold both."""
     content = read_record(path, TypoPairs, "typo pairs").model_dump()
-    published = {
-        a: x for a, x in content.items() if isinstance(x, dict) and {"agg", "per_prompt"} <= x.keys()
-    }
+    parts = {"agg", "per_prompt"}
+    published = {a: x for a, x in content.items() if isinstance(x, dict) and parts <= x.keys()}
     for arm, x in published.items():
         validated(x, PublishedArm, f"{path}, {arm}", "published results")
     return content["prompt_pairs"], published
@@ -142,13 +141,9 @@ def draw_pairs(text: str, n: int, seed: int, sources=SOURCES) -> list[dict]:
 
     A prompt is 8 to 16 words of the text, of which one of the last five is misspelled; its continuation are the
     next 8. Words are drawn in equal parts from each class of frequency (counted in the text) as far as there are
-    any, so that common words do not make up the sample; a place in the text serves once. Raises ProbeError where
+    any, so that common words do not make up the sample; a place in the text serves once. Raises RunError where
     the text gives too few.
     """
-    if unknown := set(sources) - set(SOURCES):
-        raise RunError(
-            f"there is no source {', '.join(unknown)} of misspellings: choose from {', '.join(SOURCES)}"
-        )
     words = text.split()
     counts = Counter(w.lower() for w in words)
     rng = random.Random(seed)
@@ -194,14 +189,15 @@ def frequency(count: int) -> str:
 
 
 def held_out_text(args, run) -> str:
-    """--text, as far as 20 MB of it, else the validation tokens that the run was evaluated on, decoded."""
+    """--text, as far as MOST_TEXT of it, else the validation tokens that the run was evaluated on, decoded."""
     if args.text:
         files, texts, size = [Path(args.text)], [], 0
         check_files(files)
         for block in local_blocks(files, "text"):
-            texts += read_payload(block.payload, "text")[0]
-            size += sum(map(len, texts[-1:]))
-            if size > 20_000_000:
+            new = read_payload(block.payload, "text")[0]
+            texts += new
+            size += sum(map(len, new))
+            if size > MOST_TEXT:
                 break
         return "\n".join(texts)
     _, tokenizer, config = common.load(run.name, args)
