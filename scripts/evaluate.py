@@ -37,7 +37,7 @@ from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
 from scripts.analysis.report import INK, Table
 from scripts.analysis.runs import Run
-from scripts.arguments import Parser, names, whole
+from scripts.arguments import names, whole
 from scripts.probes import common
 
 UNCONDITIONAL = 1_000_000  # ids from here on repeat an item without its context, for another normalisation
@@ -323,8 +323,7 @@ def to_wandb(model: Run, config: dict, figures: dict, out: Path) -> None:
 
 def arguments(argv):
     """The command line."""
-    parser = Parser(__doc__)
-    common.add_arguments(parser)
+    parser = common.parser(__doc__)
     add = parser.add_argument
     tasks, formats = "hellaswag,lambada,piqa,arc_easy,winogrande", ("auto", "float32", "bfloat16", "float16")
     add("--tasks", type=names, default=tasks, help="with commas (%(default)s)")

@@ -6,8 +6,10 @@ import math
 import shutil
 
 import pytest
+import torch
 from probe_runs import args_for, published, word_families
 
+import model as gpt
 from engine import checkpoint
 from sample import load_run
 from scripts.analysis.runs import Run
@@ -54,6 +56,15 @@ def test_records_have_the_published_keys(shared_dir, probed_runs):
     assert set(probe["L1"]) == set(ours["probes"]["help"]["per_probe"][0]["L1"])
 
 
+@pytest.mark.parametrize("wte_norm", ["none", "rms"])
+def test_states_are_those_of_the_models_own_forward(wte_norm):
+    config = gpt.GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16, wte_norm=wte_norm)
+    net, ids = gpt.GPT(config).eval(), torch.arange(8)[None]
+    states = common.block_states(net, ids)
+    assert len(states) == 3
+    torch.testing.assert_close(net.transformer.ln_f(states[-1]), net.hidden(ids)[0])
+
+
 def refused(name: str, argv: list[str]) -> str:
     """The one sentence with which a probe ends."""
     with pytest.raises(SystemExit) as e:
@@ -83,8 +94,9 @@ def refused(name: str, argv: list[str]) -> str:
         ("norms", ["--seed=-1"], "argument --seed: "),
     ],
 )
-def test_errors_are_one_sentence(probed_runs, name, flags, told):
+def test_errors_are_one_sentence(probed_runs, name, flags, told, capsys):
     assert told in refused(name, ["--runs", str(probed_runs), *flags])
+    assert " of 6, " not in capsys.readouterr().err  # before any run was measured for nothing
 
 
 def test_a_folder_without_runs_is_one_sentence(tmp_path):

@@ -13,16 +13,16 @@ from sample import load_run
 from scripts.analysis import figures, report, stats
 from scripts.analysis.report import Table, arm_sort_key, arms_of
 from scripts.analysis.runs import Run, default_out, find_run_folders, load_folder, refuse_twins
-from scripts.arguments import device, whole
+from scripts.arguments import Parser, device, whole
 from scripts.provenance import provenance
 
 DATA = Path(__file__).resolve().parent / "data"
 
 
-def add_arguments(parser, need_runs: bool = True) -> None:
-    """The arguments of every probe."""
-    add = parser.add_argument
-    runs = "run folders, or folders that hold runs (out/demo)"
+def parser(doc: str, need_runs: bool = True) -> Parser:
+    """The command line of a probe, with the arguments that all have; doc: its module's docstring."""
+    made = Parser(doc)
+    add, runs = made.add_argument, "run folders, or folders that hold runs (out/demo)"
     add("--runs", nargs="+", metavar="DIR", required=need_runs, help=runs)
     add("--allow-unfinished", action="store_true", help="take unfinished runs as they stand")
     add("--out", help="folder whose compare/ gets the results (default: the first of --runs)")
@@ -30,6 +30,7 @@ def add_arguments(parser, need_runs: bool = True) -> None:
     add("--which", default="latest", help="checkpoint: latest, best or a step (%(default)s)")
     add("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
     add("--seed", type=whole(0), default=42, help="of sampling and resampling (%(default)s)")
+    return made
 
 
 def out_folder(args) -> Path:
@@ -68,12 +69,13 @@ def load(path, args):
 def measure_runs(args, what: str, measure) -> tuple[dict, list[str], str]:
     """({(arm, seed): measure(run, model, tokenizer, config)}, arms, baseline) of all runs at or below --runs."""
     runs, by_run = finished_runs(args), {}
+    arms = arms_of(runs)
+    baseline = pick_baseline(arms, args.baseline)
     for number, run in enumerate(runs, 1):
         start = time.time()
         by_run[run.arm, run.seed] = measure(run, *load(run.name, args))
         progress(f"{what}: {number} of {len(runs)}, {run.arm} seed {run.seed}, {time.time() - start:.1f} s")
-    arms = arms_of(runs)
-    return by_run, arms, pick_baseline(arms, args.baseline)
+    return by_run, arms, baseline
 
 
 def progress(message: str) -> None:

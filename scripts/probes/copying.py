@@ -29,7 +29,7 @@ from engine.errors import RunError, sentences
 from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
 from scripts.analysis.report import Table
-from scripts.arguments import Parser, whole
+from scripts.arguments import whole
 from scripts.probes import common
 
 # What stands before the first mention, and between it and the second.
@@ -166,8 +166,7 @@ def draw(by_run: dict, arms: list[str]):
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__)
-    common.add_arguments(parser)
+    parser = common.parser(__doc__)
     add = parser.add_argument
     add("--words", type=whole(2, 5000), default=300, help="pairs of words of each kind (%(default)s)")
     add("--sentences", type=whole(1, len(SENTENCES)), default=4, help="sentences a pair (%(default)s)")

@@ -32,7 +32,7 @@ from engine.errors import RunError, sentences
 from engine.prompts import SLOT, parse_prompt
 from scripts.analysis import figures, report
 from scripts.analysis.report import Table
-from scripts.arguments import Parser, number, whole
+from scripts.arguments import number, whole
 from scripts.probes import common
 
 CONDITIONS = ("normal", "misspelled", "forced_oov")
@@ -247,8 +247,7 @@ def examples(by_run: dict, arms: list[str], count: int = 4) -> list[dict]:
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__)
-    common.add_arguments(parser)
+    parser = common.parser(__doc__)
     add = parser.add_argument
     add("--prompts", default=str(common.DATA / "generation_prompts.json"), help="prompts (default: our 20)")
     add("--samples", type=whole(1, 10_000), default=4, help="sampled continuations a prompt (%(default)s)")

@@ -28,7 +28,7 @@ from data.records import Record, read_record, validated
 from engine.errors import RunError, sentences
 from scripts.analysis import figures, report
 from scripts.analysis.report import Table
-from scripts.arguments import Parser, whole
+from scripts.arguments import whole
 from scripts.probes import common
 
 LEVELS = ("E_raw", "E_post", "L0", "L1")
@@ -268,8 +268,7 @@ def draw(by_run: dict, arms: list[str]):
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__)
-    common.add_arguments(parser)
+    parser = common.parser(__doc__)
     add, ours = parser.add_argument, str(common.DATA / "word_families.json")
     add("--families", default=ours, help="word families (default: ours)")
     add("--batch_size", type=whole(1), default=4096, help="tokens at a time (%(default)s)")

@@ -36,7 +36,6 @@ from engine.errors import RunError, sentences
 from kronecker import token_bytes
 from scripts.analysis import figures
 from scripts.analysis.report import Table
-from scripts.arguments import Parser
 from scripts.probes import common, tables
 from scripts.probes.generation import read_prompts
 from scripts.probes.layers import read_families
@@ -290,8 +289,7 @@ def draw(groups: dict):
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__)
-    common.add_arguments(parser, need_runs=False)
+    parser = common.parser(__doc__, need_runs=False)
     add = parser.add_argument
     add("--models", nargs="+", default=[], help="model folders, or names on the hub (owner/name)")
     add("--tensor", help="the table's name, where it is an unusual one (for all --models)")

@@ -17,7 +17,6 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 from engine.errors import RunError, sentences
 from scripts.analysis import figures, stats
 from scripts.analysis.report import INK, Table, arm_style, arms_of
-from scripts.arguments import Parser
 from scripts.probes import common
 
 METRICS = {"wte/rms": "RMS of the embedding's output", "wte/weight_norm": "Row norm of the trainable matrix"}
@@ -78,9 +77,7 @@ def draw(series: dict, arms: list[str]):
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__)
-    common.add_arguments(parser)
-    args = parser.parse_args(argv)
+    args = common.parser(__doc__).parse_args(argv)
     with sentences():
         runs = [r for r in common.finished_runs(args, needs_checkpoint=False) if r.series("wte/rms")]
         if not runs:

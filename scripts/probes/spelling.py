@@ -29,7 +29,7 @@ from kronecker import build_byte_buffer
 from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
 from scripts.analysis.report import Table
-from scripts.arguments import Parser, some_of, whole
+from scripts.arguments import some_of, whole
 from scripts.probes import common, typos
 
 METRICS = {  # name in agg: (key of a record, heading, digits, scale)
@@ -318,8 +318,7 @@ def draw(strata: list[dict]):
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__)
-    common.add_arguments(parser)
+    parser = common.parser(__doc__)
     add, sources = parser.add_argument, ",".join(typos.SOURCES)
     add("--pairs", default=str(common.DATA / "spelling_pairs.json"), help="typo pairs (default: our 110)")
     add("--generate", type=whole(1, 100_000), metavar="N", help="N misspellings in held-out text instead")

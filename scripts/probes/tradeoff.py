@@ -23,7 +23,6 @@ from data.records import Record, read_record
 from engine.errors import RunError, sentences
 from scripts.analysis import figures, report
 from scripts.analysis.report import Table
-from scripts.arguments import Parser
 from scripts.probes import common
 
 KINDS = {"byte_similar": "alike in bytes", "kin": "kin", "synonyms": "synonyms", "random": "random"}
@@ -99,14 +98,13 @@ def make_tables(by_run: dict, arms: list[str]) -> list[Table]:
     """Cosines by kind and level, and the paper's two examples."""
     levels = min((r["levels"] for r in by_run.values()), key=len)
 
-    def cells(arm: str, k: int, series) -> list[str]:
-        """A level's cell for each of the series {run: [of every level]}."""
-        return [common.arm_cell({run: x[k] for run, x in of.items()}, arm) for of in series]
+    def at_level(k: int) -> list[dict]:
+        """{run: figure} of every kind of pair, and of the separation."""
+        kinds = [{run: r["cosine"][kind][k] for run, r in by_run.items()} for kind in KINDS]
+        return [*kinds, {run: r["separation"][k] for run, r in by_run.items()}]
 
-    columns = [{run: r["cosine"][kind] for run, r in by_run.items()} for kind in KINDS]
-    columns.append({run: r["separation"] for run, r in by_run.items()})
     rows = [
-        [arm if k == 0 else "", level, *cells(arm, k, columns)]
+        [arm if k == 0 else "", level, *(common.arm_cell(of, arm) for of in at_level(k))]
         for arm in arms
         for k, level in enumerate(levels)
     ]
@@ -121,8 +119,10 @@ def make_tables(by_run: dict, arms: list[str]) -> list[Table]:
     for pair in EXAMPLES:
         found = {run: r["pairs"]["byte_similar"].get(pair, [None] * len(levels)) for run, r in by_run.items()}
         for arm in arms:
-            of_levels = [cells(arm, k, [found])[0] for k in range(len(levels))]
-            rows.append([pair if arm == arms[0] else "", arm, *of_levels])
+            cells = [
+                common.arm_cell({run: x[k] for run, x in found.items()}, arm) for k in range(len(levels))
+            ]
+            rows.append([pair if arm == arms[0] else "", arm, *cells])
     return [*tables, Table("The paper's two examples", ["pair", "arm", *levels], rows, left=2)]
 
 
@@ -147,8 +147,7 @@ def draw(by_run: dict, arms: list[str]):
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__)
-    common.add_arguments(parser)
+    parser = common.parser(__doc__)
     add, ours = parser.add_argument, str(common.DATA / "tradeoff_pairs.json")
     add("--pairs", default=ours, help="word pairs (default: ours)")
     add("--prefix", default="", help="text before the word, for instance 'The word'")
