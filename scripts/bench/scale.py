@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -57,7 +58,8 @@ def train_on(n_ranks: int, work: Path, args) -> dict:
 
 
 def read_from(n_shards: int, work: Path) -> dict:
-    """Milliseconds to open so many shards and for one batch of them; the median of 20 batches."""
+    """Milliseconds to open so many shards and for one batch of them, the median of 20; the loader's memory at its peak
+    (Python's and NumPy's)."""
     folder = work / f"shards_{n_shards}"
     if not folder.is_dir():
         folder.mkdir()
@@ -73,7 +75,12 @@ def read_from(n_shards: int, work: Path) -> dict:
         start = time.perf_counter()
         batches.rows(step, 0, ROWS)
         each.append(time.perf_counter() - start)
-    return {"start and first batch, ms": 1e3 * opened, "a batch, ms": 1e3 * statistics.median(each)}
+    tracemalloc.start()
+    TrainBatches(folder, BLOCK, ROWS, seed=1).rows(0, 0, ROWS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    found = {"start and first batch, ms": 1e3 * opened, "batch, ms": 1e3 * statistics.median(each)}
+    return found | {"memory of the loader, KB": peak / 1e3}
 
 
 def main(argv=None) -> None:
