@@ -45,7 +45,7 @@ bench: setup $(TEXT)
 	run scripts/bench/embedding.py --text $(TEXT) --threads 1 --rounds 3 --out $(RESULTS)/embedding; \
 	run scripts/bench/train.py --arms=bpe_untied,kronecker --steps=6 --shares $(NANOGPT) --out=$(RESULTS)/training; \
 	run scripts/bench/sample.py $(NANOGPT) --out=$(RESULTS)/training; \
-	run scripts/bench/scale.py --out=$(RESULTS)/training; \
+	run scripts/bench/scale.py --rounds=2 --out=$(RESULTS)/training; \
 	run scripts/bench/prepare.py --input $(TEXT) --json $(RESULTS)/data/bench_prepare.json; \
 	run scripts/bench/loader.py --repeats 3 --json $(RESULTS)/data/bench_loader.json; \
 	test -z "$$failed" || { echo "error: not measured:$$failed"; exit 1; }
