@@ -119,11 +119,11 @@ def run_shares(arm: str, setting: str, work: Path, args) -> dict:
     return json.loads(text.splitlines()[-1])
 
 
-def shares_table(setting: str, shares: dict[str, dict]) -> Table:
+def shares_table(run: str, shares: dict[str, dict]) -> Table:
     """Shares of each arm, {arm: {part: share}}, a row each."""
     parts = list(next(iter(shares.values())))
     rows = [[arm, *(f"{share:.1%}" for share in row.values())] for arm, row in shares.items()]
-    return Table(f"Where the time of a training goes, {setting}", ["arm", *parts], rows)
+    return Table(f"Where the time of a training goes, {run}", ["arm", *parts], rows)
 
 
 def flags(keys: dict) -> list[str]:
@@ -243,7 +243,8 @@ def measure(setting: str, args) -> tuple[dict, list[Table]]:
         found, tables = {"rounds": rounds}, [side_table(setting, rounds)]
         if args.shares:
             found["shares"] = {arm: run_shares(arm, setting, work, args) for arm in args.arms}
-            tables.append(shares_table(setting, found["shares"]))
+            run = "config/demo.py in full" if setting == "demo" else f"{args.steps} steps of {setting}"
+            tables.append(shares_table(run, found["shares"]))
     return found, tables
 
 
