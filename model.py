@@ -22,6 +22,12 @@ from kronecker import KroneckerEmbedding, controls
 
 # RMS of an embedding's output at the start: a learned table's in GPT-2, and the projection's in the paper.
 USUAL_RMS = {"stock": 0.02, "lowrank": 0.02, "hash": 0.02, "kronecker": 1.0}
+CHOICES = {
+    "gelu": ("none", "tanh"),
+    "wte": tuple(USUAL_RMS),
+    "wte_norm": ("none", "rms"),
+    "loss": ("auto", "full", "chunked", "liger"),
+}
 # The trainable matrix whose norms are logged.
 WTE_MATRIX = {"stock": "weight", "lowrank": "u", "hash": "rows", "kronecker": "projection.weight"}
 
@@ -54,34 +60,21 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: change one of them"
-            )
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: change one")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but it must be at least 0 and below 1")
-        if self.gelu not in ("none", "tanh"):
-            raise ValueError(f"gelu is {self.gelu!r}, but it must be 'none' (exact) or 'tanh'")
-        if self.wte not in USUAL_RMS:
-            raise ValueError(f"wte is {self.wte!r}, but it must be one of {', '.join(USUAL_RMS)}")
-        if self.wte_norm not in ("none", "rms"):
-            raise ValueError(f"wte_norm is {self.wte_norm!r}, but it must be 'none' or 'rms'")
-        if self.wte_init_rms < 0:
-            raise ValueError(f"wte_init_rms is {self.wte_init_rms}, but it must be above 0 (or 0: the usual)")
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(known)}")
         for name in ("wte_permute_seed", "wte_ngrams", "wte_rank"):
             if self.wte != "kronecker" and getattr(self, name):
                 raise ValueError(f"{name} means nothing with wte={self.wte!r}: it belongs to wte='kronecker'")
-        if (
-            self.wte_init_rms not in (0, USUAL_RMS[self.wte])
-            and self.wte == "kronecker"
-            and not self.z_normalize
-        ):
-            raise ValueError(
-                "wte_init_rms means nothing with z_normalize=False: the codes have no RMS of 1 to scale"
-            )
-        if not self.wte_init_rms:
-            self.wte_init_rms = USUAL_RMS[self.wte]
-        if self.loss not in ("auto", "full", "chunked", "liger"):
-            raise ValueError(f"loss is {self.loss!r}, but it must be auto, full, chunked or liger")
+        usual = USUAL_RMS[self.wte]
+        self.wte_init_rms = self.wte_init_rms or usual
+        if self.wte_init_rms < 0:
+            raise ValueError(f"wte_init_rms is {self.wte_init_rms}, but it must be above 0 (or 0: the usual)")
+        if self.wte == "kronecker" and self.wte_init_rms != usual and not self.z_normalize:
+            raise ValueError("wte_init_rms means nothing with z_normalize=False: codes have no RMS of 1")
 
 
 class LayerNorm(nn.Module):
@@ -144,21 +137,18 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2. `byte_buffers` = (uint8 (V', pos_dim), int16 (V',)) as kronecker.build_byte_buffer makes them."""
 
-    def __init__(
-        self, config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | None = None, seed: int = 1337
-    ):
+    def __init__(self, config: GPTConfig, byte_buffers=None, seed: int = 1337):
         super().__init__()
         self.config = config
         wte = input_embedding(config, byte_buffers)
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": wte,
-                "wpe": undrawn_table(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                "ln_f": LayerNorm(config.n_embd, config.bias),
-            }
-        )
+        transformer = {
+            "wte": wte,
+            "wpe": undrawn_table(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            "ln_f": LayerNorm(config.n_embd, config.bias),
+        }
+        self.transformer = nn.ModuleDict(transformer)
         # A tied head has no weights of its own, and so no second name in a checkpoint.
         self.lm_head = None if config.tie_weights else Linear(config.n_embd, config.vocab_size, bias=False)
         # A tied head multiplies by a table of RMS 0.02, as GPT-2's does: where the table starts at another, a learned
@@ -215,7 +205,8 @@ class GPT(nn.Module):
         if self.liger is not None and reduction == "mean" and torch.is_grad_enabled():
             dtype = matmul_dtype(x)
             return None, self.liger(weight.to(dtype), x.flatten(0, 1).to(dtype), targets.flatten())
-        return None, cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction, self.config.loss)
+        loss = cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction, self.config.loss)
+        return None, loss if reduction == "mean" else loss.view(targets.shape)
 
     def hidden(
         self, idx: Tensor, byte_overrides=None, past=None, pos: int = 0, padding: Tensor | None = None
@@ -232,8 +223,7 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if self.head_scale is not None:
             x = x * self.head_scale
-        weight = table if self.lm_head is None else self.lm_head.weight
-        return x, weight
+        return x, table if self.lm_head is None else self.lm_head.weight
 
     def embed(self, idx: Tensor, byte_overrides=None) -> tuple[Tensor | None, Tensor]:
         """(table (V, n_embd) if the tied head needs it, embeddings (B, T, n_embd))."""
@@ -258,16 +248,16 @@ class GPT(nn.Module):
     def make_cache(self, batch: int, length: int) -> Tensor:
         """Empty keys and values: (n_layer, 2, batch, n_head, length, head_size)."""
         c = self.config
-        weight = self.transformer.wpe.weight
-        return weight.new_zeros(c.n_layer, 2, batch, c.n_head, length, c.n_embd // c.n_head)
+        shape = (c.n_layer, 2, batch, c.n_head, length, c.n_embd // c.n_head)
+        return self.transformer.wpe.weight.new_zeros(shape)
 
     @torch.no_grad()
     def generate(
         self,
-        idx: Tensor,
-        max_new_tokens: int,
+        idx,
+        max_new_tokens,
         temperature=1.0,
-        top_k=None,
+        top_k=0,
         top_p=None,
         generator=None,
         byte_overrides=None,
@@ -309,16 +299,11 @@ class GPT(nn.Module):
 
     def count_parameters(self) -> dict[str, int]:
         """Trainable numbers by part; `stock_table` is what the learned table would have."""
-        parts = {
-            "input": sum(p.numel() for p in self.transformer.wte.parameters()),
-            "body": sum(p.numel() for _, p in self.body_parameters()),
-            "head": sum(p.numel() for p in self.lm_head.parameters()) if self.lm_head is not None else 0,
-        }
-        parts["head"] += 0 if self.head_scale is None else 1
-        return parts | {
-            "total": sum(parts.values()),
-            "stock_table": self.config.vocab_size * self.config.n_embd,
-        }
+        total = sum(p.numel() for p in self.parameters())
+        wte = sum(p.numel() for p in self.transformer.wte.parameters())
+        body = sum(p.numel() for _, p in self.body_parameters())
+        table = self.config.vocab_size * self.config.n_embd
+        return {"input": wte, "body": body, "head": total - wte - body, "total": total, "stock_table": table}
 
     def wte_table(self) -> Tensor:
         """Embedding of every token, (V, n_embd)."""
@@ -348,9 +333,7 @@ def input_embedding(config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | Non
         raise ValueError("wte='kronecker' needs the bytes of the tokens: pass byte_buffers")
     byte_buffer, length_buffer = byte_buffers
     if config.wte_permute_seed:
-        byte_buffer, length_buffer = controls.permute_bytes(
-            byte_buffer, length_buffer, config.wte_permute_seed
-        )
+        byte_buffer, length_buffer = controls.permute_bytes(*byte_buffers, config.wte_permute_seed)
     padding = V - len(length_buffer)  # ids past the tokenizer's have no bytes
     return KroneckerEmbedding(
         V,

@@ -24,29 +24,20 @@ BATCH = 64  # samples that go through the model together
 class SampleConfig:
     out_dir: str = key("out", "the run's folder; not read when init_from names other weights", path=True)
     init_from: str = key(
-        "resume", "resume (the run in out_dir) | gpt2* | a nanoGPT ckpt.pt | a GPT-2 folder", path=True
+        "resume", "resume (the run in out_dir) | gpt2* | a ckpt.pt | a GPT-2 folder", path=True
     )
     which: str = key("latest", "checkpoint: latest | best | a step's number")
     start: str = key("\n", "the prompt; FILE:prompt.txt reads it; {{bytes}} is a slot made from those bytes")
-    prompts: str = key(
-        "", "a file with one prompt a line, sampled together as a batch (instead of start)", path=True
-    )
+    prompts: str = key("", "a file with a prompt a line, sampled as a batch (instead of start)", path=True)
     num_samples: int = key(10, "samples of each prompt", low=1, high=10**6)
     max_new_tokens: int = key(500, "tokens in each sample", low=1, high=10**9)
-    temperature: float = key(
-        0.8, "below 1 less random, above 1 more; 0 always takes the likeliest token", low=0, high=1e6
-    )
+    temperature: float = key(0.8, "below 1 less random, above 1 more; 0 takes the likeliest", low=0, high=1e6)
     top_k: int = key(200, "draw from the k likeliest tokens (0: all)", low=0)
-    top_p: float = key(
-        1.0, "draw from the likeliest tokens that hold this much probability together", low=1e-9, high=1
-    )
+    top_p: float = key(1.0, "draw from the likeliest with this much probability together", low=1e-9, high=1)
     seed: int = key(1337, "of the draws", **SEEDS)
     stream: bool = key(False, "print tokens as they come (one sample after the other)")
     stop: bool = key(False, "end a sample at end-of-text, instead of going on into another document")
-    tokenizer: str = key(
-        "",
-        "of weights from elsewhere: a name, or a folder with it or with prepared data (empty: theirs, else gpt2)",
-    )
+    tokenizer: str = key("", "of weights from elsewhere: a name or a folder (empty: theirs, else gpt2)")
     device: str = key("auto", "auto | cpu | cuda | cuda:N | mps")
     dtype: str = key("float32", "of the matmuls", ("auto", "float32", "bfloat16", "float16"))
     compile: bool = key(False, "torch.compile the model")
@@ -78,9 +69,8 @@ def load_run(out_dir, device="cpu", which: str = "latest"):
     shape = {f.name: getattr(recorded, f.name) for f in fields(GPTConfig)}
     byte_buffers = None
     if recorded.wte == "kronecker":
-        byte_buffers = kronecker.build_byte_buffer(
-            tokenizer.backend, recorded.pos_dim, recorded.byte_extraction
-        )
+        codec = (recorded.pos_dim, recorded.byte_extraction)
+        byte_buffers = kronecker.build_byte_buffer(tokenizer.backend, *codec)
     model = make_model(shape, out_dir, byte_buffers)
     weights, _, _ = checkpoint.load(folder, with_optimizer=False)
     pretrained.load(model, weights, folder)
@@ -113,16 +103,8 @@ def continuations(model, prompts: list, config: SampleConfig, generator, end: in
     overrides = {(row, fill[row] + p): b for row, (_, slots) in enumerate(prompts) for p, b in slots.items()}
     new: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
-    for tokens in model.generate(
-        ids,
-        config.max_new_tokens,
-        config.temperature,
-        config.top_k,
-        config.top_p,
-        generator,
-        overrides,
-        padding,
-    ):
+    how = (config.temperature, config.top_k, config.top_p, generator, overrides, padding)
+    for tokens in model.generate(ids, config.max_new_tokens, *how):
         tokens = tokens[:, 0].tolist()
         going = {row for row in going if not (config.stop and tokens[row] == end)}
         for row in going:
@@ -149,9 +131,9 @@ def main(config: SampleConfig) -> None:
     texts = read_prompts(config.start, config.prompts)
     prompts = [parse_prompt(text, tokenizer, model.config.vocab_size) for text in texts]
     if any(slots for _, slots in prompts) and model.config.wte != "kronecker":
+        way_out = "sample a kronecker arm, or write the word without braces"
         raise RunError(
-            "a prompt has a slot in double braces, but this arm has a learned table and no such slot: sample a "
-            "kronecker arm, or write the word without braces"
+            f"a prompt has a slot in double braces, but a learned table has no such slot: {way_out}"
         )
     if config.compile:
         model.forward = torch.compile(model.forward)

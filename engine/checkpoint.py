@@ -68,9 +68,7 @@ def save(out_dir, step: int, weights: dict, optimizer: dict, state: dict) -> Pat
         cause = console.explain(error)
         if cause is None:
             raise
-        raise RunError(
-            f"{folder} could not be written ({cause}); the last whole checkpoint is untouched"
-        ) from error
+        raise RunError(f"{folder} could not be written ({cause}); the last whole one is untouched") from error
     return folder
 
 
@@ -92,7 +90,7 @@ def pointed(out_dir, name: str) -> Path | None:
         return None
     except ValueError as error:
         raise RunError(
-            f"{path} names no checkpoint ({error}): write the name of a folder in ckpt/ there"
+            f"{path} names no checkpoint ({error}): write a folder's name in ckpt/ there"
         ) from None
 
 
@@ -134,12 +132,10 @@ def newest(out_dir, good: bool = False) -> Path | None:
     good: also pass over those that were saved while steps were being skipped.
     """
     for folder in reversed(steps(out_dir)):
-        wrong = fault(folder)
-        if wrong is None:
-            if is_good(folder) or not good:
-                return folder
-        else:
+        if wrong := fault(folder):
             print(f"note: {folder} is passed over: {wrong}")
+        elif is_good(folder) or not good:
+            return folder
     return None
 
 
@@ -194,12 +190,7 @@ def restore(model, optimizer, loaded: tuple[dict, dict, dict]) -> dict:
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(moments)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as e:  # decay to or from 0 groups the tensors anew
+    except (ValueError, LookupError, TypeError, AttributeError) as e:  # decay to or from 0: other groups
         raise RunError(f"the moments belong to other groups of parameters ({e}): keep weight_decay") from None
     for group, ours in zip(optimizer.param_groups, settings, strict=True):
         group.update(ours)  # the configuration's word counts, not the checkpoint's
@@ -221,8 +212,7 @@ def recover(out_dir, folder: Path | None) -> None:
         if folder is not None and int(later.name[5:]) > int(folder.name[5:]):
             shutil.rmtree(later.with_name(f"{later.name}.damaged"), ignore_errors=True)
             later.rename(later.with_name(f"{later.name}.damaged"))
-    for leftover in Path(out_dir).glob("ckpt/.writing_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_half_written(out_dir)
     for leftover in Path(out_dir).glob("*.tmp"):
         if leftover.stem in OURS:
             leftover.unlink()
@@ -242,5 +232,9 @@ def prune(out_dir, keep: int) -> None:
     for folder in folders:
         if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)
+    remove_half_written(out_dir)
+
+
+def remove_half_written(out_dir) -> None:
     for leftover in Path(out_dir).glob("ckpt/.writing_*"):
         shutil.rmtree(leftover, ignore_errors=True)

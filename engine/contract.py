@@ -90,9 +90,8 @@ def differences(members: list[Member], swept: Iterable[str] = ()) -> Iterator[st
         if rule.same:
             within_arm = rule.same == "arm" or key in swept
             values = [(m, m.arm if within_arm else None, m.config[key]) for m in members if key in m.config]
-            yield from _difference(
-                key, values, "seeds of one arm must share it" if within_arm else "all must share it"
-            )
+            who = "seeds of one arm" if within_arm else "all"
+            yield from _difference(key, values, f"{who} must share it")
     for fact, (scope, meaning) in IDENTITY.items():
         if fact == "schedule_sha256" and swept:
             continue  # its keys were held against each other above
@@ -110,9 +109,8 @@ def _difference(key: str, values: list[tuple], meaning: str) -> Iterator[str]:
     for member, group, value in values:
         other, theirs = first.setdefault(group, (member, value))
         if theirs != value:
-            yield (
-                f"{key} differs between {other.name} ({str(theirs)[:12]}) and {member.name} ({str(value)[:12]}): {meaning}"
-            )
+            sides = (f"{m.name} ({str(v)[:12]})" for m, v in ((other, theirs), (member, value)))
+            yield f"{key} differs between {' and '.join(sides)}: {meaning}"
             return
 
 
@@ -131,9 +129,7 @@ def check_resume(where, old: dict, config, defaults) -> dict:
     given = getattr(config, "given", {})
     missing = next((key for key in HASHED if key not in old and key in RULES), None)
     if missing:
-        raise RunError(
-            f"{where} has a config.json without {missing}: restore it, or choose another --out_dir"
-        )
+        raise RunError(f"{where} has a config.json without {missing}: restore it, or take another --out_dir")
     changed = {}
     for key, rule in RULES.items():
         new = getattr(config, key, None)
@@ -145,14 +141,10 @@ def check_resume(where, old: dict, config, defaults) -> dict:
         if rule.resume == "schedule" and config.new_schedule:
             changed[key] = [before, new]
             continue
-        way_out = (
-            "; --new_schedule=True goes on with the new one, as a run of its own kind"
-            if rule.resume == "schedule"
-            else ""
-        )
+        way_out = "; --new_schedule=True goes on with the new one, as a run of its own kind"
         raise RunError(
             f"{where} was trained with {key}={before!r}, but now it is {new!r}: give the same, or choose another "
-            f"--out_dir{way_out}"
+            f"--out_dir{way_out * (rule.resume == 'schedule')}"
         )
     check_retired(where, old)
     return changed
@@ -162,9 +154,8 @@ def check_retired(where, config: dict) -> None:
     """Refuse a run whose config.json has a key that this version lacks, and that made a difference."""
     for key, neutral in RETIRED.items():
         if config.get(key, neutral) != neutral:
-            raise RunError(
-                f"{where} was trained with {key}={config[key]!r}, which this version has no more: use the commit in its run.json"
-            )
+            what = f"{key}={config[key]!r}, which this version has no more"
+            raise RunError(f"{where} was trained with {what}: use the commit in its run.json")
 
 
 def check_record(name: str, config: dict, run: dict) -> None:

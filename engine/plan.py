@@ -39,10 +39,11 @@ def describe(
     rows, micro_batch = batch_split(config, world)
     tokens_step = rows * config.block_size
     saved = 1 - params["input"] / params["stock_table"]
-    memory = memory_estimate(model_config, params, micro_batch, low_precision, device_type)
+    memory = rank_memory(config, model_config, params, world, low_precision, device_type)
     total = sum(memory.values())
     flops = flops_token * tokens_step * config.max_iters
     compared = f"{saved:.1%} fewer than a learned table" if saved > 0 else "a learned table"
+    allowed = f" (batch_size allows {config.batch_size})" if micro_batch < config.batch_size else ""
     lines = [
         f"arm         {config.arm}, seed {config.seed}",
         f"input side  {params['input']:>13,} parameters, {compared}",
@@ -50,8 +51,7 @@ def describe(
         f"head        {params['head']:>13,}" + (" (tied)" if config.tie_weights else ""),
         f"all         {params['total']:>13,}",
         f"a step      {rows:,} sequences of {config.block_size:,} = {tokens_step:,} tokens on {world} rank{'s' * (world > 1)}, "
-        f"{micro_batch} at a time"
-        + (f" (batch_size allows {config.batch_size})" * (micro_batch < config.batch_size)),
+        f"{micro_batch} at a time{allowed}",
         f"the run     {config.max_iters:,} steps, {tokens_step * config.max_iters:,} tokens, {flops:.3g} FLOPs",
         f"FLOPs       {flops_token:,} a token ({CONVENTION})",
         f"memory      about {total:.2f} GB a rank: {memory['state']:.2f} weights, gradients and moments, "

@@ -31,6 +31,10 @@ DECIDED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "g
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none", "gelu_python": "none"}
 
 
+# What readers raise on files that are something else.
+DAMAGED = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+
+
 def also_called(default: int, name: str, alias: str):
     return Field(default, ge=1, validation_alias=AliasChoices(name, alias))
 
@@ -79,9 +83,7 @@ def read(source: str, given: dict | None = None, with_weights: bool = True) -> t
     """
     given = given or {}
     if given.get("wte", "stock") != "stock":
-        raise RunError(
-            f"{source} holds a learned table, which wte={given['wte']!r} has no place for: use wte='stock'"
-        )
+        raise RunError(f"{source} holds a learned table, no place for wte={given['wte']!r}: use wte='stock'")
     path = Path(source).expanduser()
     if path.is_file():
         weights, shape = read_nanogpt(path)
@@ -96,18 +98,15 @@ def read(source: str, given: dict | None = None, with_weights: bool = True) -> t
         weights, shape = read_transformers(download(source))
     else:
         weights, shape = None, shape_of(GPT2Config(model_type="gpt2", **HUB[source]))
-    for name in shape:
-        if (
-            name not in given or given[name] == shape[name] or (name == "vocab_size" and given[name] == 0)
-        ):  # 0: whatever fits
+    for name, theirs in shape.items():
+        ours = given.get(name, theirs)
+        if ours == theirs or (name == "vocab_size" and ours == 0):  # 0: whatever fits
             continue
-        if name != "block_size" or given[name] > shape[name]:
-            raise RunError(
-                f"{name} is {given[name]!r}, but that of {source} is {shape[name]!r}: leave it out"
-            )
-        shape[name] = given[name]
+        if name != "block_size" or ours > theirs:
+            raise RunError(f"{name} is {ours!r}, but that of {source} is {theirs!r}: leave it out")
+        shape[name] = ours
         if weights is not None:
-            weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: given[name]]
+            weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:ours]
     return weights, shape
 
 
@@ -176,15 +175,7 @@ def read_nanogpt(path: Path) -> tuple[dict, dict]:
             "bias": "transformer.ln_f.bias" in weights,
             "vocab_size": wte.size(0),
         }
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as e:
+    except (pickle.UnpicklingError, EOFError, *DAMAGED) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise RunError(f"{path} is no nanoGPT checkpoint, or a damaged one ({reason})") from None
     if tied:
@@ -240,7 +231,7 @@ def read_weights(file: Path) -> dict:
     """The tensors of a safetensors file by name, in float32."""
     try:
         return {name: tensor.float() for name, tensor in load_file(file).items()}
-    except (RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as e:
+    except (OSError, SafetensorError, *DAMAGED) as e:
         raise RunError(f"{file} cannot be read as safetensors ({e}): fetch or save it again") from None
 
 

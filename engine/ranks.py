@@ -57,10 +57,9 @@ class Ranks:
         dist.all_gather_object(everyone, ours, group=self.group)
         for rank, theirs in enumerate(everyone):
             for key in [*everyone[0], *theirs]:
-                if theirs.get(key) != everyone[0].get(key):
-                    raise RunError(
-                        f"rank {rank} has {key}={theirs.get(key)!r}, but rank 0 has {everyone[0].get(key)!r}: {advice}"
-                    )
+                mine, first = theirs.get(key), everyone[0].get(key)
+                if mine != first:
+                    raise RunError(f"rank {rank} has {key}={mine!r}, but rank 0 has {first!r}: {advice}")
 
     def on_master(self, work, *args):
         """work(*args) of rank 0 alone; what goes wrong there is raised on all ranks, so that none waits for ever."""
@@ -91,11 +90,10 @@ def start(device: str) -> Ranks:
     except RuntimeError:
         raise RunError(f"device {device!r} is unknown: use auto, cpu, cuda, cuda:N or mps") from None
     if chosen.type == "cuda":
-        if not torch.cuda.is_available() or chosen.index >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise RunError(
-                f"device {device} is not here ({count} GPUs are): lower --nproc_per_node or use --device=cpu"
-            )
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or chosen.index >= count:
+            here = f"({count} GPUs are): lower --nproc_per_node or use --device=cpu"
+            raise RunError(f"device {device} is not here {here}")
         torch.cuda.set_device(chosen)
     elif chosen.type == "mps" and not torch.backends.mps.is_available():
         raise RunError("device mps is not here: use --device=cpu")
@@ -152,9 +150,7 @@ def fresh_store(store, rank: int, world: int, patience: float = 300):
                 store.set(f"ready/{rank}", name)
                 return dist.PrefixStore(name, store)
         time.sleep(0.02)
-    raise RunError(
-        f"not all of the {world} ranks came within {patience:.0f} s: look at the other ranks' output"
-    )
+    raise RunError(f"not all of the {world} ranks came within {patience:.0f} s: look at the others' output")
 
 
 def stop() -> None:
@@ -238,10 +234,9 @@ class StopSignal:
 
     def __init__(self):
         self.number: int | None = None
-        numbers = [
-            getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")
-        ]  # Windows: no SIGHUP
-        self.heeded = [n for n in numbers if n is not None and signal.getsignal(n) != signal.SIG_IGN]
+        names = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self.heeded = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
         for number in self.heeded:
             signal.signal(number, self.note)
 

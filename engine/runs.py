@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import os
+import platform
+import re
 import secrets
 import shlex
 import subprocess
@@ -69,6 +71,10 @@ class Run(Record):
     diverged: int | None = None  # the step at which it was given up
 
 
+# What a record says of its last start.
+LAST_START = ("command", "commit", "world", "device", "torch")
+
+
 def read_run(out_dir) -> tuple[dict, dict]:
     """(config, run): the resolved keys, and what identifies the run. Raises DataError or RunError."""
     out_dir = Path(out_dir)
@@ -109,9 +115,8 @@ def lock(out_dir) -> Lock:
     """Keeps a second training out of a run's folder, which is made if need be, for as long as the lock lives."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    return Lock(
-        out_dir / ".lock", f"another process trains in {out_dir}: wait for it, or choose another out_dir"
-    )
+    refusal = f"another process trains in {out_dir}: wait for it, or choose another out_dir"
+    return Lock(out_dir / ".lock", refusal)
 
 
 def resumable(out_dir, config, run: dict) -> Path | None:
@@ -123,33 +128,29 @@ def resumable(out_dir, config, run: dict) -> Path | None:
     there = checkpoint.steps(out_dir)
     resumes = config.init_from in ("resume", "auto")
     if there and not resumes:
-        raise RunError(
-            f"{out_dir} already holds a run with {there[-1].name}: go on with --init_from=auto, or choose another --out_dir"
-        )
+        way_out = "go on with --init_from=auto, or choose another --out_dir"
+        raise RunError(f"{out_dir} already holds a run with {there[-1].name}: {way_out}")
     folder = checkpoint.newest(out_dir) if resumes else None
     if folder is None:
         check_nothing_is_erased(out_dir, config)
         if config.init_from == "resume":
-            raise RunError(
-                f"{out_dir} has no whole checkpoint to resume from: start with --init_from=scratch"
-            )
+            raise RunError(f"{out_dir} has no whole checkpoint to resume from: use --init_from=scratch")
         if (out_dir / "run.json").is_file():  # ended before its first checkpoint: its starts are remembered
             run["starts"] = starts(read_record(out_dir / "run.json", Run, "a run's record").model_dump())
         return None
     old_config, old_run = read_run(out_dir)
     step = checkpoint.read_state(folder).step
     if config.max_iters < step:
-        raise RunError(
-            f"{folder} is at step {step:,}, beyond max_iters={config.max_iters:,}: take more steps, or another --out_dir"
-        )
+        limit = f"max_iters={config.max_iters:,}: take more steps, or another --out_dir"
+        raise RunError(f"{folder} is at step {step:,}, beyond {limit}")
     changed = contract.check_resume(out_dir, old_config, config, type(config)())
     for name in contract.IDENTITY:
         if name in ("body_sha256", "schedule_sha256") or (name == "data_sha256" and "max_iters" in changed):
             continue  # of step 0; of keys that were looked at; of the last batch too
         if old_run[name] != run[name]:
+            way_out = "give the same data and batch, or choose another --out_dir"
             raise RunError(
-                f"{out_dir} was trained with another {name} ({old_run[name]}, now {run[name]}): "
-                "give the same data and batch, or choose another --out_dir"
+                f"{out_dir} was trained with another {name} ({old_run[name]}, now {run[name]}): {way_out}"
             )
     for name in ("body_sha256", "started", "wandb_id", "segments"):
         run[name] = old_run[name]
@@ -189,11 +190,8 @@ def begin(out_dir, config, run: dict, step: int, meta: dict, tokenizer) -> None:
     meta: the data as data.meta.describe has it; with it beside the weights a run can be sampled without its data.
     """
     out_dir = Path(out_dir)
-    run["starts"] = [
-        *run.get("starts", []),
-        {"time": now(), "step": step}
-        | {k: run[k] for k in ("command", "commit", "world", "device", "torch")},
-    ]
+    this = {"time": now(), "step": step} | {k: run[k] for k in LAST_START}
+    run["starts"] = [*run.get("starts", []), this]
     checkpoint.recover(out_dir, checkpoint.path_of(out_dir, step) if step else None)
     write_json(out_dir / "run.json", run)  # first: a changed schedule must never stand unsaid
     write_json(out_dir / "config.json", dataclasses.asdict(config))
@@ -206,8 +204,8 @@ def begin(out_dir, config, run: dict, step: int, meta: dict, tokenizer) -> None:
 
 def starts(run: dict) -> list[dict]:
     """The starts that a record tells of; a record of an earlier version knows its last one alone."""
-    last = {"time": run["started"], "step": 0}
-    return run["starts"] or [last | {k: run[k] for k in ("command", "commit", "world", "device", "torch")}]
+    last = {"time": run["started"], "step": 0} | {k: run[k] for k in LAST_START}
+    return run["starts"] or [last]
 
 
 def give_up(out_dir, windows: dict[int, list[int]]) -> str:
@@ -247,32 +245,23 @@ def data_facts(data_dir, train, val, max_iters: int) -> dict:
     train: data.loader.TrainBatches; val: data.loader.ValWindows.
     """
     whole = fingerprint(data_dir)
-    ends = [
-        hashlib.sha256(train.rows(step, 0, train.global_batch)[0].numpy()).hexdigest()
-        for step in (0, max_iters - 1)
-    ]
-    return {
-        "data_fingerprint": whole,
-        "data_sha256": contract.sha256_of([whole, *ends]),
-        "val_sha256": val.sha256(),
-    }
+    batches = [train.rows(step, 0, train.global_batch)[0].numpy() for step in (0, max_iters - 1)]
+    batches = contract.sha256_of([whole, *(hashlib.sha256(batch).hexdigest() for batch in batches)])
+    return {"data_fingerprint": whole, "data_sha256": batches, "val_sha256": val.sha256()}
 
 
 def identity(config, facts: dict, device) -> dict:
     """run.json of a new run: who it is, and which code, machine and command made it. facts: Run's other fields."""
-    return (
-        {"arm": config.arm, "seed": config.seed}
-        | facts
-        | {
-            "schedule_sha256": contract.schedule_sha256(dataclasses.asdict(config), facts["tokens_per_step"]),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine(),
-            "torch": torch.__version__,
-            "commit": commit(),
-            "started": now(),
-            "command": shlex.join(sys.argv),
-            "wandb_id": secrets.token_hex(4),
-        }
-    )
+    who = {"arm": config.arm, "seed": config.seed}
+    return who | facts | {
+        "schedule_sha256": contract.schedule_sha256(dataclasses.asdict(config), facts["tokens_per_step"]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "started": now(),
+        "command": shlex.join(sys.argv),
+        "wandb_id": secrets.token_hex(4),
+    }  # fmt: skip
 
 
 def now() -> str:
@@ -281,31 +270,22 @@ def now() -> str:
 
 def commit() -> str | None:
     """The checkout's commit, '+' behind it when files differ from it; outside a checkout KNG_COMMIT, else None."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", Path(__file__).parent, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        ask = {
-            "cwd": Path(__file__).parent,
-            "capture_output": True,
-            "text": True,
-            "check": True,
-            "timeout": 10,
-        }
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **ask).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **ask).stdout.strip()
-        return head + ("+" if dirty else "")
+        head = git("rev-parse", "--short=12", "HEAD")
+        return head + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("KNG_COMMIT")
 
 
 def machine() -> str:
     """Processor and cores, for provenance."""
-    name = ""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        import platform
-
+        name = re.search(r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
+    except (OSError, TypeError):  # no such file, or it names none
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"

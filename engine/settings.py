@@ -25,9 +25,8 @@ def resolve(config, device, meta: dict, decided: dict, shape_type):
     except ValueError as e:
         raise RunError(str(e)) from None
     # what the shape has made of 0, its own default
-    settled = dataclasses.replace(
-        settled, wte_init_rms=shape.wte_init_rms, arm=settled.arm or arm_name(settled)
-    )
+    name = settled.arm or arm_name(settled)
+    settled = dataclasses.replace(settled, wte_init_rms=shape.wte_init_rms, arm=name)
     settled.given = getattr(config, "given", {})
     check(settled)
     return settled, shape
@@ -47,19 +46,17 @@ def check(config) -> None:
     """Refuse keys that mean nothing together, and names that could not be shown everywhere."""
     if config.tie_weights and config.head_lr_mult != 1:
         raise RunError(
-            "head_lr_mult means nothing with tie_weights=True: the head is the input's, see wte_lr_mult"
+            "head_lr_mult means nothing with tie_weights=True, where wte_lr_mult is the head's too"
         )
     if config.wte != "kronecker" and config.wte_entropy:
         raise RunError(f"wte_entropy means nothing with wte={config.wte!r}: it belongs to wte='kronecker'")
     # it becomes a legend, a table's cell, a folder's name; $ and a leading _ mean something to matplotlib
     if not re.fullmatch(r"[^\W_][\w.+=-]{0,63}", config.arm):
-        raise RunError(
-            f"arm is {config.arm!r}, but a name is at most 64 letters, digits, and _ . + = - behind the first"
-        )
+        allowed = "at most 64 letters, digits, and _ . + = - behind the first"
+        raise RunError(f"arm is {config.arm!r}, but a name is {allowed}")
     names = {"out_dir": Path(config.out_dir).name}
     names |= {k: getattr(config, k) for k in ("wandb_project", "wandb_run_name", "wandb_group")}
     for key, name in names.items():
         if len(name) > 128 or not name.isprintable():
-            raise RunError(
-                f"{key} is {name[:140]!r}, but a name has at most 128 characters, all of which can be printed"
-            )
+            allowed = "at most 128 characters, all of which can be printed"
+            raise RunError(f"{key} is {name[:140]!r}, but a name has {allowed}")

@@ -88,16 +88,11 @@ def finish(process: subprocess.Popen, voice: threading.Thread, to: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.tracker",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m engine.tracker", description=__doc__, formatter_class=form)
     parser.add_argument("out_dir", type=Path, help="folder of the run")
     parser.add_argument("--to", choices=("wandb", "trackio"), required=True, help="where to show it")
-    parser.add_argument(
-        "--follow", action="store_true", help="go on with new rows until standard input is closed"
-    )
+    parser.add_argument("--follow", action="store_true", help="wait for new rows until stdin is closed")
     args = parser.parse_args(argv)
     voice, sys.stdout = sys.stdout, sys.stderr  # what the packages print goes to the log
     say = partial(note, file=voice)

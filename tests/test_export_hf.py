@@ -105,7 +105,7 @@ def test_the_harness_scores_what_we_score(gpt2_encoding, tmp_path):
     with torch.no_grad():
         logs = theirs(ids[:, :-1]).logits.log_softmax(-1)[0, -length:]
         score = logs.gather(1, ids[0, -length:, None]).sum()
-        losses = model(ids[:, :-1], ids[:, 1:], reduction="none")[1][-length:]
+        losses = model(ids[:, :-1], ids[:, 1:], reduction="none")[1][0, -length:]
     torch.testing.assert_close(score, -losses.sum())
 
 
