@@ -109,8 +109,7 @@ def main(config) -> None:
     state = {"step": 0, "best_val": None}
     if resume_from is not None:
         # rank 0 reads and tells the others, so that only its machine needs the folder
-        saved = ranks.broadcast(checkpoint.load(resume_from) if ranks.master else None)
-        state = checkpoint.restore(model, optimizer, saved)
+        state = checkpoint.restore(model, optimizer, ranks.on_master(checkpoint.load, resume_from))
         print0(f"resuming    at step {state['step']:,} from {resume_from}")
         finished = state["step"] >= config.max_iters and metrics.is_finished(out_dir, config.max_iters)
         if ranks.broadcast(finished) and not config.eval_only:

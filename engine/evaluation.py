@@ -15,13 +15,7 @@ def frequency_buckets(counts: np.ndarray) -> tuple[torch.Tensor, list[int]]:
 
 @torch.no_grad()
 def evaluate(
-    model,
-    windows,
-    byte_lengths: np.ndarray,
-    batch_size: int,
-    ranks,
-    autocast,
-    counts: np.ndarray | None = None,
+    model, windows, byte_lengths: np.ndarray, batch_size: int, ranks, autocast, counts=None
 ) -> dict[str, float]:
     """val/loss (nats a token), val/sem (its standard error over windows), val/bpb (bits per byte).
 
@@ -48,11 +42,10 @@ def evaluate(
         x, y = windows.rows(lo, min(n, lo + batch_size))
         with autocast:
             _, loss = model(x.to(ranks.device), y.to(ranks.device), reduction="none")
-        nats = loss.view(y.shape).cpu().double()
+        nats = loss.cpu().double()
         n_bytes = lengths[y]
-        sums[lo : lo + len(y)] = torch.stack(
-            [nats.mean(1), (nats * (n_bytes > 0)).sum(1), n_bytes.sum(1)], dim=1
-        )
+        columns = [nats.mean(1), (nats * (n_bytes > 0)).sum(1), n_bytes.sum(1)]
+        sums[lo : lo + len(y)] = torch.stack(columns, dim=1)
         if counts is not None:
             for sums_2xK, ids in zip(by_frequency, (x, y), strict=True):
                 of_token = bucket[ids.flatten()]

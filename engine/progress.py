@@ -2,8 +2,6 @@
 
 import time
 
-import torch
-
 from engine.flops import peak_flops
 from engine.metrics import memory_gb
 from engine.ranks import settle
@@ -13,13 +11,7 @@ class Progress:
     """Times the steps from `first` to max_iters. flops_per_token: of the model; world: ranks that share a step."""
 
     def __init__(
-        self,
-        first: int,
-        max_iters: int,
-        tokens_per_step: int,
-        flops_per_token: int,
-        device: torch.device,
-        world: int,
+        self, first: int, max_iters: int, tokens_per_step: int, flops_per_token: int, device, world: int
     ):
         self.first, self.max_iters, self.tokens_per_step = first, max_iters, tokens_per_step
         self.device, self.flops_per_token = device, flops_per_token
