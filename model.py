@@ -77,18 +77,6 @@ class GPTConfig:
             raise ValueError("wte_init_rms means nothing with z_normalize=False: codes have no RMS of 1")
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm whose bias can be left out (nn.LayerNorm grew that only later; the names are nanoGPT's)."""
-
-    def __init__(self, n_embd: int, bias: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -124,9 +112,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, past: Tensor | None = None, pos: int = 0, mask=None) -> Tensor:
@@ -146,7 +134,7 @@ class GPT(nn.Module):
             "wpe": undrawn_table(config.block_size, config.n_embd),
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            "ln_f": LayerNorm(config.n_embd, config.bias),
+            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
         }
         self.transformer = nn.ModuleDict(transformer)
         # A tied head has no weights of its own, and so no second name in a checkpoint.
@@ -182,16 +170,9 @@ class GPT(nn.Module):
             self.transformer.wte.reset_parameters(lambda name: generator(seed, f"transformer.wte.{name}"))
 
     def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        reduction: str = "mean",
-        byte_overrides: dict[tuple[int, int], bytes] | None = None,
-        past: Tensor | None = None,
-        pos: int = 0,
-        padding: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(logits, loss) for int64 idx (B, T).
+        self, idx, targets=None, reduction="mean", byte_overrides=None, past=None, pos: int = 0, padding=None
+    ):
+        """(logits, loss) for int64 idx (B, T), each a tensor or None.
 
         With targets (B, T): logits is None, and loss the mean in nats, or (B, T) with reduction='none'.
         Without: logits (B, 1, V) of the last position only. `byte_overrides` {(row, position): bytes}
@@ -335,19 +316,19 @@ def input_embedding(config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | Non
     if config.wte_permute_seed:
         byte_buffer, length_buffer = controls.permute_bytes(*byte_buffers, config.wte_permute_seed)
     padding = V - len(length_buffer)  # ids past the tokenizer's have no bytes
+    same = {
+        name: getattr(config, name) for name in ("char_dim", "pos_dim", "length_normalize", "z_normalize")
+    }
     return KroneckerEmbedding(
         V,
         d,
-        char_dim=config.char_dim,
-        pos_dim=config.pos_dim,
         byte_buffer=F.pad(byte_buffer, (0, 0, 0, padding)),
         length_buffer=F.pad(length_buffer, (0, padding)),
-        length_normalize=config.length_normalize,
-        z_normalize=config.z_normalize,
         mode="cached",  # generation and evaluation look up in a table; training never keeps one
         init_rms=rms,
         ngrams=config.wte_ngrams,
         rank=config.wte_rank,
+        **same,
     )
 
 
