@@ -251,7 +251,8 @@ class GPT(nn.Module):
         changes with it, and the whole window is computed anew for each token, as nanoGPT always does.
         """
         block_size, overrides = self.config.block_size, dict(byte_overrides or {})
-        past, done = self.make_cache(len(idx), min(block_size, idx.size(1) + max_new_tokens)), 0
+        length = min(block_size, idx.size(1) + max_new_tokens)
+        past, done = self.make_cache(len(idx), length) if idx.size(1) <= block_size else None, 0
         for _ in range(max_new_tokens):
             start = max(0, idx.size(1) - block_size)
             if start:
