@@ -270,22 +270,20 @@ def _space_symbol(steps: list[dict]) -> str | None:
 def _byte_level(vocab: dict[str, int], literal: dict[int, str]) -> Spelled:
     """What byte-level pieces spell, all in one look-up. Literal tokens, and pieces with a character outside of the
     alphabet, stand for themselves, as in the library's decoder."""
-    table = np.full(
-        325, -1, dtype=np.int16
-    )  # one longer than the alphabet: whatever lies beyond is outside of it
+    table = np.full(325, -1, dtype=np.int16)  # its last entry serves every character beyond the alphabet
     for byte, character in byte_level_alphabet().items():
         table[ord(character)] = byte
-    for end in map(chr, range(0x10FFFF, 0, -1)):  # behind each piece, a character that no piece has
-        text = end.join([*vocab, ""])
-        if text.count(end) == len(vocab):
+    for end in range(0x10FFFF, 0, -1):  # behind each piece, a character that no piece has
+        text = chr(end).join([*vocab, ""]).encode("utf-32-le", "surrogatepass")
+        codes_K = np.frombuffer(text, dtype="<i4")
+        ends = np.flatnonzero(codes_K == end).astype(np.int32)
+        if len(ends) == len(vocab):
             break
-    codes_K = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<i4")
     bytes_K = table.take(codes_K, mode="clip")
-    ends = np.flatnonzero(codes_K == ord(end)).astype(np.int32)
     starts = np.concatenate((np.zeros(1, dtype=np.int32), ends[:-1] + 1))
     ids = np.fromiter(vocab.values(), dtype=np.int64, count=len(vocab))
 
-    outside = np.flatnonzero((bytes_K < 0) & (codes_K != ord(end)))
+    outside = np.flatnonzero((bytes_K < 0) & (codes_K != end))
     if len(outside):
         names = list(vocab)
         odd = np.unique(np.searchsorted(ends, outside)).tolist()

@@ -160,6 +160,15 @@ def test_literal_byte_piece_in_a_byte_level_vocabulary_stays_text():
     tok = tokenizers.Tokenizer(tokenizers.models.BPE({"<0x41>": 0, "A": 1, "日": 2}, []))
     tok.decoder = tokenizers.decoders.ByteLevel()
     assert token_bytes(tok) == [b"<0x41>", b"A", "日".encode()]
+    pieces = [
+        "a\U0010ffff",
+        "Ġb",
+        "\U0010ffff",
+        "Ġ日",
+    ]  # the highest character is the first choice of a separator
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    assert token_bytes(tok) == [piece.encode() if i != 1 else b" b" for i, piece in enumerate(pieces)]
 
 
 def test_alphabet_is_the_library_s():
