@@ -1,6 +1,9 @@
 """Fixtures that several test modules share."""
 
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 # Tiny models gain nothing from threads, and two of them on a busy machine can run ten times slower than one.
@@ -97,6 +100,59 @@ def train_tiny(tiny_flags):
     return run
 
 
+def arm_keys(name: str) -> dict:
+    """What the file of an arm lays over a recipe."""
+    import configurator
+
+    return configurator.load([str(ROOT / "config" / "arms" / f"{name}.py")], quiet=True).given
+
+
+def model_keys(arm: str) -> dict:
+    """Those of an arm's keys that the model takes."""
+    from model import GPTConfig
+
+    return {k: v for k, v in arm_keys(arm).items() if k in GPTConfig.__dataclass_fields__}
+
+
+def all_logits(model, idx):
+    """Logits (B, T, V) of every position, by one hook on ln_f and a plain product with the head."""
+    seen = []
+    hook = model.transformer.ln_f.register_forward_hook(lambda m, i, o: seen.append(o))
+    model(idx)
+    hook.remove()
+    table = model.wte_table() if model.lm_head is None else model.lm_head.weight
+    scale = 1.0 if model.head_scale is None else model.head_scale
+    return seen[0] * scale @ table.T
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(*words) -> list[str]:
+    """The command of torchrun's agent; words: its options, then the script with its own."""
+    return [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Function that mounts a disk of a size ("450k", "3m") and gives its folder; skips where that is not allowed."""
+    disk = tmp_path / "disk"
+
+    def mounted(size: str) -> Path:
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("a file system may not be mounted here")
+        return disk
+
+    yield mounted
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def losses(rows: list[dict]) -> dict:
     """{(iter, key): loss} of train and validation rows: what two equal runs share."""
     return {(r["iter"], k): r[k] for r in rows for k in ("train/loss", "val/loss", "val/bpb") if k in r}
@@ -130,15 +186,9 @@ def gpt2_runs(tmp_path_factory, gpt2_encoding) -> Path:
     small = {"n_embd": 16, "block_size": 128, "eval_tokens": 512, "batch_size": 2, "global_batch_size": 2}
     for arm in ("bpe_tied", "kronecker"):
         for seed in (1, 2):
-            keys = (
-                TINY | small | {"data_dir": folder, "out_dir": root / "runs" / f"{arm}_s{seed}", "seed": seed}
-            )
-            keys |= {"max_iters": 3, "eval_interval": 3, "pos_dim": 16}
-            train.main(
-                configurator.load(
-                    [str(ROOT / "config" / "arms" / f"{arm}.py"), *(f"--{k}={v}" for k, v in keys.items())]
-                )
-            )
+            keys = {"data_dir": folder, "out_dir": root / "runs" / f"{arm}_s{seed}", "seed": seed}
+            keys = TINY | small | keys | arm_keys(arm) | {"max_iters": 3, "eval_interval": 3, "pos_dim": 16}
+            train.main(configurator.load([f"--{k}={v}" for k, v in keys.items()]))
     return root / "runs"
 
 

@@ -275,25 +275,15 @@ def test_a_reader_who_leaves_costs_the_printing_alone(finished, tmp_path, monkey
 
 
 @pytest.mark.parametrize("size", ["450k", "700k"])
-def test_a_full_disk_keeps_the_last_checkpoint(size, finished, tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(size, small_disk, tiny_flags):
     """A real one: the second checkpoint, of 330 kB, finds no room."""
     from engine import checkpoint
 
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("a file system may not be mounted here")
-    try:
-        keys = TINY | {"data_dir": finished / "data", "out_dir": disk / "new", "ckpt_interval": 2}
-        with pytest.raises(SystemExit, match=r"error: .*the disk is full: free some space.* untouched"):
-            train.cli([f"--{k}={v}" for k, v in keys.items()])
-        assert checkpoint.newest(disk / "new").name == "step_000002" if size == "450k" else "step_000004"
-        assert not [p for p in (disk / "new").rglob("*") if "tmp" in p.name or "writing" in p.name]
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+    out_dir = small_disk(size) / "new"
+    with pytest.raises(SystemExit, match=r"error: .*the disk is full: free some space.* untouched"):
+        train.cli(tiny_flags(out_dir, ckpt_interval=2))
+    assert checkpoint.newest(out_dir).name == "step_000002"
+    assert not [p for p in out_dir.rglob("*") if "tmp" in p.name or "writing" in p.name]
 
 
 @pytest.mark.parametrize("peak", ["0", "abc", "nan", "inf", "-3"])

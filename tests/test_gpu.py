@@ -12,10 +12,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT, losses
+from conftest import ROOT, all_logits, arm_keys, losses, model_keys
 from torch.nn import functional as F
 
-import configurator
 from data.loader import TrainBatches, prefetch
 from engine import checkpoint
 from engine.errors import RunError
@@ -25,10 +24,7 @@ from kronecker import KroneckerEmbedding, build_byte_buffer, kronecker_codec
 from model import GPT, GPTConfig
 
 gpu = pytest.mark.gpu
-ARMS = {
-    name: configurator.load([str(ROOT / "config" / "arms" / f"{name}.py")], quiet=True).given
-    for name in ("bpe_tied", "bpe_untied", "kronecker", "kronecker_tied", "kronecker_rank16_ngrams2k")
-}
+ARMS = ["bpe_tied", "bpe_untied", "kronecker", "kronecker_tied", "kronecker_rank16_ngrams2k"]
 # where a check needs no GPU, the CPU proves that it is one
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
@@ -38,17 +34,9 @@ def on_gpu(**keys):
 
 
 def small(**changes) -> GPT:
-    shape = {
-        "block_size": 32,
-        "vocab_size": 64,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 128,
-        "bias": False,
-        "pos_dim": 4,
-    }
+    shape = {"block_size": 32, "vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 128, "pos_dim": 4}
     pieces = [bytes([65 + i % 26, 97 + i // 26])[: i % 3] for i in range(64)]
-    return GPT(GPTConfig(**shape | changes), build_byte_buffer(pieces, 4))
+    return GPT(GPTConfig(**shape | {"bias": False} | changes), build_byte_buffer(pieces, 4))
 
 
 def test_a_kernel_that_cannot_do_what_is_asked_is_refused_before_the_gpu_is_touched():
@@ -102,8 +90,7 @@ def test_the_embedding_is_its_definition_in_every_format(device, dtype, limit):
 
 
 def of_arm(arm: str, **changes) -> GPT:
-    keys = {k: v for k, v in ARMS[arm].items() if k in GPTConfig.__dataclass_fields__}
-    return small(**keys | changes)
+    return small(**model_keys(arm) | changes)
 
 
 def loss_and_gradients(run, model, x, low: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,12 +106,8 @@ def loss_and_gradients(run, model, x, low: bool) -> tuple[torch.Tensor, torch.Te
 def test_loss_and_gradient_are_those_of_float64(device, arm):
     """The loss written out in float64 on the CPU, for the model's own takes its logits in float32."""
     x = torch.randint(0, 64, (4, 32))
-    model, seen = of_arm(arm).double(), []
-    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    model(x)
-    weight = model.wte_table() if model.lm_head is None else model.lm_head.weight
-    hidden = seen[0] if model.head_scale is None else seen[0] * model.head_scale
-    exact = F.cross_entropy((hidden @ weight.T).flatten(0, 1), x.roll(-1, 1).flatten())
+    model = of_arm(arm).double()
+    exact = F.cross_entropy(all_logits(model, x).flatten(0, 1), x.roll(-1, 1).flatten())
     exact.backward()
     exact_grad = torch.cat([p.grad.flatten() for p in model.parameters()])
     model = of_arm(arm).to(device)
@@ -184,7 +167,7 @@ def test_between_two_lines_of_the_log_the_host_never_waits_for_the_gpu(arm, trai
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 train_tiny(
-                    tmp_path / str(steps), **ARMS[arm], **on_gpu(compile=True, max_iters=steps, **quiet)
+                    tmp_path / str(steps), **arm_keys(arm), **on_gpu(compile=True, max_iters=steps, **quiet)
                 )
             finally:
                 torch.cuda.set_sync_debug_mode("default")
@@ -195,8 +178,8 @@ def test_between_two_lines_of_the_log_the_host_never_waits_for_the_gpu(arm, trai
 @gpu
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_gpu_trains_as_the_cpu_does(arm, train_tiny, tmp_path):
-    cpu = losses(train_tiny(tmp_path / "cpu", **ARMS[arm]))
-    cuda = losses(train_tiny(tmp_path / "cuda", **ARMS[arm], **on_gpu()))
+    cpu = losses(train_tiny(tmp_path / "cpu", **arm_keys(arm)))
+    cuda = losses(train_tiny(tmp_path / "cuda", **arm_keys(arm), **on_gpu()))
     assert cpu.keys() == cuda.keys()
     for k in cpu:  # float32, whose matmuls may be TF32 on CUDA
         assert cuda[k] == pytest.approx(cpu[k], rel=3e-3), k
@@ -206,7 +189,7 @@ def test_the_gpu_trains_as_the_cpu_does(arm, train_tiny, tmp_path):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_deterministic_runs_and_resumes_are_bit_identical(compiled, train_tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    keys = ARMS["kronecker_tied"] | on_gpu(
+    keys = arm_keys("kronecker_tied") | on_gpu(
         deterministic=True, compile=compiled, dtype="bfloat16", ckpt_interval=6
     )
     try:

@@ -3,14 +3,12 @@
 import math
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, all_logits, arm_keys, model_keys
 from torch.nn import functional as F
 
-import configurator
 from engine.generation import pick
 from engine.loss import CHUNK_BYTES
 from model import GPT, GPTConfig
@@ -24,14 +22,7 @@ SHAPE = {
     "bias": False,
     "pos_dim": 4,
 }
-ARMS = {
-    "bpe_tied": ("stock", True),
-    "bpe_untied": ("stock", False),
-    "kronecker": ("kronecker", False),
-    "kronecker_tied": ("kronecker", True),
-    "bpe_lowrank": ("lowrank", False),
-    "bpe_hash": ("hash", False),
-}
+ARMS = ["bpe_tied", "bpe_untied", "kronecker", "kronecker_tied", "bpe_lowrank", "bpe_hash"]
 
 
 def byte_buffers(vocab=50, pos_dim=4):
@@ -43,19 +34,7 @@ def byte_buffers(vocab=50, pos_dim=4):
 
 
 def make(arm="bpe_untied", seed=1337, **changes) -> GPT:
-    wte, tied = ARMS[arm]
-    return GPT(GPTConfig(**SHAPE | changes, wte=wte, tie_weights=tied), byte_buffers(), seed=seed)
-
-
-def all_logits(model, idx):
-    """Logits of every position, by one hook on ln_f and a plain product with the head."""
-    seen = []
-    hook = model.transformer.ln_f.register_forward_hook(lambda m, i, o: seen.append(o))
-    model(idx)
-    hook.remove()
-    table = model.wte_table() if model.lm_head is None else model.lm_head.weight
-    scale = 1.0 if model.head_scale is None else model.head_scale
-    return seen[0] * scale @ table.T
+    return GPT(GPTConfig(**SHAPE | changes | model_keys(arm)), byte_buffers(), seed=seed)
 
 
 def test_names_are_nanogpts():
@@ -237,52 +216,37 @@ def test_byte_override_equals_a_token_with_those_bytes():
         make("bpe_tied")(idx, byte_overrides={(0, 2): b"x"})
 
 
-def test_parameter_counts_of_the_124m_arms():
+def test_parameters_of_every_arm_at_124m():
     """By hand: 12 blocks of 12 C^2 + 2 C, wpe, ln_f; table 50304 x 768; projection 4096 x 768."""
     body = 12 * (12 * 768 * 768 + 2 * 768) + 1024 * 768 + 768
-    table, projection = 50304 * 768, 4096 * 768
+    table, projection, rank16 = 50304 * 768, 4096 * 768, 16 * (50304 + 768)
     expected = {
         "bpe_tied": (table, 0),
         "bpe_untied": (table, table),
-        "kronecker": (projection, table),
-        "kronecker_tied": (projection, 1),
         "bpe_lowrank": (61 * (50304 + 768), table),
         "bpe_hash": (3965 * 768 + 2 * 50304, table),
+        "kronecker": (projection, table),
+        "kronecker_tied": (projection, 1),
+        "kronecker_permuted": (projection, table),
+        "kronecker_s01": (projection, table),
+        "kronecker_s01_lr3": (projection, table),
+        "kronecker_ngrams": (projection + 16384 * 768, table),
+        "kronecker_ngrams3k": (projection + 3072 * 768, table),
+        "kronecker_rank4": (projection + rank16 // 4, table),
+        "kronecker_rank16": (projection + rank16, table),
+        "kronecker_rank16_ngrams2k": (projection + rank16 + 2048 * 768, table),
     }
     buffers = (torch.zeros(50304, 16, dtype=torch.uint8), torch.zeros(50304, dtype=torch.int16))
-    for arm, (wte, tied) in ARMS.items():
+    assert expected.keys() == {path.stem for path in (ROOT / "config" / "arms").glob("*.py")}
+    for arm, (table_side, head) in expected.items():
+        assert arm_keys(arm)["arm"] == arm
         with torch.device("meta"):
-            counts = GPT(GPTConfig(bias=False, wte=wte, tie_weights=tied), buffers).count_parameters()
-        assert (counts["input"], counts["head"]) == expected[arm]
-        assert counts["body"] == body
-        assert counts["total"] == body + sum(expected[arm])
-    assert 1 - projection / table == pytest.approx(0.919, abs=0.001)  # the paper's 91%
-
-
-def test_every_arm_file_is_an_arm_and_its_additions_are_counted():
-    """Input parameters at 124M, by hand: projection, buckets x 768, rank x (50304 + 768)."""
-    projection = 4096 * 768
-    added = {
-        "kronecker_s01": 0,
-        "kronecker_s01_lr3": 0,
-        "kronecker_ngrams": 16384 * 768,
-        "kronecker_ngrams3k": 3072 * 768,
-        "kronecker_rank16": 16 * (50304 + 768),
-        "kronecker_rank16_ngrams2k": 16 * (50304 + 768) + 2048 * 768,
-    }
-    files = {path.stem: path for path in (ROOT / "config" / "arms").glob("*.py")}
-    assert added.keys() | ARMS.keys() <= files.keys()
-    buffers = (torch.zeros(50304, 16, dtype=torch.uint8), torch.zeros(50304, dtype=torch.int16))
-    names = [f.name for f in fields(GPTConfig)]
-    for arm, more in added.items():
-        config = configurator.load([str(files[arm]), "--bias=False", "--vocab_size=50304"])
-        assert config.arm == arm
-        shape = GPTConfig(**{name: getattr(config, name) for name in names})
-        with torch.device("meta"):
-            counts = GPT(shape, buffers).count_parameters()
-        assert counts["input"] == projection + more
-        if arm != "kronecker_ngrams":
+            counts = GPT(GPTConfig(bias=False, **model_keys(arm)), buffers).count_parameters()
+        assert (counts["input"], counts["head"], counts["body"]) == (table_side, head, body), arm
+        assert counts["total"] == body + table_side + head
+        if arm not in ("bpe_tied", "bpe_untied", "kronecker_ngrams"):
             assert counts["input"] < 0.15 * counts["stock_table"]
+    assert 1 - projection / table == pytest.approx(0.919, abs=0.001)  # the paper's 91%
 
 
 def test_additions_are_drawn_from_the_seed_and_start_at_the_papers_embedding():
@@ -396,7 +360,7 @@ def test_generation_and_slots_on_every_arm():
         model = make(arm)
         tokens = torch.cat(list(model.generate(torch.tensor([[1, 2]]), 4, temperature=0)), dim=1)
         assert tokens.shape == (1, 4)
-        if ARMS[arm][0] != "kronecker":
+        if not arm.startswith("kronecker"):
             with pytest.raises(ValueError, match="no slot made from bytes"):
                 model(torch.tensor([[1, 2]]), byte_overrides={(0, 0): b"ab"})
 
@@ -406,8 +370,8 @@ def test_counting_parameters_does_not_load_the_compiler():
     code = (
         "import sys, torch\nfrom model import GPT, GPTConfig\n"
         "buffers = (torch.zeros(64, 16, dtype=torch.uint8), torch.zeros(64, dtype=torch.int16))\n"
-        f"for wte, tied in {list(ARMS.values())!r}:\n"
-        "    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=64, wte=wte, tie_weights=tied)\n"
+        f"for keys in {list(map(model_keys, ARMS))!r}:\n"
+        "    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=64, **keys)\n"
         "    with torch.device('meta'):\n        GPT(config, buffers)\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -12,7 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, losses
+from conftest import ROOT, free_port, losses, torchrun
 
 from engine import checkpoint
 from engine.metrics import read_metrics
@@ -22,14 +21,11 @@ SCRIPT = ROOT / "scripts" / "slurm" / "train.sbatch"
 MATCHED = ROOT / "scripts" / "slurm" / "matched.sbatch"
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def torchrun(*more) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", *more, "train.py"]
+def start(*command, **variables) -> subprocess.Popen:
+    """What it prints comes with communicate()."""
+    environment = ENVIRONMENT | variables
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment, **pipe)
 
 
 def close(one: dict, two: dict) -> bool:
@@ -38,18 +34,9 @@ def close(one: dict, two: dict) -> bool:
 
 def test_two_nodes_on_loopback_give_the_run_of_one_process(tiny_flags, train_tiny, tmp_path):
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
-    command = torchrun("--nnodes=2", "--nproc_per_node=1", *rendezvous)
-    both = [
-        subprocess.Popen(
-            [*command, *tiny_flags(tmp_path / "two")],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for _ in range(2)
-    ]
-    said = [p.communicate(timeout=120)[0].decode() for p in both]
+    options = ["--nnodes=2", "--nproc_per_node=1", *rendezvous]
+    both = [start(*torchrun(*options, "train.py", *tiny_flags(tmp_path / "two"))) for _ in range(2)]
+    said = [p.communicate(timeout=120)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert close(losses(read_metrics(tmp_path / "two")), losses(train_tiny(tmp_path / "one")))
 
@@ -72,15 +59,7 @@ def workers_of(out_dir) -> list[int]:
 def test_a_worker_killed_in_the_middle_comes_back_with_nothing_lost(tiny_flags, train_tiny, tmp_path):
     keys = {"max_iters": 300, "eval_interval": 100, "ckpt_interval": 10}
     flags = tiny_flags(tmp_path / "cut", init_from="auto", **keys)
-    command = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2")
-    process = subprocess.Popen(
-        [*command, *flags],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start(*torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2", "train.py", *flags))
     deadline = time.time() + 90
     while len(read_metrics(tmp_path / "cut")) < 40:
         assert time.time() < deadline and process.poll() is None
@@ -96,12 +75,7 @@ def test_a_worker_killed_in_the_middle_comes_back_with_nothing_lost(tiny_flags, 
 def test_sigterm_may_come_twice(tiny_flags, tmp_path):
     """Under Slurm every process gets it, and torchrun hands on its own: the second must not spoil the saving."""
     keys = {"max_iters": 100_000, "eval_interval": 100_000, "init_from": "auto"}
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *tiny_flags(tmp_path / "run", **keys)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-    )
+    process = start(sys.executable, "train.py", *tiny_flags(tmp_path / "run", **keys))
     while len(read_metrics(tmp_path / "run")) < 5:
         assert process.poll() is None
         time.sleep(0.02)
@@ -116,14 +90,7 @@ def two_ranks(first: list[str], second: list[str]) -> list[subprocess.Popen]:
     """Ranks 0 and 1 without torchrun, each with arguments of its own."""
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
-        subprocess.Popen(
-            [sys.executable, "train.py", *flags],
-            cwd=ROOT,
-            env=ENVIRONMENT | meet | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        start(sys.executable, "train.py", *flags, **meet, RANK=str(rank))
         for rank, flags in enumerate((first, second))
     ]
 

@@ -140,6 +140,20 @@ def test_what_a_kill_left_is_judged(spoil, newest, found, trained, tmp_path):
         spoil(tmp_path / "run")
     left = twin.left(tmp_path / "run", trained)
     assert left["newest"] == newest and twin.differences(left) == found
+    assert left["between_rename_and_pointer"] == (newest == "step_000010") and not left["torn_row"]
+
+
+def test_what_a_kill_interrupted_is_told(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    left = twin.left(tmp_path / "run", trained)
+    assert (left["in_write"], left["files_there"], left["torn_row"]) == (False, [], False)
+    (tmp_path / "run" / "ckpt" / ".writing_step_000015").mkdir()
+    (tmp_path / "run" / "ckpt" / ".writing_step_000015" / "optimizer.pt").touch()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"iter": 1')
+    left = twin.left(tmp_path / "run", trained)
+    assert (left["in_write"], left["files_there"], left["torn_row"]) == (True, ["optimizer.pt"], True)
+    assert not left["between_rename_and_pointer"]
 
 
 def metrics(folder, *rows):

@@ -27,7 +27,6 @@ from pathlib import Path
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from engine import checkpoint
 from engine.errors import RunError, sentences
 from scripts.analysis.report import Table
 from scripts.arguments import some_of, whole
@@ -128,39 +127,21 @@ def writing(out_dir: Path, aim: dict):
 
 def await_aim(process: subprocess.Popen, out_dir: Path, aim: dict, patience: float) -> bool:
     """Wait until the moment to strike; False if the process ended by itself or hangs before it came."""
-    end = time.monotonic() + patience
-
-    def comes(sign) -> bool:
-        while not sign():
-            if process.poll() is not None or time.monotonic() > end:
-                return False
-            time.sleep(0.0002)
-        return True
-
-    # right before its loop a start writes metrics.jsonl anew, earlier leftovers being cleared
-    if aim["kind"] != "any" and not comes(twin.renewed(out_dir / "metrics.jsonl")):
+    signs = []
+    if (
+        aim["kind"] != "any"
+    ):  # right before its loop a start writes metrics.jsonl anew, earlier leftovers being cleared
+        signs.append(lambda: twin.renewed(out_dir / "metrics.jsonl"))
+    if aim.get("file") == "latest":  # the rename is behind it, pruning is being done
+        signs.append(lambda: twin.renewed(out_dir / "latest"))
+    elif aim["kind"] in ("write", "file"):
+        signs.append(lambda: writing(out_dir, aim))
+    if not all(twin.comes(sign(), [process], patience) for sign in signs):
         return False
-    if aim["kind"] in ("write", "file"):  # a new `latest`: the rename is behind it, pruning is being done
-        latest = aim.get("file") == "latest"
-        if not comes(twin.renewed(out_dir / "latest") if latest else writing(out_dir, aim)):
-            return False
     if aim["delay"]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(aim["delay"])
     return process.poll() is None
-
-
-def post_mortem(out_dir: Path, twin_dir: Path) -> dict:
-    """What a kill left behind, and whether it is the twin's."""
-    half, metrics = twin.half_written(out_dir), out_dir / "metrics.jsonl"
-    found, latest = twin.left(out_dir, twin_dir), checkpoint.pointed(out_dir, "latest")
-    return found | {
-        "in_write": bool(half),
-        "files_there": sorted(p.name for p in half[0].iterdir()) if half else [],
-        "between_rename_and_pointer": bool(found["newest"] and not half)
-        and (latest is None or latest.name != found["newest"]),
-        "torn_row": metrics.exists() and metrics.read_bytes()[-1:] not in (b"", b"\n"),
-    }
 
 
 # ---- runs, each killed a few times
@@ -184,7 +165,7 @@ def killed_run(job) -> dict:
             process.kill()
             if process.wait() == -signal.SIGKILL:
                 kill = {"aim": aim, "after_s": round(time.monotonic() - began, 3)}
-                record["kills"].append(kill | post_mortem(out_dir, times["dir"]))
+                record["kills"].append(kill | twin.left(out_dir, times["dir"]))
                 continue
         record["missed"] += aim is not None
         try:

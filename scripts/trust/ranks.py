@@ -72,9 +72,8 @@ def finish(processes: list[subprocess.Popen], out_dir: Path, expected: int | Non
     except subprocess.TimeoutExpired:
         raise RunError(f"a launch hung for {PATIENCE} s: see {log}") from None
     if expected is not None and statuses != {expected}:
-        raise RunError(
-            f"a launch ended with {sorted(statuses)}, not {expected}: {last_words(log)} (see {log})"
-        )
+        found = f"{sorted(statuses)}, not {expected}"
+        raise RunError(f"a launch ended with {found}: {last_words(log)} (see {log})")
 
 
 def stop(agent: subprocess.Popen) -> None:
@@ -101,15 +100,13 @@ def listens(pid: int, port: int) -> bool:
 
 def await_sign(sign, agents: list[subprocess.Popen], what: str) -> None:
     """Wait until sign() is true; RunError if it is not before the agents end or patience does."""
-    end = time.monotonic() + PATIENCE
-    while not sign():
-        if time.monotonic() > end or any(a.poll() is not None for a in agents):
-            raise RunError(f"{what} never came: see the train.log in its folder")
-        time.sleep(0.01)
+    if not twin.comes(sign, agents, PATIENCE):
+        raise RunError(f"{what} never came: see the train.log in its folder")
 
 
 def await_step(out_dir: Path, step: int, agents: list[subprocess.Popen]) -> None:
     def there() -> bool:
+        time.sleep(0.01)
         return any(r["iter"] >= step for r in read_metrics(out_dir) if "train/loss" in r)
 
     await_sign(there, agents, f"step {step} of {out_dir}")
@@ -263,19 +260,14 @@ def parts(rows: list[dict]) -> list:
         seconds = ("peers_gone_s", "back_at_that_step_s", "all_gone_s")
         return [row["what"], same, *(f"{row[name]} s" if name in row else "" for name in seconds)]
 
-    runs, nodes = (
-        [cells(r) for r in rows if (r["kind"] == "nodes") == of_nodes] for of_nodes in (False, True)
-    )
+    runs = [cells(r) for r in rows if r["kind"] != "nodes"]
+    nodes = [cells(r) for r in rows if r["kind"] == "nodes"]
+    header = ["arm", "run", "train loss", "val loss", "gradient norm"]
     return [
         f"fp32, CPU, gloo; {KEYS['max_iters']} steps of {KEYS['global_batch_size']} sequences of "
         f"{KEYS['block_size']} tokens. Largest relative differences over all logged rows to one process that takes the "
         "global batch at once.",
-        Table(
-            "Splits, resumes, evaluation",
-            ["arm", "run", "train loss", "val loss", "gradient norm"],
-            runs,
-            left=2,
-        ),
+        Table("Splits, resumes, evaluation", header, runs, left=2),
         f"{LONGER['max_iters']} steps on two ranks, against an undisturbed torchrun of two ranks on one node. Seconds "
         "count from the signal; `back` is when the step that was interrupted is logged again.",
         Table("Nodes", ["job", "every loss bit-identical", "peers gone", "back", "all gone"], nodes, left=2),

@@ -78,6 +78,16 @@ def clock(minutes: float):
     return lambda: bool(minutes) and time.monotonic() > end
 
 
+def comes(sign, processes: list[subprocess.Popen], seconds: float) -> bool:
+    """Whether sign() is true before one of the processes ends or the seconds are over; returns when it is known."""
+    end = time.monotonic() + seconds
+    while not sign():
+        if time.monotonic() > end or any(p.poll() is not None for p in processes):
+            return False
+        time.sleep(0.0002)
+    return True
+
+
 def renewed(path: Path):
     """A function that is true once another file is at `path` than now."""
 
@@ -132,11 +142,16 @@ def half_written(out_dir: Path) -> list[Path]:
 
 
 def left(out_dir: Path, twin: Path) -> dict:
-    """What a run has left in mid-way: its newest whole checkpoint and its rows so far, and whether they are the twin's."""
-    rows = rows_of(out_dir)
+    """What a kill has left, and whether its newest whole checkpoint and its rows so far are the twin's."""
+    half, metrics, rows = half_written(out_dir), out_dir / "metrics.jsonl", rows_of(out_dir)
     newest = next((f for f in reversed(checkpoint.steps(out_dir)) if checkpoint.fault(f) is None), None)
     equal = newest is None or same_bits(contents(newest), contents(twin / "ckpt" / newest.name))
     return {
+        "in_write": bool(half),
+        "files_there": sorted(p.name for p in half[0].iterdir()) if half else [],
+        "between_rename_and_pointer": not half
+        and newest not in (None, checkpoint.pointed(out_dir, "latest")),
+        "torn_row": metrics.exists() and metrics.read_bytes()[-1:] not in (b"", b"\n"),
         "newest": newest and newest.name,
         "rows": len(rows),
         "rows_equal": rows == rows_of(twin)[: len(rows)],
