@@ -55,13 +55,12 @@ out/bench/text.jsonl: setup
 	@$(RUN) -c 'import json; from data.pydocs.prepare import collect; [print(json.dumps({"text": t})) for t in collect()[0]]' > $@.part
 	@mv $@.part $@
 
-test: $(VENV)/.installed-dev
-	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/ruff format --check .
+test: lint
 	@$(RUN) -m pytest -n 2
 
 lint: $(VENV)/.installed-dev
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
 
 clean:
 	rm -rf $(VENV) out

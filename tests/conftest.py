@@ -136,6 +136,18 @@ def torchrun(*words) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
 
 
+def two_ranks(first: list[str], second: list[str]) -> list[subprocess.Popen]:
+    """train.py as ranks 0 and 1 without torchrun, each with arguments of its own; their errors can be read."""
+    meet = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, "train.py", *flags], cwd=ROOT, env=os.environ | meet | {"RANK": str(rank)}, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for rank, flags in enumerate((first, second))
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """Function that mounts a disk of a size ("450k", "3m") and gives its folder; skips where that is not allowed."""

@@ -89,14 +89,16 @@ CASES = [
     ("unknown key, nothing near", train, ["--qqqqq=2"], None, "--help lists them all"),
     ("key without a value", train, ["--n_layer"], None, "write --n_layer=VALUE"),
     ("text for a number", train, ["--n_layer=two"], None, "must be a whole number"),
+    ("switch for a number", train, ["--n_layer=True"], None, "must be a whole number"),
     ("fraction for a whole number", train, ["--n_layer=2.5"], None, "must be a whole number"),
     ("number for a switch", train, ["--bias=7"], None, "must be True or False"),
+    ("text for a switch", train, ["--bias=perhaps"], None, "must be True or False"),
     ("text for a rate", train, ["--learning_rate=fast"], None, "must be a number"),
     ("unknown wte", train, ["--wte=bytes"], None, "one of stock, kronecker"),
     ("unknown dtype", train, ["--dtype=int8"], None, "one of auto, float32"),
     ("unknown extraction", train, ["--byte_extraction=utf8"], None, "one of bytes, decode"),
     ("missing recipe", train, ["{f}/nowhere.py"], None, "no config file"),
-    ("typo in a recipe", train, ["{f}/recipe.py"], recipe("n_heads = 2"), "did you mean n_head"),
+    ("typo in a recipe", train, ["{f}/recipe.py"], recipe("n_heads = 2"), "copy/recipe.py: did you mean n_head"),
     ("broken recipe", train, ["{f}/recipe.py"], recipe("n_head = ("), "does not run: SyntaxError"),
     ("recipe that fails", train, ["{f}/recipe.py"], recipe("n_head = 1 / 0"), "does not run: ZeroDivisionError"),
     ("wrong type in a recipe", train, ["{f}/recipe.py"], recipe("n_head = [1]"), "must be a whole number"),
@@ -252,23 +254,21 @@ def test_a_world_that_cannot_be(rank, world, finished, tmp_path, monkeypatch):
         train.cli([f"--data_dir={finished / 'data'}", f"--out_dir={tmp_path}", "--device=cpu"])
 
 
-def test_a_second_process_is_kept_out_of_a_run(finished, tmp_path):
+def test_a_second_process_is_kept_out_of_a_run(tiny_flags, tmp_path):
     held = runs.lock(tmp_path / "new")
-    keys = TINY | {"data_dir": finished / "data", "out_dir": tmp_path / "new"}
     with pytest.raises(SystemExit, match="another process trains in"):
-        train.cli([f"--{k}={v}" for k, v in keys.items()])
+        train.cli(tiny_flags(tmp_path / "new"))
     held.close()
 
 
-def test_a_reader_who_leaves_costs_the_printing_alone(finished, tmp_path, monkeypatch):
+def test_a_reader_who_leaves_costs_the_printing_alone(tiny_flags, tmp_path, monkeypatch):
     """As `train.py | head -n 1`, where the pipe breaks in the middle of the training."""
     from engine.metrics import read_metrics
 
     reader, writer = os.pipe()
     monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w", buffering=1))
     os.close(reader)
-    keys = TINY | {"data_dir": finished / "data", "out_dir": tmp_path / "new", "max_iters": 4}
-    train.cli([f"--{k}={v}" for k, v in keys.items()])
+    train.cli(tiny_flags(tmp_path / "new", max_iters=4))
     sys.stdout.close()
     assert read_metrics(tmp_path / "new")[-1]["iter"] == 4
     assert (tmp_path / "new" / "latest").read_text() == "step_000004\n"
@@ -287,17 +287,15 @@ def test_a_full_disk_keeps_the_last_checkpoint(size, small_disk, tiny_flags):
 
 
 @pytest.mark.parametrize("peak", ["0", "abc", "nan", "inf", "-3"])
-def test_a_peak_that_is_none(peak, finished, tmp_path, monkeypatch):
+def test_a_peak_that_is_none(peak, tiny_flags, tmp_path, monkeypatch):
     monkeypatch.setenv("KNG_PEAK_TFLOPS", peak)
-    keys = TINY | {"data_dir": finished / "data", "out_dir": tmp_path / "new"}
     with pytest.raises(SystemExit, match=f"error: KNG_PEAK_TFLOPS='{peak}' is no peak"):
-        train.cli([f"--{k}={v}" for k, v in keys.items()])
+        train.cli(tiny_flags(tmp_path / "new"))
 
 
-def test_a_data_shard_that_vanishes_in_the_middle(finished, tmp_path, monkeypatch):
+def test_a_data_shard_that_vanishes_in_the_middle(finished, tiny_flags, tmp_path, monkeypatch):
     """The loader opens files when it first needs them: a shard that is gone by then is named."""
     shutil.copytree(finished / "data", tmp_path / "data")
-    keys = TINY | {"data_dir": tmp_path / "data", "out_dir": tmp_path / "new"}
     from data import loader
 
     plain = loader.TrainBatches.rows
@@ -311,18 +309,17 @@ def test_a_data_shard_that_vanishes_in_the_middle(finished, tmp_path, monkeypatc
 
     monkeypatch.setattr(loader.TrainBatches, "rows", rows)
     with pytest.raises(SystemExit, match="tiny_train"):
-        train.cli([f"--{k}={v}" for k, v in keys.items()])
+        train.cli(tiny_flags(tmp_path / "new", data_dir=tmp_path / "data"))
 
 
-def test_out_of_memory_says_which_knob(monkeypatch, finished, tmp_path):
+def test_out_of_memory_says_which_knob(monkeypatch, tiny_flags, tmp_path):
     import model
 
     def too_big(*args, **kw):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(model.GPT, "forward", too_big)
-    keys = TINY | {"data_dir": finished / "data", "out_dir": tmp_path / "new"}
     with pytest.raises(
         SystemExit, match=r"--batch_size=2 instead of 4 takes about 50%.*--global_batch_size=8"
     ):
-        train.cli([f"--{k}={v}" for k, v in keys.items()])
+        train.cli(tiny_flags(tmp_path / "new"))

@@ -55,35 +55,7 @@ def test_wandb_log_is_another_name_for_a_tracker_and_the_later_counts(argv, trac
     assert config.wandb_log == (tracker == "wandb")
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--n_layers=3"], "did you mean n_layer"),
-        (["--n_layer=many"], "whole number"),
-        (["--n_layer=2.5"], "whole number"),
-        (["--n_layer=True"], "whole number"),
-        (["--learning_rate=fast"], "must be a number"),
-        (["--bias=perhaps"], "True or False"),
-        (["--wte=bpe"], "one of stock, kronecker"),
-        (["--n_layer"], "has no value"),
-        (["nowhere.py"], "no config file"),
-    ],
-)
-def test_refusals_on_the_command_line(argv, words):
-    with pytest.raises(SystemExit, match=words):
-        load(argv)
-
-
-def test_a_typo_in_a_file_is_refused_with_its_place(tmp_path):
-    path = write(tmp_path, "learning_rte = 1e-3\n")
-    with pytest.raises(SystemExit, match=r"learning_rte in .*recipe.py: did you mean learning_rate"):
-        load([path])
-
-
-def test_a_file_that_does_not_run_is_named(tmp_path):
-    with pytest.raises(SystemExit, match=r"recipe.py does not run: ZeroDivisionError"):
-        load([write(tmp_path, "n_layer = 1 / 0\n")])
-
+# What load() refuses on the command line and in recipes: tests/test_bad_input.py.
 
 # Facts about nanoGPT's own recipes: the keys that they set (github.com/karpathy/nanoGPT, config/).
 NANOGPT = {

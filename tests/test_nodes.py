@@ -11,21 +11,18 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, losses, torchrun
+from conftest import ROOT, free_port, losses, torchrun, two_ranks
 
 from engine import checkpoint
 from engine.metrics import read_metrics
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SCRIPT = ROOT / "scripts" / "slurm" / "train.sbatch"
 MATCHED = ROOT / "scripts" / "slurm" / "matched.sbatch"
 
 
-def start(*command, **variables) -> subprocess.Popen:
+def start(command: list[str]) -> subprocess.Popen:
     """What it prints comes with communicate()."""
-    environment = ENVIRONMENT | variables
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment, **pipe)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def close(one: dict, two: dict) -> bool:
@@ -35,7 +32,7 @@ def close(one: dict, two: dict) -> bool:
 def test_two_nodes_on_loopback_give_the_run_of_one_process(tiny_flags, train_tiny, tmp_path):
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
     options = ["--nnodes=2", "--nproc_per_node=1", *rendezvous]
-    both = [start(*torchrun(*options, "train.py", *tiny_flags(tmp_path / "two"))) for _ in range(2)]
+    both = [start(torchrun(*options, "train.py", *tiny_flags(tmp_path / "two"))) for _ in range(2)]
     said = [p.communicate(timeout=120)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert close(losses(read_metrics(tmp_path / "two")), losses(train_tiny(tmp_path / "one")))
@@ -59,7 +56,7 @@ def workers_of(out_dir) -> list[int]:
 def test_a_worker_killed_in_the_middle_comes_back_with_nothing_lost(tiny_flags, train_tiny, tmp_path):
     keys = {"max_iters": 300, "eval_interval": 100, "ckpt_interval": 10}
     flags = tiny_flags(tmp_path / "cut", init_from="auto", **keys)
-    process = start(*torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2", "train.py", *flags))
+    process = start(torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2", "train.py", *flags))
     deadline = time.time() + 90
     while len(read_metrics(tmp_path / "cut")) < 40:
         assert time.time() < deadline and process.poll() is None
@@ -75,7 +72,7 @@ def test_a_worker_killed_in_the_middle_comes_back_with_nothing_lost(tiny_flags, 
 def test_sigterm_may_come_twice(tiny_flags, tmp_path):
     """Under Slurm every process gets it, and torchrun hands on its own: the second must not spoil the saving."""
     keys = {"max_iters": 100_000, "eval_interval": 100_000, "init_from": "auto"}
-    process = start(sys.executable, "train.py", *tiny_flags(tmp_path / "run", **keys))
+    process = start([sys.executable, "train.py", *tiny_flags(tmp_path / "run", **keys)])
     while len(read_metrics(tmp_path / "run")) < 5:
         assert process.poll() is None
         time.sleep(0.02)
@@ -86,15 +83,6 @@ def test_sigterm_may_come_twice(tiny_flags, tmp_path):
     assert checkpoint.newest(tmp_path / "run") is not None
 
 
-def two_ranks(first: list[str], second: list[str]) -> list[subprocess.Popen]:
-    """Ranks 0 and 1 without torchrun, each with arguments of its own."""
-    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        start(sys.executable, "train.py", *flags, **meet, RANK=str(rank))
-        for rank, flags in enumerate((first, second))
-    ]
-
-
 def test_a_rank_that_is_killed_makes_the_others_leave_with_a_sentence(tiny_flags, tmp_path):
     flags = tiny_flags(tmp_path / "run", max_iters=100_000, eval_interval=100_000, ckpt_interval=10)
     zero, one = two_ranks(flags, flags)
@@ -103,7 +91,7 @@ def test_a_rank_that_is_killed_makes_the_others_leave_with_a_sentence(tiny_flags
         time.sleep(0.02)
     one.kill()
     killed = time.time()
-    said = zero.communicate(timeout=60)[0]
+    said = zero.communicate(timeout=60)[1]
     assert zero.returncode == 1
     assert time.time() - killed < 20
     assert said.strip().splitlines()[-1].startswith("error: another rank died"), said[-2000:]
@@ -115,7 +103,7 @@ def test_ranks_with_different_data_are_refused(tiny_flags, tiny_data, tmp_path):
     shard = tmp_path / "data" / "tiny_train_000001.bin"
     shard.write_bytes(shard.read_bytes()[:-2] + b"\x01\x00")
     both = two_ranks(tiny_flags(tmp_path / "run"), tiny_flags(tmp_path / "run", data_dir=tmp_path / "data"))
-    said = [p.communicate(timeout=60)[0] for p in both]
+    said = [p.communicate(timeout=60)[1] for p in both]
     assert [p.returncode for p in both] == [1, 1]
     assert all("but rank 0 has" in s for s in said), said
     assert not (tmp_path / "run").exists()
@@ -160,7 +148,7 @@ def test_the_slurm_script_starts_torchrun_and_requeues_a_stopped_run(tmp_path):
     # torchrun ends with status 1 when it is asked to stop; 0 when the run was through all the same
     for status, asked, requeued in ((0, False, False), (1, False, False), (1, True, True), (0, True, False)):
         record = tmp_path / f"record_{status}_{asked}"
-        environment = ENVIRONMENT | {
+        environment = os.environ | {
             "PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(record), "SRUN_STATUS": str(status),
             "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "42", "SLURM_SUBMIT_DIR": str(tmp_path),
             "SLURM_RESTART_COUNT": "1", "ASKED": str(int(asked)),

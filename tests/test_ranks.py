@@ -2,35 +2,20 @@
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import two_ranks
 
 from engine.errors import RunError
 from engine.ranks import Ranks, StopSignal, keep_heap
 
 
-def start(rank: int, port: int, flags: list[str]):
-    """One of two ranks, started by hand as on two nodes."""
-    place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = os.environ | {k: str(v) for k, v in place.items()} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "train.py", *flags], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 def test_a_rank_with_another_learning_rate_is_refused_by_all(tiny_flags, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     typo = tiny_flags(tmp_path / "run", batch_size=2, learning_rate=3e-2)
     right = tiny_flags(tmp_path / "run", batch_size=2)
-    ranks = [start(0, port, right), start(1, port, typo)]
+    ranks = two_ranks(right, typo)
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     for rank, text in zip(ranks, said, strict=True):
         assert rank.returncode == 1, text
