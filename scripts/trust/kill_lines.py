@@ -21,10 +21,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork must not inherit a t
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import numpy as np
 import torch._dynamo  # noqa: F401 - the optimizer imports it: better once here than in every child
 
 import configurator
 import train
+from data.meta import characters_meta, write_meta
+from data.shards import write_shard
 from engine.errors import RunError, sentences
 from scripts.analysis.report import Table
 from scripts.arguments import whole
@@ -62,7 +65,7 @@ def child(args, name: str, kill_at: int = 0, when=None, lines_to=None, **changes
         with open(args.out / f"{name}.log", "w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        keys = KEYS | {"data_dir": args.data_dir, "out_dir": args.out / name} | changes
+        keys = KEYS | {"data_dir": args.out / "data", "out_dir": args.out / name} | changes
         sys.settrace(lambda frame, event, arg: on_line if frame.f_code.co_filename in names else None)
         train.main(configurator.load([f"--{k}={v}" for k, v in keys.items()]))
         sys.settrace(None)
@@ -102,10 +105,15 @@ def kill_and_go_on(job) -> dict:
 
 
 def prepare(args) -> list[tuple[str, int, str]]:
-    """Make the twin and what a kill in a write leaves; (scene, number, line) of every line executed."""
+    """Make data, the twin and what a kill in a write leaves; (scene, number, line) of every line executed."""
     out, lines = args.out, []
-    for name in ("twin", "torn"):
+    for name in ("twin", "torn", "data"):
         shutil.rmtree(out / name, ignore_errors=True)
+    (out / "data").mkdir()
+    tokens = np.random.default_rng(0).integers(0, 28, 3000).astype(np.uint16)
+    write_shard(out / "data" / "noise_val_000000.bin", tokens[:500])
+    write_shard(out / "data" / "noise_train_000001.bin", tokens[500:])
+    write_meta(out / "data", characters_meta("noise", list("\n abcdefghijklmnopqrstuvwxyz")))
     if child(args, "twin", keep=twin.ALL):
         raise RunError(f"the unkilled twin does not train: see {out / 'twin.log'}")
 
@@ -154,6 +162,7 @@ def parts(records: list[dict], executed: dict) -> list:
 def main(argv=None) -> int:
     parser = twin.parser(__doc__, "out/kill_lines")
     add = parser.add_argument
+    add("--jobs", type=whole(1), default=2, help="runs side by side")
     add("--stride", type=whole(1), default=1, help="kill at every so many-th line")
     add(
         "--only", choices=TRACED, metavar="FILE", help="kill only at lines of FILE, e.g. engine/checkpoint.py"
@@ -162,7 +171,6 @@ def main(argv=None) -> int:
     with sentences():
         late, args.out = twin.clock(args.minutes), args.out.resolve()
         args.out.mkdir(parents=True, exist_ok=True)
-        args.data_dir = twin.prepared(args.data_dir)
         lines = prepare(args)
         executed = {scene: sum(line[0] == scene for line in lines) for scene in SCENES}
         # lines that are executed no longer, or at another moment, were killed in other code

@@ -27,6 +27,7 @@ from pathlib import Path
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from data.files import expanded
 from engine.errors import RunError, sentences
 from scripts.analysis.report import Table
 from scripts.arguments import some_of, whole
@@ -59,6 +60,8 @@ def arguments(argv) -> argparse.Namespace:
     add("--kills", type=whole(1), default=100, help="kills that must land on a living process")
     add("--seed", type=int, default=1, help="of the instants")
     add("--per_run", type=whole(1), default=5, help="kills that one run suffers")
+    add("--jobs", type=whole(1), default=2, help="runs side by side")
+    add("--data_dir", type=expanded, default=twin.PYDOCS, help="prepared if empty")
     add("--recipes", type=some_of(RECIPES), default=",".join(RECIPES), help="with commas")
     args, passed = parser.parse_known_args(argv)
     if wrong := [p for p in passed if not p.startswith("--") or "=" not in p]:

@@ -23,6 +23,7 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 import psutil
 
+from data.files import expanded
 from engine import checkpoint
 from engine.errors import RunError, sentences
 from engine.metrics import is_finished, read_metrics
@@ -275,9 +276,11 @@ def parts(rows: list[dict]) -> list:
 
 
 def main(argv=None) -> int:
-    parser = twin.parser(__doc__, "out/check_ranks", jobs=False)
-    parser.add_argument("--parts", type=some_of(PARTS), default=",".join(PARTS), help="with commas")
-    parser.add_argument("--arms", type=some_of(ARMS), default="bpe_tied,kronecker", help="with commas")
+    parser = twin.parser(__doc__, "out/check_ranks")
+    add = parser.add_argument
+    add("--parts", type=some_of(PARTS), default=",".join(PARTS), help="with commas")
+    add("--arms", type=some_of(ARMS), default="bpe_tied,kronecker", help="with commas")
+    add("--data_dir", type=expanded, default=twin.PYDOCS, help="prepared if empty")
     args = parser.parse_args(argv)
     with sentences():
         late, args.out = twin.clock(args.minutes), args.out.resolve()
@@ -286,15 +289,17 @@ def main(argv=None) -> int:
         rows = twin.kept(args.out / "rows.json")
         for kind, arm, what, measure, *details in jobs(args):
             job = {"kind": kind, "arm": arm, "what": what}
-            if kind in args.parts and not late() and not any(job.items() <= row.items() for row in rows):
-                twin.keep(args.out / "rows.json", rows, job | measure(args, arm, *details))
-                print(json.dumps(rows[-1]), flush=True)
+            if kind not in args.parts or any(job.items() <= row.items() for row in rows):
+                continue
+            if late():
+                print("the same command goes on from here")
+                break
+            twin.keep(args.out / "rows.json", rows, job | measure(args, arm, *details))
+            print(json.dumps(rows[-1]), flush=True)
         title = "Any number of ranks, the same training"
         twin.report(args.report, __file__, argv, rows, {"rows": rows}, title, parts(rows))
         worst = twin.largest(r[name] for r in rows for name in ("train", "val") if name in r)
         print(f"largest relative difference of a loss: {worst:.1e} (allowed: {ALLOWED:.0e})")
-        if late():
-            print("the same command goes on from here")
         return 0 if worst <= ALLOWED else 1
 
 

@@ -5,6 +5,7 @@ losses, weights and moments, rows and record. All but `furthest` compare bits.
 """
 
 import multiprocessing
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from data.files import expanded, write_json, write_text
 from data.records import read_record
 from engine import checkpoint, contract, runs
 from engine.metrics import read_metrics
-from scripts.arguments import Parser, number, whole
+from scripts.arguments import Parser, number
 from scripts.pool import Job, start_child
 from scripts.provenance import ROOT, commit, provenance, today
 
@@ -34,24 +35,23 @@ FIGURES = {"train": "train/loss", "val": "val/loss", "norm": "grad_norm"}
 # ---- running
 
 
-def parser(doc: str, out: str, jobs: bool = True) -> Parser:
+def parser(doc: str, out: str) -> Parser:
     """The arguments that the commands share."""
     parser = Parser(doc)
     add = parser.add_argument
     add("--minutes", type=number(0), default=0, help="begin nothing more after so many (0: no limit)")
-    add("--data_dir", type=expanded, default=ROOT / "data" / "pydocs", help="prepared if empty")
     add("--out", type=expanded, default=Path(out), help="folder of runs and records; delete it to begin anew")
     add("--report", type=expanded, help="write REPORT.json and REPORT.md")
-    if jobs:
-        add("--jobs", type=whole(1), default=2, help="runs side by side")
     return parser
+
+
+PYDOCS = ROOT / "data" / "pydocs"
 
 
 def prepared(data_dir: Path) -> Path:
     """The folder, absolute, into which pydocs is prepared if it holds no training shards."""
     if not list(data_dir.glob("*_train_*.bin")):
-        script = ROOT / "data" / "pydocs" / "prepare.py"
-        subprocess.run([sys.executable, str(script), f"--out_dir={data_dir}"], check=True)
+        subprocess.run([sys.executable, PYDOCS / "prepare.py", f"--out_dir={data_dir}"], check=True)
     return data_dir.resolve()
 
 
@@ -68,7 +68,8 @@ def launch(command: list, folder: Path) -> subprocess.Popen:
 
 def side_by_side(function, jobs: list, count: int):
     """function(job) of each in its order, so many at a time, each in a fork of this process."""
-    with multiprocessing.get_context("fork").Pool(count) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's to tell
+    with multiprocessing.get_context("fork").Pool(count, signal.signal, ignore) as pool:
         yield from pool.imap(function, jobs)
 
 
