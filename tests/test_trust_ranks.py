@@ -101,7 +101,8 @@ def test_kept_rows_are_reported_and_a_nan_fails(tmp_path, tiny_data, monkeypatch
     ]
     for val, status in ((0.0, 0), (None, 1)):
         known = {"kind": "evaluation", "arm": "bpe_tied", "what": "2 ranks", "val": 2e-7}
-        kept = [node | {"bit_identical": val == 0, "val": val, "peers_gone_s": 1.5}, known]
+        made = {"commit": "abc", "date": "2026-01-02"}
+        kept = [node | made | {"bit_identical": val == 0, "val": val, "peers_gone_s": 1.5}, known | made]
         (tmp_path / "rows.json").write_text(json.dumps(kept))
         assert ranks.main(argv) == status and measured == [4]
         assert ranks.main(argv) == status and measured == [4]

@@ -180,7 +180,7 @@ def test_the_furthest_figures(loss, expected, last, tmp_path):
 def test_rows_that_one_run_lacks(tmp_path):
     row = {"iter": 0, "train/loss": 2.0, "val/loss": 3.0, "grad_norm": 1.0}
     whole = metrics(tmp_path / "whole", row, row | {"iter": 1})
-    with pytest.raises(RuntimeError, match="in one run only"):
+    with pytest.raises(twin.RunError, match="in one run only"):
         twin.furthest(metrics(tmp_path / "split", row), whole)
 
 

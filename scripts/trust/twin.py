@@ -17,6 +17,7 @@ import torch
 from data.files import expanded, write_json, write_text
 from data.records import read_record
 from engine import checkpoint, contract, runs
+from engine.errors import RunError
 from engine.metrics import read_metrics
 from scripts.arguments import Parser, number
 from scripts.pool import Job, start_child
@@ -27,6 +28,7 @@ SMALL = {
     "n_layer": 2, "n_head": 2, "log_interval": 1, "learning_rate": 3e-3, "dtype": "float32", "device": "cpu",
     "keep": 2, "init_from": "auto",
 }  # fmt: skip
+PYDOCS = ROOT / "data" / "pydocs"
 ALL = 10**6  # as `keep`: a twin keeps every checkpoint
 MEASURED = ("tok_per_sec", "mem_gb", "mfu")  # what differs between two runs of the same thing
 FIGURES = {"train": "train/loss", "val": "val/loss", "norm": "grad_norm"}
@@ -43,9 +45,6 @@ def parser(doc: str, out: str) -> Parser:
     add("--out", type=expanded, default=Path(out), help="folder of runs and records; delete it to begin anew")
     add("--report", type=expanded, help="write REPORT.json and REPORT.md")
     return parser
-
-
-PYDOCS = ROOT / "data" / "pydocs"
 
 
 def prepared(data_dir: Path) -> Path:
@@ -201,7 +200,7 @@ def furthest(out_dir: Path, twin: Path) -> dict:
     """{"train", "val", "norm"}: the largest relative difference of any row's figure; the rows must be the same ones."""
     ours, theirs = losses(out_dir), losses(twin)
     if ours.keys() != theirs.keys():
-        raise RuntimeError(f"these rows are in one run only: {sorted(ours.keys() ^ theirs.keys())[:4]}")
+        raise RunError(f"these rows are in one run only: {sorted(ours.keys() ^ theirs.keys())[:4]}")
     return {
         short: largest(abs(theirs[k] - ours[k]) / abs(theirs[k]) for k in theirs if k[1] == name)
         for short, name in FIGURES.items()
@@ -236,8 +235,8 @@ def report(path: Path | None, script: str, argv, records: list[dict], data: dict
         return
     made = provenance(script, argv)
     made["machine"] += f", torch {torch.__version__}"
-    made["commit"] = ", ".join(sorted({str(r["commit"]) for r in records if "commit" in r}))
-    made["date"] = max((r["date"] for r in records if "date" in r), default=made["date"])
+    made["commit"] = ", ".join(sorted({str(r["commit"]) for r in records})) or made["commit"]
+    made["date"] = max((r["date"] for r in records), default=made["date"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path.with_suffix(".json"), made | data)
     text = [f"# {title}", *(p if isinstance(p, str) else p.markdown() for p in parts)]
