@@ -3,12 +3,10 @@
     python scripts/trust/kill_train.py --kills 100 --seed 1 --report results/trust/kill_train
     python scripts/trust/kill_train.py --kills 100 --seed 1 --minutes 4      a slice; the same command goes on
 
-Each run is killed a few times and started again with the same command (--init_from=auto) until it is through.
-Many kills are aimed at checkpoint writes: at a moment after a .writing_* folder appears, or at the appearance
-of one of its files; others fall anywhere in the training, in a start or in a resume. Only a kill that ended a
-living process counts. After each one, the newest whole checkpoint and the rows logged so far are held against
-the twin's; at the end the final weights, the optimizer's moments, all rows, the record, the kept checkpoints and
-the pointers. Equal means every bit: a kill passes if what it left and what its run became are the twin's.
+Each run is killed a few times and started again with the same command (--init_from=auto) until it is through. Many
+kills are aimed at checkpoint writes, the others fall anywhere in a start, the training or a resume; only a kill that
+ended a living process counts. It passes if what it left (newest whole checkpoint, rows so far) and what its run became
+(weights, moments, rows, record, kept checkpoints, pointers) are the twin's in every bit.
 Further --key=value go to train.py (e.g. --device=cuda --deterministic=True).
 """
 
