@@ -2,7 +2,9 @@
 
 import json
 import math
+import multiprocessing
 import shutil
+import signal
 
 import pytest
 import torch
@@ -192,8 +194,15 @@ def test_a_file_that_is_made_anew(tmp_path):
         assert renewed() and renewed()
 
 
-def test_forks_work_side_by_side_and_answer_in_order():
-    assert list(twin.side_by_side(math.sqrt, [4.0, 9.0, 1.0], 2)) == [2.0, 3.0, 1.0]
+def test_forks_work_side_by_side_answer_in_order_and_leave():
+    """Also where this process does not end by SIGTERM, as one that has trained."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        assert list(twin.side_by_side(math.sqrt, [4.0, 9.0, 1.0], 2)) == [2.0, 3.0, 1.0]
+        next(twin.side_by_side(math.sqrt, [4.0, 9.0, 1.0], 1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not multiprocessing.active_children()
 
 
 def test_the_clock_without_a_limit_never_rings():

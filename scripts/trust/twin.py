@@ -67,9 +67,14 @@ def launch(command: list, folder: Path) -> subprocess.Popen:
 
 def side_by_side(function, jobs: list, count: int):
     """function(job) of each in its order, so many at a time, each in a fork of this process."""
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's to tell
-    with multiprocessing.get_context("fork").Pool(count, signal.signal, ignore) as pool:
+    with multiprocessing.get_context("fork").Pool(count, leave_signals) as pool:
         yield from pool.imap(function, jobs)
+
+
+def leave_signals() -> None:
+    """Ctrl-C is for the process that forked to tell, which ends its forks by SIGTERM, whatever it does with its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def clock(minutes: float):
