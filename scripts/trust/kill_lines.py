@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork must not inherit a thread pool
@@ -26,6 +27,7 @@ import torch._dynamo  # noqa: F401 - the optimizer imports it: better once here 
 
 import configurator
 import train
+from data.identity import SETTLED_SECONDS
 from data.meta import characters_meta, write_meta
 from data.shards import write_shard
 from engine.errors import RunError, sentences
@@ -114,6 +116,9 @@ def prepare(args) -> list[tuple[str, int, str]]:
     write_shard(out / "data" / "noise_val_000000.bin", tokens[:500])
     write_shard(out / "data" / "noise_train_000001.bin", tokens[500:])
     write_meta(out / "data", characters_meta("noise", list("\n abcdefghijklmnopqrstuvwxyz")))
+    time.sleep(
+        SETTLED_SECONDS + 0.1
+    )  # the twin remembers the shards' hashes, and all others execute the same lines
     if child(args, "twin", keep=twin.ALL):
         raise RunError(f"the unkilled twin does not train: see {out / 'twin.log'}")
 
