@@ -73,7 +73,9 @@ def side_by_side(function, jobs: list, count: int):
 
 def leave_signals() -> None:
     """Ctrl-C is for the process that forked to tell, which ends its forks by SIGTERM, whatever it does with its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(
+        signal.SIGINT, lambda number, frame: None
+    )  # not SIG_IGN, which what a fork starts would inherit
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
