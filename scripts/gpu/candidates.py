@@ -33,7 +33,8 @@ from kronecker import KroneckerEmbedding
 from scripts import provenance
 from scripts.analysis.report import Table
 from scripts.arguments import Parser, device
-from scripts.bench.embedding import byte_buffers, draw_ids, interleave, step
+from scripts.bench.embedding import interleave
+from scripts.bench.embedding_sides import Corpus, step
 
 CHUNK = 64
 
@@ -167,14 +168,14 @@ TOY = [(512, 32, 8, 300)]
 
 def measure(device: str, settings=SETTINGS, rounds: int = 20) -> list[dict]:
     """Median ms of forward and backward of every way and of nn.Embedding, interleaved."""
-    rows = []
+    rows, made_up = [], Corpus(None)
     for V, d, pos_dim, n in settings:
         for dtype in (torch.float32, torch.bfloat16):
-            buffers = dict(zip(("byte_buffer", "length_buffer"), byte_buffers(V, pos_dim, None), strict=True))
+            buffers = dict(zip(("byte_buffer", "length_buffer"), made_up.buffers(V, pos_dim), strict=True))
             package = KroneckerEmbedding(V, d, pos_dim=pos_dim, **buffers).to(device=device, dtype=dtype)
             sides = {"package": package, "table": going(TableWay, package), "slots": going(Slots, package)}
             sides["nn.Embedding"] = nn.Embedding(V, d, device=device, dtype=dtype)
-            ids = draw_ids("text", n, V, None).to(device)
+            ids = made_up.ids("text", n, V).to(device)
             g = torch.randn(n, d, device=device, dtype=dtype)
             runs = {name: partial(step, module, ids, g) for name, module in sides.items()}
             ms = interleave(runs, rounds, device)
