@@ -23,7 +23,6 @@ if not __package__:  # run by its path: the root takes the place of this folder,
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,7 +33,7 @@ from scripts import provenance
 from scripts.analysis.report import Table
 from scripts.arguments import Parser, device
 from scripts.bench.embedding import interleave
-from scripts.bench.embedding_sides import Corpus, step
+from scripts.bench.embedding_sides import Corpus, build, step
 
 CHUNK = 64
 
@@ -149,6 +148,9 @@ class Candidate(KroneckerEmbedding):
         out = _Candidate.apply(ids.reshape(-1), self.projection.weight, self._way)
         return out.view(*ids.shape, -1)
 
+    def plan_ahead(self, input_ids: Tensor) -> None:
+        """Nothing follows from the ids alone."""
+
 
 def going(way, module: KroneckerEmbedding) -> Candidate:
     """The same embedding, with the same weight, whose sums go another way."""
@@ -168,14 +170,14 @@ TOY = [(512, 32, 8, 300)]
 
 def measure(device: str, settings=SETTINGS, rounds: int = 20) -> list[dict]:
     """Median ms of forward and backward of every way and of nn.Embedding, interleaved."""
-    rows, made_up = [], Corpus(None)
+    rows, corpus = [], Corpus(None)
     for V, d, pos_dim, n in settings:
         for dtype in (torch.float32, torch.bfloat16):
-            buffers = dict(zip(("byte_buffer", "length_buffer"), made_up.buffers(V, pos_dim), strict=True))
-            package = KroneckerEmbedding(V, d, pos_dim=pos_dim, **buffers).to(device=device, dtype=dtype)
+            what = (V, d, pos_dim, corpus.buffers(V, pos_dim), device, dtype)
+            package = build("kronecker", *what)
             sides = {"package": package, "table": going(TableWay, package), "slots": going(Slots, package)}
-            sides["nn.Embedding"] = nn.Embedding(V, d, device=device, dtype=dtype)
-            ids = made_up.ids("text", n, V).to(device)
+            sides["nn.Embedding"] = build("embedding", *what)
+            ids = corpus.ids("text", n, V).to(device)
             g = torch.randn(n, d, device=device, dtype=dtype)
             runs = {name: partial(step, module, ids, g) for name, module in sides.items()}
             ms = interleave(runs, rounds, device)
