@@ -131,11 +131,12 @@ def describe_here(work: Work, device: torch.device) -> str:
     return f"{clock(work.steps * work.flops_per_step / (rate * MFU) / 3600)} on {what}"
 
 
-def matmul_rate(n: int = 768, seconds: float = 0.1) -> float:
-    """FLOP/s of float32 matmuls of size n on this CPU with torch's threads, measured for so many seconds."""
+def matmul_rate() -> float:
+    """FLOP/s of a float32 matmul on this CPU with torch's threads, measured for a tenth of a second."""
+    n = 768
     a = torch.ones(n, n)
     best = math.inf
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + 0.1
     while time.perf_counter() < end or best == math.inf:
         began = time.perf_counter()
         a @ a

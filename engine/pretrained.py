@@ -65,14 +65,6 @@ class GPT2Config(Record):
         return n_inner
 
 
-# Its other options: dropout and initialisation, special ids, heads of other tasks, where to round.
-NO_MATTER = set(
-    "resid_pdrop embd_pdrop attn_pdrop initializer_range use_cache bos_token_id eos_token_id pad_token_id"
-    " summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout"
-    " reorder_and_upcast_attn".split()
-)
-
-
 def read(source: str, given: dict | None = None, with_weights: bool = True) -> tuple[dict | None, dict]:
     """(state_dict for GPT, config keys that it fixes) of a nanoGPT ckpt.pt, a folder, or a GPT-2's name.
 

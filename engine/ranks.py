@@ -123,14 +123,14 @@ def from_environment(name: str, default: int) -> int:
     return int(text)
 
 
-def fresh_store(store, rank: int, world: int, patience: float = 300):
+def fresh_store(store, rank: int, world: int):
     """A part of torchrun's store that no earlier attempt has written to.
 
     torchrun keeps one store over its restarts, so a worker can read the address of one that is dead, and
     hang. Here rank 0 draws a name, each rank makes sure that rank 0 has heard its own draw and not that of
     its predecessor, and rank 0 that each has heard the name; then all meet under it.
     """
-    mine, deadline = secrets.token_hex(8), time.monotonic() + patience
+    mine, deadline = secrets.token_hex(8), time.monotonic() + 300
     others = range(1, world)
     if rank > 0:
         store.set(f"hello/{rank}", mine)
@@ -150,7 +150,7 @@ def fresh_store(store, rank: int, world: int, patience: float = 300):
                 store.set(f"ready/{rank}", name)
                 return dist.PrefixStore(name, store)
         time.sleep(0.02)
-    raise RunError(f"not all of the {world} ranks came within {patience:.0f} s: look at the others' output")
+    raise RunError(f"not all of the {world} ranks came within 300 s: look at the others' output")
 
 
 def stop() -> None:

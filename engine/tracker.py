@@ -150,7 +150,7 @@ def lock(out_dir: Path) -> Lock:
             time.sleep(0.2)
 
 
-def follow(path: Path, over: threading.Event, pause: float = 1.0):
+def follow(path: Path, over: threading.Event):
     """Rows of a metrics.jsonl as they are written, until the run is over. A line that was cut short is left out."""
     with open(path, encoding="utf-8") as file:
         rest = ""
@@ -161,7 +161,7 @@ def follow(path: Path, over: threading.Event, pause: float = 1.0):
                 yield {k: float("nan") if v is None else v for k, v in json.loads(line).items()}
             if last:
                 return
-            over.wait(pause)
+            over.wait(1)
 
 
 def names(out_dir: Path, config: dict, run: dict) -> dict:

@@ -37,16 +37,12 @@ def audit(
     byte_extraction: str = "bytes",
     d_model: int = 768,
     char_dim: int = 256,
-    vocab_size: int | None = None,
-    examples: int = 3,
 ) -> dict:
     """A JSON-able report on a tokenizer (of any kind build_byte_buffer takes) at this pos_dim.
 
-    vocab_size: rows of the stock table that the embedding would replace (the tokenizer's ids when None).
+    The stock table that it is compared with has a row for each of the tokenizer's ids.
     """
     true = token_bytes(tokenizer)
-    if vocab_size is not None and vocab_size < len(true):
-        raise ValueError(f"vocab_size is {vocab_size}, but the tokenizer has {len(true)} ids")
     extracted = true if byte_extraction == "bytes" else token_bytes(tokenizer, byte_extraction)
     if byte_extraction == "decode":
         kept = [utf8_safe_truncate(piece, pos_dim) for piece in extracted]
@@ -65,8 +61,8 @@ def audit(
         entry = by_cause[_cause([true[i] for i in ids], [extracted[i] for i in ids])]
         entry["groups"] += 1
         entry["tokens"] += len(ids)
-        if len(entry["examples"]) < examples:
-            shown = [{"id": i, "bytes": show(true[i])} for i in ids[:examples]]
+        if len(entry["examples"]) < 3:
+            shown = [{"id": i, "bytes": show(true[i])} for i in ids[:3]]
             entry["examples"].append({"tokens": len(ids), "first": shown})
     colliding = {i for ids in groups for i in ids}
 
@@ -81,7 +77,7 @@ def audit(
         row["colliding"] += i in colliding
     ordered = sorted(by_script.items(), key=lambda item: -item[1]["tokens"])
 
-    D, V = codec_output_dim(char_dim, pos_dim), vocab_size or len(true)
+    D, V = codec_output_dim(char_dim, pos_dim), len(true)
     return {
         "tokens": len(real),
         "ids": V,
@@ -270,9 +266,6 @@ def main(argv=None) -> None:
     parser.add_argument("--pos-dim", type=positive, default=16)
     parser.add_argument("--char-dim", type=positive, default=256)
     parser.add_argument("--d-model", type=positive, default=768)
-    parser.add_argument(
-        "--vocab-size", type=positive, help="rows of the table to compare with (default: the tokenizer's)"
-    )
     parser.add_argument("--byte-extraction", default="bytes", choices=("bytes", "decode"))
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(argv)
@@ -281,9 +274,7 @@ def main(argv=None) -> None:
             stream.reconfigure(errors="replace")
     try:
         tokenizer = find_tokenizer(args.tokenizer)
-        report = audit(
-            tokenizer, args.pos_dim, args.byte_extraction, args.d_model, args.char_dim, args.vocab_size
-        )
+        report = audit(tokenizer, args.pos_dim, args.byte_extraction, args.d_model, args.char_dim)
         print(json.dumps(report, indent=1) if args.json else audit_text(report), flush=True)
     except BrokenPipeError:  # whoever read the report, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

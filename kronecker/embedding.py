@@ -219,11 +219,6 @@ class KroneckerEmbedding(nn.Module):
     def _make_table(self) -> Tensor:
         return self._embeddings(torch.arange(self.vocab_size, device=self.projection.weight.device))
 
-    @torch.no_grad()
-    def to_embedding(self) -> nn.Embedding:
-        """A plain nn.Embedding with the same values (a snapshot: it does not follow later training)."""
-        return nn.Embedding.from_pretrained(self.table(), freeze=False)
-
     def forward_with_byte_override(
         self,
         input_ids: Tensor,
@@ -264,16 +259,6 @@ class KroneckerEmbedding(nn.Module):
         e_RxM = self._of_bytes(ids_R, bytes_RxP, lengths_R)
         rows_R = torch.tensor(flat_R, device=device)
         return out.reshape(-1, self.d_model).index_copy(0, rows_R, e_RxM).view_as(out)
-
-    def parameter_report(self) -> dict[str, int | float]:
-        """Parameters of each part, their sum, the stock table's, and the sum as a share of the table's."""
-        parts = {"projection": self.projection.weight.numel()}
-        if self.ngrams:
-            parts["ngram"] = self.ngram.weight.numel()
-        if self.rank:
-            parts["residual"] = self.residual_u.numel() + self.residual_v.numel()
-        total, table = sum(parts.values()), self.vocab_size * self.d_model
-        return {**parts, "total": total, "stock_table": table, "share_of_stock_table": total / table}
 
     def buffer_bytes(self) -> int:
         """Memory of the token bytes, lengths and coefficients."""

@@ -48,18 +48,10 @@ class InducedHead(nn.Module):
     a parameter here. x (..., d_model) -> logits (..., vocab_size).
     """
 
-    def __init__(self, embedding: KroneckerEmbedding, scale: float = 0.02):
+    def __init__(self, embedding: KroneckerEmbedding):
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale, dtype=embedding.projection.weight.dtype))
+        self.scale = nn.Parameter(torch.tensor(0.02, dtype=embedding.projection.weight.dtype))
         self._tied_to = [embedding]  # in a list, so that it is not registered a second time
-
-    @property
-    def in_features(self) -> int:
-        return self._tied_to[0].d_model
-
-    @property
-    def out_features(self) -> int:
-        return self._tied_to[0].vocab_size
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x * self.scale, self._tied_to[0].table())

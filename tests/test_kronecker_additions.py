@@ -18,14 +18,7 @@ def build(seed=0, **kwargs):
 
 
 def test_off_by_default_leaves_the_state_alone():
-    assert list(build().state_dict()) == ["projection.weight"]
-    report = build().parameter_report()
-    assert report == {
-        "projection": 6 * 1536,
-        "total": 6 * 1536,
-        "stock_table": 48,
-        "share_of_stock_table": 192.0,
-    }
+    assert {name: p.shape for name, p in build().state_dict().items()} == {"projection.weight": (6, 1536)}
 
 
 @pytest.mark.parametrize("options", [{"ngrams": 32}, {"rank": 3}, {"ngrams": 32, "rank": 3}])
@@ -33,11 +26,8 @@ def test_additions_start_at_the_paper_s_embedding(options):
     plain, more = build(), build(**options)
     ids = torch.arange(len(TOKENS))
     assert torch.equal(plain(ids), more(ids))
-    extra = sum(p.numel() for p in more.parameters()) - sum(p.numel() for p in plain.parameters())
-    report = more.parameter_report()
-    assert (
-        report["total"] - report["projection"] == extra == report.get("ngram", 0) + report.get("residual", 0)
-    )
+    n_plain, n_more = (sum(p.numel() for p in emb.parameters()) for emb in (plain, more))
+    assert n_more - n_plain == options.get("ngrams", 0) * 6 + options.get("rank", 0) * (len(TOKENS) + 6)
 
 
 def filled(**options):
@@ -76,7 +66,6 @@ def test_values_in_forward_and_table():
             expected = plain(ids)[row, column].double() + by_hand(emb, token)
             torch.testing.assert_close(out[row, column].double(), expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(emb.table()[ids], out)
-    torch.testing.assert_close(emb.to_embedding()(ids), out)
 
 
 @pytest.mark.parametrize("init", ["normal", "xavier"])

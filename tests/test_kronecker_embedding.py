@@ -389,14 +389,6 @@ def test_cached_mode_follows_the_weights():
     assert emb.train()._table is None
 
 
-def test_to_embedding():
-    emb = random_embedding()
-    plain = emb.to_embedding()
-    assert type(plain) is nn.Embedding and plain.weight.requires_grad
-    ids = torch.arange(50).view(5, 10)
-    assert relative(plain(ids), emb(ids)) < 1e-6
-
-
 def test_buffers_stay_small_at_the_production_size():
     V, pos_dim = 131_072, 32
     emb = KroneckerEmbedding(
