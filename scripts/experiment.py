@@ -351,11 +351,7 @@ def tokens_of(exp: Experiment, place) -> int:
     return rows * config.block_size * config.max_iters
 
 
-def record_path(exp: Experiment, run: Run, root: Path = ROOT) -> Path:
-    return root / exp.records / f"{run.name}.json"
-
-
-def write_record(exp: Experiment, run: Run, out_dir: Path, state: str, root: Path = ROOT) -> None:
+def write_record(exp: Experiment, run: Run, out_dir: Path, state: str) -> None:
     """Keep what a finished (or diverged) run's folder says, on one line, without where on this machine it lay."""
     config, about = read_run(out_dir)
     rows = [
@@ -372,15 +368,15 @@ def write_record(exp: Experiment, run: Run, out_dir: Path, state: str, root: Pat
         "run": {k: v for k, v in about.items() if k not in ("command", "wandb_id", "starts")},
         "rows": rows,
     }
-    path = record_path(exp, run, root)
+    path = ROOT / exp.records / f"{run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(record, allow_nan=False) + "\n")
 
 
-def read_records(exp: Experiment, root: Path = ROOT) -> dict[str, RunRecord]:
+def read_records(exp: Experiment) -> dict[str, RunRecord]:
     """{run name: record} of all that lie in the experiment's folder; RunError where one is another run than it says."""
     found = {}
-    folder = root / exp.records
+    folder = ROOT / exp.records
     for path in sorted(folder.rglob("*.json")):
         record = read_record(path, RunRecord, "a run's record")
         name = path.relative_to(folder).with_suffix("").as_posix()

@@ -51,11 +51,11 @@ def state(job: Job) -> tuple[str, int]:
     return ("diverged" if gave_up else "unfinished"), step
 
 
-def last_rows(out_dir, n_bytes: int = 1 << 16) -> list[dict]:
-    """Rows in the last n_bytes of metrics.jsonl; torn lines are passed over."""
+def last_rows(out_dir) -> list[dict]:
+    """Rows in the last 64 KiB of metrics.jsonl; torn lines are passed over."""
     try:
         with open(Path(out_dir) / "metrics.jsonl", "rb") as f:
-            f.seek(max(0, os.fstat(f.fileno()).st_size - n_bytes))
+            f.seek(max(0, os.fstat(f.fileno()).st_size - (1 << 16)))
             lines = f.read().splitlines()
     except OSError:
         return []

@@ -131,7 +131,7 @@ def train_here(job: pool.Job, folder: str, nice: int) -> int | str:
 
 
 def wait_until_free(out_dir: Path) -> None:
-    """Let a trainer that lives on after its node was given up save and leave; see engine.runs.Lock."""
+    """Let a trainer that lives on after its node was given up save and leave; see engine.runs.lock."""
     import fcntl
 
     deadline = time.monotonic() + pool.GRACE

@@ -62,15 +62,16 @@ def test_a_setting_that_differs_within_an_arm_is_refused_and_a_machine_noted(tmp
             numbers.compare(load(tmp_path))
 
 
-def test_wandb_errors(runs_dir):
+def test_wandb_errors(monkeypatch):
     class Broken:
         def runs(self, *a, **k):
             raise RuntimeError("permission denied\nTraceback ...")
 
+    monkeypatch.setattr(runs, "wandb_api", Broken)
     with pytest.raises(RunError, match=r"cannot read someone/project from wandb: permission denied$"):
-        runs.load_wandb("someone/project", api=Broken())
+        runs.load_wandb("someone/project")
     with pytest.raises(RunError, match="entity/project"):
-        runs.load_wandb("project", api=Broken())
+        runs.load_wandb("project")
 
 
 @pytest.mark.parametrize(

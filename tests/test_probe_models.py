@@ -234,13 +234,13 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
 
 def test_codec_space_is_the_dense_codec_centred():
     tokens = [b"run", b"runs", b" run", b"Run", b"kitchen", b"a", "\u00e9t\u00e9".encode(), b"x" * 40]
-    space = spaces.CodecSpace(tokens, pos_dim=8)
-    kept = [t[:8] for t in tokens]
-    buffer = torch.zeros(len(kept), 8, dtype=torch.uint8)
+    space = spaces.CodecSpace(tokens)
+    kept = [t[: spaces.POS_DIM] for t in tokens]
+    buffer = torch.zeros(len(kept), spaces.POS_DIM, dtype=torch.uint8)
     for row, t in enumerate(kept):
         buffer[row, : len(t)] = torch.tensor(list(t), dtype=torch.uint8)
     lengths = torch.tensor([len(t) for t in kept])
-    z = kronecker_codec(buffer, lengths, 256, 8, compute_dtype=torch.float64).numpy()
+    z = kronecker_codec(buffer, lengths, 256, spaces.POS_DIM, compute_dtype=torch.float64).numpy()
     z = z - z.mean(0)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     everything = np.arange(len(tokens))

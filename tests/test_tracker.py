@@ -181,16 +181,16 @@ class RunOfFile:
         return (dict.fromkeys(("mfu", "val/loss")) | h["item"] for h in of_kind(self.found, "history"))
 
 
-def test_the_comparison_from_wandb_is_that_of_the_records(comparison):
-    api = ApiOfFiles(comparison)
+def test_the_comparison_from_wandb_is_that_of_the_records(comparison, monkeypatch):
+    monkeypatch.setattr(runs, "wandb_api", lambda: ApiOfFiles(comparison))
     ours = numbers.compare([runs.load_folder(d) for d in sorted(comparison.iterdir())])
     for group in ("cmp", None):
-        theirs = numbers.compare(runs.load_wandb("someone/project", group, api=api))
+        theirs = numbers.compare(runs.load_wandb("someone/project", group))
         assert ours.keys() == theirs.keys()
         for key in ("final", "pairs", "speed", "decomposition"):
             assert ours[key] == theirs[key]
     with pytest.raises(RunError, match="group other"):
-        runs.load_wandb("someone/project", "other", api=api)
+        runs.load_wandb("someone/project", "other")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no pseudo-terminal")

@@ -247,12 +247,12 @@ def prize_findings(c: dict) -> list[str]:
 
 def limits(c: dict) -> list[str]:
     """What limits these figures: the rule, what the intervals leave out, missing runs, edges of grids, divergence."""
-    n, seeds = sum(len(x["questions"]) for x in c["cells"]), count_of(c["tuning"]["seeds"], "seed")
+    n, seeds = sum(len(x["questions"]) for x in c["cells"]), c["tuning"]["seeds"]
     says = [
         "A difference is called one when its paired 95% t interval over seeds does not hold zero and its mean is at least "
         f"{c['smallest_difference']:g} nats. What is not called one may still be there.",
         "The intervals hold the chance of initialisation and of the order of the data. They leave out the choice of the data, "
-        f"of the validation windows and of the settings (each chosen in runs of {seeds}), and are not corrected for their "
+        f"of the validation windows and of the settings (each chosen in runs of {seeds} seed{'s' * (seeds > 1)}), and are not corrected for their "
         f"number ({n} in the table of questions).",
     ]
     if c["cells"]:
@@ -306,10 +306,6 @@ def not_run(missing: list[dict]) -> list[str]:
         )
     whole = [f"{place(m)}, {WHICH[m['which']]} ({m['runs']})" for m in missing if m["missing"] == m["runs"]]
     return says + [f"Not run for want of time: all final runs of {'; '.join(whole)}."] * bool(whole)
-
-
-def count_of(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n > 1)}"
 
 
 def from_to(values: list) -> str:

@@ -119,11 +119,11 @@ def rows_with(rows: list[dict], key: str) -> list[dict]:
     return [latest[i] for i in sorted(latest)]
 
 
-def load_wandb(project: str, group: str | None = None, api=None) -> list[Run]:
-    """Runs of a wandb project (`entity/project`); `api` stands in for wandb.Api() in tests."""
+def load_wandb(project: str, group: str | None = None) -> list[Run]:
+    """Runs of a wandb project (`entity/project`)."""
     if project.count("/") != 1 or not all(project.split("/")):
         raise RunError(f"--wandb wants entity/project, got {project!r}")
-    api = api or wandb_api()
+    api = wandb_api()
     runs = []
     try:
         for w in api.runs(project, filters={"group": group} if group else None):
@@ -174,10 +174,10 @@ def refuse_twins(runs: list[Run]) -> None:
             )
 
 
-def check_match(runs: list[Run], swept=()) -> None:
+def check_match(runs: list[Run]) -> None:
     """Refuse runs that differ in what has to be equal, naming the field and the two runs (see engine/contract.py)."""
     refuse_twins(runs)
-    contract.check_match([contract.Member(r.name, r.arm, r.seed, r.config, r.info) for r in runs], swept)
+    contract.check_match([contract.Member(r.name, r.arm, r.seed, r.config, r.info) for r in runs])
 
 
 def short(value) -> str:

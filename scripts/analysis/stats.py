@@ -10,8 +10,8 @@ import numpy as np
 from scipy import stats
 
 
-def interval(values, confidence: float = 0.95) -> dict:
-    """Mean, sample SD and t interval of a handful of values (for differences: the paired t interval).
+def interval(values) -> dict:
+    """Mean, sample SD and 95% t interval of a handful of values (for differences: the paired t interval).
 
     Returns {"n", "mean", "sd", "low", "high"}; with one value sd, low and high are None.
     """
@@ -22,7 +22,7 @@ def interval(values, confidence: float = 0.95) -> dict:
     if x.size == 1:
         return {"n": 1, "mean": mean, "sd": None, "low": None, "high": None}
     sd = float(x.std(ddof=1))
-    half = float(stats.t.ppf(0.5 + confidence / 2, x.size - 1)) * sd / math.sqrt(x.size)
+    half = float(stats.t.ppf(0.975, x.size - 1)) * sd / math.sqrt(x.size)
     return {"n": int(x.size), "mean": mean, "sd": sd, "low": mean - half, "high": mean + half}
 
 
@@ -41,8 +41,8 @@ def mcnemar(kept_a, kept_b) -> dict:
     return {"n": int(a.size), "only_a": only_a, "only_b": only_b, "p_value": p}
 
 
-def bootstrap_mean(differences, confidence: float = 0.95, resamples: int = 9999, seed: int = 0) -> dict:
-    """Percentile bootstrap of the mean of paired differences: {"n", "mean", "low", "high"}.
+def bootstrap_mean(differences, seed: int = 0) -> dict:
+    """95% percentile bootstrap of the mean of paired differences: {"n", "mean", "low", "high"}.
 
     Resamples the pairs, not the arms: each pair keeps both its values. Seeded: a rerun prints the same.
     """
@@ -56,8 +56,6 @@ def bootstrap_mean(differences, confidence: float = 0.95, resamples: int = 9999,
     result = stats.bootstrap(
         (d,),
         np.mean,
-        confidence_level=confidence,
-        n_resamples=resamples,
         method="percentile",
         random_state=np.random.default_rng(seed),
         batch=max(1, 2_000_000 // d.size),
@@ -98,18 +96,18 @@ def smooth(values, window: int):
 # ---- power: the smallest true difference that so many pairs would show (two-sided at 5%) in 80 of 100 repetitions
 
 
-def detectable_mean(sd: float, n: int, power: float = 0.8) -> float:
+def detectable_mean(sd: float, n: int) -> float:
     """Of a paired t test on n differences with that standard deviation."""
-    return float(stats.t.ppf(0.975, n - 1) + stats.t.ppf(power, n - 1)) * sd / math.sqrt(n)
+    return float(stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * sd / math.sqrt(n)
 
 
-def detectable_rate(discordant: float, n: int, power: float = 0.8) -> float | None:
+def detectable_rate(discordant: float, n: int) -> float | None:
     """Of McNemar's test on n pairs, of which that share differs between the arms (Connor, Biometrics 1987, 43:207).
 
     The difference d of the two rates solves d sqrt(n) = z sqrt(p) + z' sqrt(p - d^2). None where no
     difference would do: it cannot exceed the share of discordant pairs.
     """
-    z, z_power = float(stats.norm.ppf(0.975)), float(stats.norm.ppf(power))
+    z, z_power = float(stats.norm.ppf(0.975)), float(stats.norm.ppf(0.8))
     a = z * math.sqrt(discordant)
     root = a**2 * n - (n + z_power**2) * (a**2 - z_power**2 * discordant)
     if n < 2 or root < 0:

@@ -22,11 +22,11 @@ def with_sign(x: float | None, digits: int = 4) -> str:
     return dash(x, f"+.{digits}f")
 
 
-def span(interval: dict | None, digits: int = 4) -> str:
+def span(interval: dict | None) -> str:
     """The ends of an interval of differences; "-" where one value gives none."""
     if not interval or interval["low"] is None:
         return "-"
-    return f"{with_sign(interval['low'], digits)} to {with_sign(interval['high'], digits)}"
+    return f"{with_sign(interval['low'])} to {with_sign(interval['high'])}"
 
 
 def tables(c: dict) -> list[Table]:

@@ -232,11 +232,11 @@ def draw(found: dict, arms: list[str]):
     return figure
 
 
-def examples(by_run: dict, arms: list[str], count: int = 4) -> list[dict]:
+def examples(by_run: dict, arms: list[str]) -> list[dict]:
     """A few continuations as blocks of the page: the first run of each arm, the first sample."""
     first = [by_run[min(run for run in by_run if run[0] == arm)] for arm in arms]
     with_slot = {r["prompt_id"] for r in first[0] if r["condition"] == "forced_oov"}
-    wanted = sorted(with_slot or {r["prompt_id"] for r in first[0]})[:count]
+    wanted = sorted(with_slot or {r["prompt_id"] for r in first[0]})[:4]
     shown = [r for of_run in first for r in of_run if r["prompt_id"] in wanted and r["sample"] == 0]
     shown.sort(key=lambda r: (r["prompt_id"], CONDITIONS.index(r["condition"])))
     quotes = []

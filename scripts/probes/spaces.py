@@ -30,20 +30,20 @@ class TableSpace:
 
 
 class CodecSpace:
-    """The same cosines for z, the codec's z-normalised vector of D = 256 * pos_dim numbers.
+    """The same cosines for z, the codec's z-normalised vector of D = 256 * POS_DIM numbers.
 
     z is a few equal spikes on a constant floor, z = s + f 1. With m the mean of all z,
     <z - m, z' - m> = <s, s'> + f <1, s'> + (<1, s> + f D) f' - <m, z> - <m, z'> + <m, m>,
     a product of sparse rows that have four columns more.
     """
 
-    def __init__(self, tokens: list[bytes], pos_dim: int = POS_DIM):
-        kept = [t[:pos_dim] for t in tokens]
+    def __init__(self, tokens: list[bytes]):
+        kept = [t[:POS_DIM] for t in tokens]
         length = np.array([len(t) for t in kept])
         ends, codes = np.cumsum(length), np.frombuffer(b"".join(kept), dtype=np.uint8).astype(np.int64)
-        cells = codes * pos_dim + np.arange(len(codes)) - np.repeat(ends - length, length)
-        spike, shift = np.array(bag_coefficients(256, pos_dim))[length].T
-        shape = len(kept), 256 * pos_dim
+        cells = codes * POS_DIM + np.arange(len(codes)) - np.repeat(ends - length, length)
+        spike, shift = np.array(bag_coefficients(256, POS_DIM))[length].T
+        shape = len(kept), 256 * POS_DIM
         s = sparse.csr_array((np.repeat(spike, length), cells, np.append(0, ends)), shape=shape)
         floor, total, one = -shift, s.sum(1), np.ones(len(kept))
         mean = s.mean(0) + floor.mean()

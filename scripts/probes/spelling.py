@@ -324,7 +324,6 @@ def main(argv=None) -> None:
     add("--generate", type=whole(1, 100_000), metavar="N", help="N misspellings in held-out text instead")
     add("--sources", type=some_of(typos.SOURCES), default=sources, help="in equal parts (%(default)s)")
     add("--text", metavar="FILE", help="held-out text for --generate: txt, jsonl or parquet, packed or not")
-    add("--no-control", action="store_true", help="do not measure the untrained twins")
     add("--batch_size", type=whole(1), default=64, help="prompts at a time (%(default)s)")
     args = parser.parse_args(argv)
     with sentences():
@@ -338,9 +337,8 @@ def main(argv=None) -> None:
         untrained = {}
 
         def measure_one(run, model, tokenizer, config) -> list[dict]:
-            if not args.no_control:
-                fresh = untrained_twin(model, tokenizer, config, run.seed)
-                untrained[run.arm, run.seed] = measure(fresh, tokenizer, pairs, args.batch_size)
+            fresh = untrained_twin(model, tokenizer, config, run.seed)
+            untrained[run.arm, run.seed] = measure(fresh, tokenizer, pairs, args.batch_size)
             return measure(model, tokenizer, pairs, args.batch_size)
 
         by_run, arms, baseline = common.measure_runs(args, "spelling", measure_one)
@@ -358,7 +356,7 @@ def main(argv=None) -> None:
         by_seed = {a: {str(s): summarise(x) for (b, s), x in by_run.items() if b == a} for a in arms}
         result = {
             **{a: {"agg": aggregate(a, rs) | {"by_seed": by_seed[a]}} for a, rs in per_prompt.items()},
-            "untrained": {a: aggregate(a, of_arm(untrained, a)) for a in arms if untrained},
+            "untrained": {a: aggregate(a, of_arm(untrained, a)) for a in arms},
             "comparisons": comparisons,
             "strata": strata,
             "published": {a: x["agg"] for a, x in published.items()},
