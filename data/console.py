@@ -70,7 +70,7 @@ def sentences(explain=explain):
             out.flush()  # here, where a reader who has left is forgiven
 
 
-def early(check, *args, **kwargs) -> None:
+def early(check=lambda: None, *args, **kwargs) -> None:
     """Let `check` read the command line first; from then until the next `sentences`, Ctrl-C ends at once and silently."""
     with sentences():
         check(*args, **kwargs)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import scripts.by_path  # noqa: F401 - Ctrl-C
 
 from data.files import write_json, write_text
 from engine.errors import RunError, sentences

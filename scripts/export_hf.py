@@ -17,6 +17,7 @@ from pathlib import Path
 
 if not __package__:  # run by its path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import scripts.by_path  # noqa: F401 - Ctrl-C
 
 import torch
 from safetensors.torch import save_file

@@ -21,7 +21,9 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
+    sys.path[0] = str(ROOT)
+    import scripts.by_path  # noqa: F401 - Ctrl-C
 
 import configurator
 from engine import contract

@@ -122,7 +122,7 @@ def test_a_dry_run_loads_little_but_torch(tmp_path):
     assert loaded(code, "torch._dynamo", "torch._inductor", "sympy", *OPTIONAL) == set()
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "scripts/matched.py", "scripts/probes/norms.py"])
 def test_ctrl_c_ends_without_a_word_while_torch_is_imported(script, tmp_path):
     (tmp_path / "torch.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"

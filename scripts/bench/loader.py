@@ -17,6 +17,7 @@ from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import scripts.by_path  # noqa: F401 - Ctrl-C
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ import torch
 from data.files import expanded, write_json, write_text
 from data.loader import TrainBatches, permute
 from data.shards import open_shard, write_shard
+from engine.errors import sentences
 from scripts import arguments
 from scripts.analysis.report import Table
 from scripts.arguments import Parser, whole
@@ -140,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    with tempfile.TemporaryDirectory() as scratch:
+    with sentences(), tempfile.TemporaryDirectory() as scratch:
         folder, rng = Path(scratch), np.random.default_rng(0)
         for number in range(1, args.shards + 1):
             path = folder / f"bench_train_{number:06d}.bin"

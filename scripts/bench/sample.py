@@ -23,6 +23,7 @@ from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import scripts.by_path  # noqa: F401 - Ctrl-C
 
 import numpy as np
 import torch

@@ -31,6 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(ROOT)
+    import scripts.by_path  # noqa: F401 - Ctrl-C
 
 from data.files import write_json, write_text
 from engine.errors import sentences

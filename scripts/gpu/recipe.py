@@ -30,6 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(ROOT)
+    import scripts.by_path  # noqa: F401 - Ctrl-C
 
 from data.records import read_record
 from engine.errors import RunError, sentences

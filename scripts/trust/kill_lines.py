@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork must not inherit a thread pool
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import scripts.by_path  # noqa: F401 - Ctrl-C
 
 import numpy as np
 import torch._dynamo  # noqa: F401 - the optimizer imports it: better once here than in every child

@@ -20,6 +20,7 @@ from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import scripts.by_path  # noqa: F401 - Ctrl-C
 
 from data.files import expanded, sha256, write_json
 from data.shards import open_shard
