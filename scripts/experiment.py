@@ -28,6 +28,7 @@ from engine.runs import read_run
 from model import USUAL_RMS
 
 ROOT = Path(__file__).resolve().parent.parent
+ARMS = ROOT / "config" / "arms"
 Keys = dict[str, int | float | bool | str]
 # Of config.json, what says where a run was made and not what it is.
 PLACE = {key for key, rule in RULES.items() if not rule.ranks} - {"dataset"} | {"init_from"}
@@ -154,7 +155,7 @@ def read(path: str) -> Experiment:
 
 
 def arm_file(arm: str) -> Path:
-    return ROOT / "config" / "arms" / f"{arm}.py"
+    return ARMS / f"{arm}.py"
 
 
 def grids(exp: Experiment, arm: str) -> tuple[list[float], list[float]]:

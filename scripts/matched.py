@@ -32,7 +32,6 @@ from scripts import devices, experiment, forecast, pool
 from scripts.arguments import Parser, names, number, some_of, whole
 
 DEFAULT_ARMS, DEFAULT_SEEDS = "bpe_tied,bpe_untied,kronecker", "1337,1338,1339"
-ARMS = ROOT / "config" / "arms"
 OWN_KEYS = ("seed", "out_dir", "init_from", "eval_only", "dry_run", "check_only")  # this script sets them
 
 
@@ -40,7 +39,7 @@ def arguments(argv: list[str]):
     """(args, the words that go to train.py as they are)."""
     parser = Parser(__doc__)
     add, count = parser.add_argument, whole(0, 10_000)
-    arms = some_of(sorted(p.stem for p in ARMS.glob("*.py")), "arm")
+    arms = some_of(sorted(p.stem for p in experiment.ARMS.glob("*.py")), "arm")
     add("recipe", help="config file that all runs share, e.g. config/demo.py, or an experiment's file")
     own = "with commas (default: {}; an experiment's own)"
     add("--arms", type=arms, default=[], help="names in config/arms/, " + own.format(DEFAULT_ARMS))
@@ -96,7 +95,7 @@ def defines_an_arm(name: str) -> bool:
 def refuse_false_labels(args, passed: list[str]) -> None:
     """Keys that this script or an arm's file sets may not come from elsewhere: the run's name would lie."""
     advice = "put it into a file of its own, config/arms/NAME.py, and give --arms=NAME"
-    files = {arm: configurator.read_file(str(ARMS / f"{arm}.py")) for arm in args.arms}
+    files = {arm: configurator.read_file(str(experiment.arm_file(arm))) for arm in args.arms}
     set_by_arms = {name for file in files.values() for name in file}
     for word in passed:
         for name in [word[2:].partition("=")[0]] if word.startswith("--") else configurator.read_file(word):
@@ -127,12 +126,12 @@ def make_jobs(args, passed: list[str]) -> list[pool.Job]:
 
 def recipe_of(args, passed: list[str], arm: str):
     """The configuration of an arm's runs."""
-    return configurator.load([args.recipe, str(ARMS / f"{arm}.py"), *passed], quiet=True)
+    return configurator.load([args.recipe, str(experiment.arm_file(arm)), *passed], quiet=True)
 
 
 def command(args, passed: list[str], arm: str, seed: int) -> list[str]:
     # paths as a person would write them: run.json keeps the command, and is shown to others
-    files = [os.path.relpath(ROOT / "train.py"), args.recipe, os.path.relpath(ARMS / f"{arm}.py")]
+    files = [os.path.relpath(ROOT / "train.py"), args.recipe, os.path.relpath(experiment.arm_file(arm))]
     own = [f"--seed={seed}", f"--out_dir={folder(args, arm, seed)}", "--init_from=auto"]
     return [*python(args), *files, *passed, *own]
 

@@ -58,7 +58,7 @@ def test_check_proves_the_match_and_names_what_differs(recipe, tmp_path, capsys,
     (arms / "kronecker.py").write_text(
         "arm, wte, tie_weights = 'kronecker', 'kronecker', False\nlearning_rate = 0.5\n"
     )
-    monkeypatch.setattr(matched, "ARMS", arms)
+    monkeypatch.setattr(matched.experiment, "ARMS", arms)
     with pytest.raises(
         SystemExit,
         match=r"do not match: learning_rate differs between bpe_tied, seed 1 \(0.003\) and kronecker, seed 1",

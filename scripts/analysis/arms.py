@@ -1,13 +1,12 @@
 """What an arm is: the keys that make it, and runs of one name that are not one arm."""
 
 from functools import lru_cache
-from pathlib import Path
 
 import configurator
 from engine.contract import CONTRACT
 from model import USUAL_RMS
+from scripts.experiment import arm_file
 
-ARMS = Path(__file__).resolve().parents[2] / "config" / "arms"
 RECIPE = ("pos_dim", "char_dim")  # an arm's keys that come from the recipe
 KEYS = [key for key in CONTRACT["arm"][1].split() if key != "arm"]
 
@@ -27,7 +26,7 @@ def arm_keys(config: dict) -> dict:
 @lru_cache
 def own_keys(arm: str) -> dict | None:
     """What arm_keys says of a run of config/arms/ARM.py; None where there is no such file."""
-    file = ARMS / f"{arm}.py"
+    file = arm_file(arm)
     return arm_keys(configurator.read_file(str(file))) if file.is_file() else None
 
 

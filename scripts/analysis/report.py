@@ -89,13 +89,10 @@ def escaped(text) -> str:
     return visible(text).replace("<", "&lt;").replace("](", "]\\(")
 
 
-def bullet(text: str) -> str:
-    """A list item for the terminal, wrapped at 108 columns."""
-    return textwrap.fill(text, 108, initial_indent="- ", subsequent_indent="  ", break_long_words=False)
-
-
 def bullets(items: list[str]) -> str:
-    return "\n".join(map(bullet, items))
+    """A list for the terminal, wrapped at 108 columns."""
+    form = {"initial_indent": "- ", "subsequent_indent": "  ", "break_long_words": False}
+    return "\n".join(textwrap.fill(text, 108, **form) for text in items)
 
 
 def markdown_list(heading: str, items: list[str]) -> str:

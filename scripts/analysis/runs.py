@@ -129,8 +129,6 @@ def load_wandb(project: str, group: str | None = None) -> list[Run]:
         for w in api.runs(project, filters={"group": group} if group else None):
             config = dict(w.config)
             info = config.pop("run", None)
-            if not isinstance(info, dict):  # the same fields, flattened by whoever logged them
-                info = {k[4:]: v for k, v in config.items() if k.startswith(("run/", "run."))}
             if not info:
                 continue  # another run of the same project, not made by this one
             rows = [{k: v for k, v in row.items() if v is not None} for row in w.scan_history()]

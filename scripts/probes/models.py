@@ -62,12 +62,6 @@ def find_words(words: list[str], row_of: dict) -> dict[str, int]:
     return {w: row_of[found[0]] for w, found in forms.items() if found}
 
 
-def edit_distances(words: list[str], i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Levenshtein distances of the pairs words[i], words[j]."""
-    first, second = ([words[k] for k in which] for which in (i, j))
-    return cpdist(first, second, scorer=Levenshtein.distance, dtype=np.int16)
-
-
 def nearest(cosines: np.ndarray, tokens: list[bytes]) -> list[list]:
     """The 5 tokens of the highest cosines of each row, as [[token, cosine]]."""
     top = np.argsort(-cosines, axis=1, kind="stable")[:, :5]
@@ -153,7 +147,8 @@ def measure_model(name: str, table: torch.Tensor, tokens: list[bytes], families,
     if len(i) > 400_000:
         pick = rng.choice(len(i), 400_000, replace=False)
         i, j = i[pick], j[pick]
-    distance = edit_distances(sample, i, j)
+    first, second = ([sample[k] for k in which] for which in (i, j))
+    distance = cpdist(first, second, scorer=Levenshtein.distance, dtype=np.int16)
     rows = np.array([words[w] for w in sample])
     measured = {k: measure_space(space, kept, row_of, families, seed) for k, space in spaces.items()}
     return {
