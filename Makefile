@@ -1,7 +1,8 @@
 # make setup   .venv with the locked requirements
 # make demo    prepare the embedded corpus, train three arms with three seeds, compare, probe, sample
 # make bench   every bench, in less than 15 minutes on two idle cores; writes results/ (RESULTS=out/results: there).
-#              NANOGPT_DIR=../nanoGPT: a checkout to measure against; TEXT=text.jsonl.xz: JSON lines (else Python's docstrings)
+#              NANOGPT_DIR=../nanoGPT: a checkout to measure against; HF_TOKENIZER=gpt2: a folder of its transformers tokenizer;
+#              TEXT=text.jsonl.xz: JSON lines (else Python's docstrings)
 # make test    lint and tests
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +12,7 @@ OUT ?= out/demo
 RESULTS ?= results
 TEXT ?= out/bench/text.jsonl
 NANOGPT := $(if $(NANOGPT_DIR),--nanogpt-dir=$(NANOGPT_DIR))
+HF := $(if $(HF_TOKENIZER),--hf-tokenizer=$(HF_TOKENIZER))
 
 .PHONY: setup demo bench test lint clean
 
@@ -39,10 +41,10 @@ demo: setup
 	done
 	@echo; $(RUN) scripts/compare.py $(OUT)
 
-bench: setup $(TEXT)
+bench: $(VENV)/.installed-dev $(TEXT)
 	@failed=; \
 	run() { echo; echo "--- $$*"; began=$$(date +%s); $(RUN) "$$@" || failed="$$failed $$1"; echo "$$1: $$(($$(date +%s) - began)) s"; }; \
-	run scripts/bench/embedding.py --text $(TEXT) --threads 1 --rounds 3 --out $(RESULTS)/embedding; \
+	run scripts/bench/embedding.py --text $(TEXT) --threads 1 --rounds 3 $(HF) --out $(RESULTS)/embedding; \
 	run scripts/bench/train.py --arms=bpe_untied,kronecker --steps=6 --shares $(NANOGPT) --out=$(RESULTS)/training; \
 	run scripts/bench/sample.py $(NANOGPT) --out=$(RESULTS)/training; \
 	run scripts/bench/scale.py --rounds=2 --out=$(RESULTS)/training; \
