@@ -68,11 +68,11 @@ class Encoder:
         checked: numbers of the texts that are held against the tokenizer's own library and their own bytes.
         Raises DataError at the first difference.
         """
-        contents = [utf8(text) for text in texts]
+        contents = [clean_text(text).encode() for text in texts]
         parts = (self._fast and self._encode_fast(contents)) or [self._encode_slowly(text) for text in texts]
         for k in checked:
             if parts[k] is not None:
-                self._compare(texts[k], parts[k].tolist())
+                self._compare(texts[k], parts[k])
         unk, eot = self.tokenizer.unk, np.array([self.tokenizer.eot], self.dtype)
         lossy = [] if unk is None else [k for k, ids in enumerate(parts) if ids is not None and unk in ids]
         for k in sorted({*(k for k in checked if opens[k]), *lossy}):
@@ -98,19 +98,15 @@ class Encoder:
             return None
 
     def _encode_slowly(self, text: str) -> np.ndarray | None:
-        own = self._own(text)
-        return None if own is None else np.array(own, self.dtype)
-
-    def _own(self, text: str) -> list[int] | None:
         try:
-            return self.tokenizer.encode(text)
+            return np.array(self.tokenizer.encode(text), self.dtype)
         except BaseException as error:  # tiktoken panics on megabytes of mixed white space, outside Exception
             _let_pass(error)
             return None
 
-    def _compare(self, text: str, ids: list[int]) -> None:
-        own = self._own(text) if self._fast else None
-        if own is None or own == ids:
+    def _compare(self, text: str, ids: np.ndarray) -> None:
+        own = self._encode_slowly(text) if self._fast else None
+        if own is None or np.array_equal(own, ids):
             return
         same = _first_difference(own, ids)
         raise DataError(
@@ -143,14 +139,6 @@ def may_cut(tokenizer) -> bool:
     parts = ("a word", " and more", "\nlines", "\n\nof it", " \n", "  so")
     whole = tokenizer.encode("".join(f"{part}cut" for part in parts))
     return list(whole) == [i for part in parts for i in tokenizer.encode(f"{part}cut")]
-
-
-def utf8(text: str) -> bytes:
-    """The text as bytes; surrogate pairs are joined, and lone surrogates, which no encoding can write, as U+FFFD."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return clean_text(text).encode()
 
 
 def resident_bytes() -> float:
@@ -203,7 +191,7 @@ def gigatoken_for(tokenizer) -> tuple:
     else:
         return None, None
     try:
-        found = _encode_batch(fast := make(), [utf8(text) for text in PROBES], np.int64)
+        found = _encode_batch(fast := make(), [text.encode() for text in PROBES], np.int64)
         same = all(
             ids.tolist() == list(tokenizer.encode(text)) for text, ids in zip(PROBES, found, strict=True)
         )

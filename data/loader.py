@@ -9,8 +9,8 @@ memory.
 
 import hashlib
 import os
-import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -50,23 +50,19 @@ class TrainBatches:
             )
         self._files = _Files(self._shards)
 
-    def window_ids(self, step: int) -> np.ndarray:
-        """Window numbers of global batch `step`, int64 (global_batch,), each in [0, n_windows)."""
-        return self._windows(step, 0, self.global_batch)
-
     def rows(self, step: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows lo..hi-1 of global batch `step`: inputs and targets, int64 (hi - lo, block_size) each."""
         if not 0 <= lo <= hi <= self.global_batch:
             raise DataError(f"rows {lo} to {hi} are outside a global batch of {self.global_batch}")
-        windows = self._windows(step, lo, hi)
+        windows = self.window_ids(step, lo, hi)
         shards = np.searchsorted(self._first_window, windows, side="right") - 1
         starts = (windows - self._first_window[shards]) * self.block_size
         return self._files.read(shards, starts, self.block_size)
 
-    def _windows(self, step: int, lo: int, hi: int) -> np.ndarray:
-        # Python integers: step * global_batch has no limit here
-        position = step * self.global_batch + lo
-        ids = np.empty(hi - lo, np.int64)
+    def window_ids(self, step: int, lo: int = 0, hi: int | None = None) -> np.ndarray:
+        """Window numbers of rows lo..hi-1, or all, of global batch `step`: int64, each in [0, n_windows)."""
+        position = step * self.global_batch + lo  # Python integers: no limit here
+        ids = np.empty((self.global_batch if hi is None else hi) - lo, np.int64)
         done = 0
         while done < len(ids):  # a batch may straddle the end of an epoch, or several
             epoch, index = divmod(position + done, self.n_windows)
@@ -89,9 +85,8 @@ class ValWindows:
     def __init__(self, data_dir, block_size: int, eval_tokens: int, skip_tokens: int = 0):
         self.block_size = block_size
         self._shard = _open_split(data_dir, "val")[0]
-        self._start = skip_tokens + (
-            skip_tokens > 0
-        )  # the last window before the skip has a target behind it
+        # the last window before the skip has a target behind it
+        self._start = skip_tokens + (skip_tokens > 0)
         available = (self._shard.n_tokens - 1 - self._start) // block_size
         self.n_windows = min(eval_tokens // block_size, available)
         if self.n_windows < 1:
@@ -136,28 +131,22 @@ class _Files:
     def read(
         self, shards: np.ndarray, starts: np.ndarray, block_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = self._shards[0].dtype
-        size = dtype.itemsize
-        rows_BxT = np.empty((len(starts), block_size + 1), dtype)
-        n_bytes = (block_size + 1) * size
-        flat = memoryview(rows_BxT.reshape(-1)).cast("B") if len(starts) else b""
-        for row, (shard, start) in enumerate(zip(shards.tolist(), starts.tolist(), strict=True)):
-            offset = self._shards[shard].offset + start * size
-            self._read_into(shard, flat[row * n_bytes : (row + 1) * n_bytes], offset)
+        rows_BxT = np.empty((len(starts), block_size + 1), self._shards[0].dtype)
+        for row, shard, start in zip(rows_BxT, shards.tolist(), starts.tolist(), strict=True):
+            self._read_into(shard, row, self._shards[shard].offset + start * row.itemsize)
         # astype makes both halves contiguous and their own
-        x = torch.from_numpy(rows_BxT[:, :-1].astype(np.int64))
-        y = torch.from_numpy(rows_BxT[:, 1:].astype(np.int64))
+        x, y = (torch.from_numpy(half.astype(np.int64)) for half in (rows_BxT[:, :-1], rows_BxT[:, 1:]))
         return x, y
 
-    def _read_into(self, shard: int, view: memoryview, offset: int) -> None:
+    def _read_into(self, shard: int, row: np.ndarray, offset: int) -> None:
         file = self._open.get(shard) or self._open_file(shard)
         if hasattr(os, "preadv"):
-            n = os.preadv(file.fileno(), [view], offset)
+            n = os.preadv(file.fileno(), [row], offset)
         else:  # Windows: no positional read, so seek and read belong together
             with self._lock:
                 file.seek(offset)
-                n = file.readinto(view)
-        if n != len(view):
+                n = file.readinto(row)
+        if n != row.nbytes:
             raise DataError(f"{self._shards[shard].path} became shorter while it was read; prepare it again")
 
     def _open_file(self, shard: int):
@@ -239,41 +228,16 @@ def prefetch(iterator, device):
     On CUDA they go through pinned memory without waiting for the copy. An exception of the iterator is raised
     here; leaving the loop early stops the thread.
     """
-    device = torch.device(device)
-    ready: queue.Queue = queue.Queue(maxsize=1)
-    stop = threading.Event()
+    device, iterator = torch.device(device), iter(iterator)
+    on_cuda = device.type == "cuda"
 
-    def put(item) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def fetch() -> tuple | None:
+        item = next(iterator, None)
+        return tuple(t.pin_memory() for t in item) if item and on_cuda else item
 
-    def work():
-        try:
-            for item in iterator:
-                if device.type == "cuda":
-                    item = tuple(t.pin_memory() for t in item)
-                if not put((item, None)):
-                    return
-            put((None, StopIteration()))
-        except BaseException as error:  # handed to the reader, whatever it is
-            put((None, error))
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        ready = thread.submit(fetch)
+        while (item := ready.result()) is not None:
+            ready = thread.submit(fetch)
             # from this thread, so that the copy queues on the stream that will use it
-            yield tuple(t.to(device, non_blocking=device.type == "cuda") for t in item)
-    finally:
-        stop.set()
-        thread.join(timeout=5)
+            yield tuple(t.to(device, non_blocking=on_cuda) for t in item)

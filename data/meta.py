@@ -24,6 +24,7 @@ from pydantic import Field
 from data import DataError
 from data.files import write_atomic
 from data.records import PlainName, Record, read_record
+from data.tokenizers import CharTokenizer
 
 META_NAME = "meta.json"
 FORMAT = 1
@@ -200,13 +201,10 @@ def new_meta(dataset: str, tokenizer, **more) -> dict:
 
 def characters_meta(dataset: str, characters: list[str]) -> dict:
     """The description of a character-level set: id i stands for characters[i]."""
-    return {
-        "format": FORMAT,
-        "dataset": dataset,
-        "complete": True,
-        "tokenizer": {"kind": "chars", "itos": characters},
-        "vocab_size": len(characters),
-        "eot": None,
-        "dtype": "uint16",
-        "byte_lengths": [len(c.encode("utf-8", "surrogatepass")) for c in characters],
-    }
+    return new_meta(dataset, CharTokenizer(characters))
+
+
+def totals(shards: list[dict]) -> dict:
+    """`documents` and `tokens` of a set, from its shards' records."""
+    tokens = {s: sum(r["tokens"] for r in shards if r["split"] == s) for s in ("train", "val")}
+    return {"documents": sum(record["documents"] for record in shards), "tokens": tokens}

@@ -20,7 +20,7 @@ import numpy as np
 from data import DataError
 from data.encoder import Encoder
 from data.files import flush, folder_lock, publish, sha256
-from data.meta import META_NAME, new_meta, read_meta, versions, write_meta
+from data.meta import META_NAME, new_meta, read_meta, totals, versions, write_meta
 from data.progress import Progress
 from data.shards import MAX_TOKENS, header_bytes, open_shard
 from data.sources import SKIP_REASONS, Block, read_payload
@@ -326,11 +326,7 @@ def _nothing_found(skipped: dict) -> str:
 def _count(meta: dict) -> None:
     """Bring the totals up to date."""
     shards = meta["shards"]
-    meta["documents"] = sum(record["documents"] for record in shards)
-    meta["tokens"] = {
-        split: sum(record["tokens"] for record in shards if record["split"] == split)
-        for split in ("train", "val")
-    }
+    meta.update(totals(shards))
     if shards and shards[-1].get("next") is not None:
         meta["skipped"] = dict.fromkeys(SKIP_REASONS, 0) | shards[-1]["next"]["skipped"]
 

@@ -1,5 +1,6 @@
 """Sets of shards that somebody has put on the hub: downloaded, checked, and described like our own."""
 
+import functools
 import itertools
 import re
 import time
@@ -8,10 +9,12 @@ from pathlib import Path
 from data import DataError, files
 from data.files import folder_lock
 from data.identity import read_through
-from data.meta import new_meta, read_meta, write_meta
+from data.meta import new_meta, read_meta, totals, write_meta
 from data.pipeline import is_whole
 from data.shards import find_shards, open_shard
 from data.sources import wait_or_give_up
+
+say = functools.partial(print, flush=True)
 
 
 def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: int) -> dict:
@@ -21,14 +24,11 @@ def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: 
         if old is not None and old.get("made", {}).get("source") != {"pretokenized": repo}:
             raise DataError(f"{out_dir} holds another set already: take another --out-dir")
         if old is None and (find_shards(out_dir, "train") or find_shards(out_dir, "val")):
-            print(
-                f"{out_dir} has shards without meta.json; each is checked against the hub's checksum",
-                flush=True,
-            )
+            say(f"{out_dir} has shards without meta.json; each is checked against the hub's checksum")
         known = {record["file"]: record for record in (old or {}).get("shards", []) if "documents" in record}
         same = old is not None and old.get("complete") and old["made"].get("max_shards") == max_shards
         if same and all(is_whole(out_dir, record) for name, record in known.items()):
-            print(f"already complete, nothing to do: {len(known)} shards in {out_dir}", flush=True)
+            say(f"already complete, nothing to do: {len(known)} shards in {out_dir}")
             return old
         remote = _retrying(lambda: remote_files(repo), min(retries, 2))
         wanted = sorted(name for name in remote if re.fullmatch(r"\w*_val_\d+\.bin", name))
@@ -42,22 +42,17 @@ def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: 
         for number, name in enumerate(wanted):
             record = known.get(name)
             if record is None or not is_whole(out_dir, record):
-                print(f"{number + 1} of {len(wanted)}: {name}", flush=True)
+                say(f"{number + 1} of {len(wanted)}: {name}")
                 record = _retrying(
                     lambda name=name: fetch_one(repo, name, remote[name], out_dir, tokenizer), retries
                 )
             meta["shards"].append(record)
-            shards = meta["shards"]
-            meta["dtype"] = open_shard(out_dir / name).dtype.name
-            meta["documents"] = sum(record["documents"] for record in shards)
-            meta["tokens"] = {
-                s: sum(r["tokens"] for r in shards if r["split"] == s) for s in ("train", "val")
-            }
+            meta |= {"dtype": open_shard(out_dir / name).dtype.name, **totals(meta["shards"])}
             meta["complete"] = number + 1 == len(wanted)
             # fewer records never replace more while old shards are only looked through
             if record is not known.get(name) or meta["complete"]:
                 write_meta(out_dir, meta)
-        print(f"{len(wanted)} shards, {meta['tokens']['train']:,} training tokens in {out_dir}", flush=True)
+        say(f"{len(wanted)} shards, {meta['tokens']['train']:,} training tokens in {out_dir}")
         return meta
 
 

@@ -11,6 +11,7 @@ out and counted, a text file is refused.
 import bz2
 import codecs
 import gzip
+import itertools
 import json
 import lzma
 import re
@@ -231,12 +232,9 @@ def _utf8_pieces(path: Path, raw, packed: str, start: int) -> Iterator[bytes]:
 
 
 def _transcoded(path: Path, first: bytes, pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    decoder = codecs.getincrementaldecoder(encoding)()
     try:
-        yield decoder.decode(first).encode()
-        for piece in pieces:
-            yield decoder.decode(piece).encode()
-        decoder.decode(b"", final=True)
+        for text in codecs.iterdecode(itertools.chain([first], pieces), encoding):
+            yield text.encode()
     except UnicodeError as error:
         raise DataError(f"{path} begins like {encoding} text but is none ({error})") from error
 
@@ -252,21 +250,22 @@ def _line_blocks(path: Path, pieces: Iterator[bytes], start: int):
 
     Where a block ends depends on where it starts alone, so that an interrupted preparation gives the same record.
     """
-    at, buffer, searched, kept, dropped = start, bytearray(), 0, b"", 0
+    at, buffer, searched, dropped = start, bytearray(), 0, 0
 
     def block(end: int):  # of the buffer's first bytes, of which the last line may be too long
         line = buffer.rfind(b"\n", 0, end - 1) + 1
-        long = end - line > LONGEST_LINE
+        long = end + dropped - line > LONGEST_LINE
         return at, ("lines", bytes(buffer[: line if long else end]), int(long))
 
     for data in pieces:
-        if dropped:  # inside a line that is too long
+        if dropped:  # inside a line that is too long, of which the buffer has the first byte
             end = data.find(b"\n") + 1
             dropped += end or len(data)
             if not end:
                 continue
-            yield at, ("lines", kept, 1)
-            at, dropped, data = at + len(kept) + dropped, 0, data[end:]
+            yield block(len(buffer))
+            at, dropped, data = at + len(buffer) + dropped, 0, data[end:]
+            buffer.clear()
         elif at == 0 and not buffer and data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise DataError(
                 f"{path} begins with '[': one JSON array, where one object a line is needed; "
@@ -279,12 +278,10 @@ def _line_blocks(path: Path, pieces: Iterator[bytes], start: int):
             del buffer[:end]
         searched = len(buffer)
         if searched > BLOCK_BYTES + LONGEST_LINE:
-            line = buffer.rfind(b"\n", 0, BLOCK_BYTES) + 1
-            kept, dropped, searched = bytes(buffer[:line]), searched - line, 0
-            buffer.clear()
-    if dropped:
-        yield at, ("lines", kept, 1)
-    elif buffer:
+            kept = buffer.rfind(b"\n", 0, BLOCK_BYTES) + 2
+            dropped, searched = searched - kept, 0
+            del buffer[kept:]
+    if buffer:
         yield block(len(buffer))
 
 
@@ -299,9 +296,8 @@ def _text_blocks(path: Path, pieces: Iterator[bytes], start: int, cut: bool):
         while cut and searched + BLOCK_BYTES < len(buffer):
             searched += BLOCK_BYTES
             cuts = _cuts(SAFE_CUT, buffer, searched)
-            if (
-                not cuts and searched >= LONGEST_PART
-            ):  # behind any letter or sign of other scripts, or else anywhere
+            # behind any letter or sign of other scripts, or else anywhere
+            if not cuts and searched >= LONGEST_PART:
                 character = next((k for k in range(4) if buffer[searched - k] & 0xC0 != 0x80), 0)
                 cuts = _cuts(LAST_CUT, buffer, searched) or [searched - character]
             if cuts:
@@ -350,24 +346,27 @@ def _parquet_blocks(path: Path, column: str, start: int):
                 f"the column {column!r} of {path} holds {types[column]}, not text; "
                 + (f"{', '.join(text)} would: choose with --text-column" if text else "no other column does")
             )
-        n_rows, row, groups = max(1, file.metadata.num_rows), 0, file.metadata.num_row_groups
-        first = 0
-        while first < groups and row + file.metadata.row_group(first).num_rows <= start:
-            row += file.metadata.row_group(first).num_rows
-            first += 1
-        texts, begin, size = [], start, 0
-        for batch in file.iter_batches(128, row_groups=list(range(first, groups)), columns=[column]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if row <= start:
-                    continue
-                texts.append(text)
-                size += len(text) if isinstance(text, str) else 0
-                if size >= BLOCK_BYTES:
-                    yield begin, ("texts", texts), path.stat().st_size * row / n_rows
-                    texts, begin, size = [], row, 0
-        if texts:
-            yield begin, ("texts", texts), path.stat().st_size
+        row, groups = 0, list(range(file.metadata.num_row_groups))
+        while groups and row + file.metadata.row_group(groups[0]).num_rows <= start:
+            row += file.metadata.row_group(groups.pop(0)).num_rows
+        batches = file.iter_batches(128, row_groups=groups, columns=[column])
+        texts = (text for batch in batches for text in batch.column(0).to_pylist())
+        texts, at = itertools.islice(texts, start - row, None), start
+        while block := _next_texts(texts):
+            end = at + len(block)
+            yield at, ("texts", block), path.stat().st_size * end / file.metadata.num_rows
+            at = end
+
+
+def _next_texts(rows: Iterator) -> list:
+    """The next rows' texts, up to the one that fills a block; none at the end."""
+    texts, size = [], 0
+    for text in rows:
+        texts.append(text)
+        size += len(text) if isinstance(text, str) else 0
+        if size >= BLOCK_BYTES:
+            break
+    return texts
 
 
 def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=time.sleep) -> Iterator[Block]:
@@ -377,26 +376,25 @@ def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=t
     start of the block that was being read, up to `retries` times in a row, with longer and longer waits.
     """
     failures, started = 0, position is not None
+
+    def text_of(row: dict):
+        nonlocal started
+        if column not in row:
+            raise DataError(
+                f"the data set has no column {column!r}; it has {', '.join(row)}: choose with --text-column"
+            )
+        started = True
+        return row[column]
+
     while True:
         try:
             stream = open_stream()
             if position is not None:
                 stream.load_state_dict(position)
-            texts, size, position = [], 0, stream.state_dict()
-            for row in stream:
-                if column not in row:
-                    raise DataError(
-                        f"the data set has no column {column!r}; it has {', '.join(row)}: choose with --text-column"
-                    )
-                started = True
-                texts.append(text := row[column])
-                size += len(text) if isinstance(text, str) else 0
-                if size >= BLOCK_BYTES:
-                    following = stream.state_dict()
-                    yield Block(position, ("texts", texts), None)
-                    texts, size, position, failures = [], 0, following, 0
-            if texts:
-                yield Block(position, ("texts", texts), None)
+            position, texts = stream.state_dict(), map(text_of, stream)
+            while block := _next_texts(texts):
+                yield Block(position, ("texts", block), None)
+                position, failures = stream.state_dict(), 0
             return
         except DataError:
             raise
@@ -413,10 +411,7 @@ def in_short(error: Exception) -> str:
 
 
 def wait_or_give_up(error: Exception, failures: int, retries: int, wait=time.sleep) -> None:
-    """After the `failures`-th error of the network in a row: wait longer and longer, or raise DataError.
-
-    The last is done at once where another attempt cannot help.
-    """
+    """After the `failures`-th error in a row: wait longer and longer; DataError at once where that cannot help."""
     problem = in_short(error)
     if any(name in problem for name in HOPELESS):
         raise DataError(f"the data set cannot be opened ({problem})") from error

@@ -17,14 +17,13 @@ A tokenizer has
 
 import contextlib
 import json
-import os
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from data import DataError
-from data.files import plain_name, write_atomic
+from data.files import expanded, plain_name, write_atomic
 from kronecker.tokens import byte_level_alphabet, token_bytes
 
 FILE_NAME = "tokenizer.json"
@@ -75,7 +74,7 @@ def _load_by_name(name: str):
 
     if name in tiktoken.list_encoding_names():
         return TiktokenTokenizer(_tiktoken(name), {"kind": "tiktoken", "name": name})
-    path = Path(os.path.expanduser(name))
+    path = expanded(name)
     if path.is_dir():
         path = path / FILE_NAME
         if not path.is_file():
@@ -131,7 +130,10 @@ class _Tokenizer:
 
     @cached_property
     def _token_bytes(self) -> list[bytes | None]:
-        known = token_bytes(self.backend)
+        try:
+            known = token_bytes(self.backend)
+        except TypeError as error:
+            raise DataError(f"the tokenizer {self.name}: {error}") from error
         return [None if not piece or i in self._special_text else piece for i, piece in enumerate(known)]
 
     def token_bytes(self) -> list[bytes | None]:
@@ -231,13 +233,6 @@ class HFTokenizer(_Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(clean_text(text), add_special_tokens=False).ids
-
-    @cached_property
-    def _token_bytes(self) -> list[bytes | None]:
-        try:
-            return super()._token_bytes
-        except TypeError as error:
-            raise DataError(f"the tokenizer {self.name}: {error}") from error
 
 
 class CharTokenizer(_Tokenizer):

@@ -23,9 +23,7 @@ from data.shards import find_shards, open_shard
 from data.tokenizers import load_tokenizer
 
 
-def check_shard(
-    path: Path, record: dict | None, n_vocab: int, eot: int | None
-) -> tuple[int, int, int, list[str]]:
+def check_shard(path: Path, record: dict, n_vocab: int, eot: int | None) -> tuple[int, int, int, list[str]]:
     """(tokens, documents, highest id, faults in one sentence each) of one shard, read from end to end."""
     try:
         content, documents = read_through(path, eot)
@@ -37,54 +35,44 @@ def check_shard(
             f"{path} has the token id {content.highest:,} at position {content.at:,}, but the vocabulary ends at "
             f"{n_vocab - 1:,}"
         )
-    if record is not None:
-        if record["tokens"] != content.tokens:
-            faults.append(f"{path} has {content.tokens:,} tokens, meta.json says {record['tokens']:,}")
-        if record.get("documents") not in (None, documents):
-            faults.append(f"{path} has {documents:,} documents, meta.json says {record['documents']:,}")
-        if record["sha256"] != content.sha256:
-            faults.append(
-                f"{path} is not what was written: its SHA-256 differs from meta.json's; make it again"
-            )
+    for what, there in (("tokens", content.tokens), ("documents", documents)):
+        if record.get(what) not in (None, there):
+            faults.append(f"{path} has {there:,} {what}, meta.json says {record[what]:,}")
+    if record.get("sha256") not in (None, content.sha256):
+        faults.append(f"{path} is not what was written: its SHA-256 differs from meta.json's; make it again")
     return content.tokens, documents, content.highest, faults
 
 
 def verify(folder: Path, tokenizer_name: str = "gpt2", say=print) -> list[str]:
     """Check a folder, saying what is there; returns the faults, one sentence each."""
     meta = read_meta(folder) or {}
-    paths = find_shards(folder, "val") + find_shards(folder, "train")
+    found = {"train": find_shards(folder, "train"), "val": find_shards(folder, "val")}
+    paths = found["val"] + found["train"]
     if not paths:
         return [f"{folder} holds no shards"]
     tokenizer = load_tokenizer(meta.get("tokenizer", tokenizer_name), folder)
     n_vocab = meta.get("vocab_size", tokenizer.n_vocab)
     records = {record["file"]: record for record in meta.get("shards", [])}
-    faults = [
-        f"{folder} has no {name} shards"
-        for split, name in (("train", "training"), ("val", "validation"))
-        if not find_shards(folder, split)
-    ]
+    names = {"train": "training", "val": "validation"}
+    faults = [f"{folder} has no {names[split]} shards" for split in found if not found[split]]
     if not meta.get("complete", True):
         faults.append(f"{folder} is not finished: run its prepare.py again with the same options")
-    if meta and len(meta.get("byte_lengths", [])) != n_vocab:
-        faults.append(
-            f"{folder}/meta.json has {len(meta.get('byte_lengths', []))} byte lengths for {n_vocab} ids"
-        )
-    if records:
-        others = {
-            path.name for path in folder.glob("*.bin") if not path.name.startswith(".")
-        } - records.keys()
-        faults += [f"{folder / name} is not in meta.json, so nothing reads it" for name in sorted(others)]
+    if meta and (n := len(meta.get("byte_lengths", []))) != n_vocab:
+        faults.append(f"{folder}/meta.json has {n} byte lengths for {n_vocab} ids")
+    for path in sorted(folder.glob("[!.]*.bin")):
+        if records and path.name not in records:
+            faults.append(f"{path} is not in meta.json, so nothing reads it")
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # reading and hashing leave Python's lock
         results = threads.map(
-            lambda path: check_shard(path, records.get(path.name), n_vocab, tokenizer.eot), paths
+            lambda path: check_shard(path, records.get(path.name, {}), n_vocab, tokenizer.eot), paths
         )
         all_tokens = all_documents = 0
-        for path, (tokens, documents, highest, found) in zip(paths, results, strict=True):
-            faults += found
+        for path, (tokens, documents, highest, wrong) in zip(paths, results, strict=True):
+            faults += wrong
             all_tokens, all_documents = all_tokens + tokens, all_documents + documents
             say(
                 f"{path.name:32} {tokens:>13,} tokens  {documents:>9,} documents  "
-                f"ids to {highest:>6,}  {'FAULT' if found else 'ok'}"
+                f"ids to {highest:>6,}  {'FAULT' if wrong else 'ok'}"
             )
     say(
         f"{len(paths)} shards, {all_tokens:,} tokens, {all_documents:,} documents, tokenizer {tokenizer.name}"

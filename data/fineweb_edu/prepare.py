@@ -42,20 +42,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add, here = parser.add_argument, Path(__file__).resolve().parent
-    add(
-        "--input",
-        type=expanded,
-        nargs="+",
-        metavar="FILE",
-        help="local files instead of the hub, in this order",
-    )
-    add(
-        "--val-input",
-        type=expanded,
-        nargs="+",
-        metavar="FILE",
-        help="held-out files: all of shard 0, nothing else",
-    )
+    files = {"type": expanded, "nargs": "+", "metavar": "FILE"}
+    add("--input", **files, help="local files instead of the hub, in this order")
+    add("--val-input", **files, help="held-out files: all of shard 0, nothing else")
     add("--pretokenized", metavar="REPO", help="hub data set of ready shards to download")
     add("--dataset", default="HuggingFaceFW/fineweb-edu", help="hub data set to stream (%(default)s)")
     add("--name", help="its configuration: sample-10BT (FineWeb-Edu's default here), sample-100BT, ...")
