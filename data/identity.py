@@ -1,9 +1,8 @@
 """Which data this is, from its contents: the SHA-256 and the highest id of each shard, found in one reading.
 
 A reading of hundreds of gigabytes takes minutes, so its result is kept beside the shards, in `.contents.json`, and
-believed as long as a file's size and both its times of change are the same. (The second, which no program sets, also
-tells a copy from the file that was read: a memory that came with the data is not believed. Where the folder cannot be written, each
-process reads again.)
+believed as long as a file's size and both its times of change are the same. (No program sets the second, so that a
+memory which came with the data is not believed. Where the folder cannot be written, each process reads again.)
 """
 
 import contextlib
@@ -86,12 +85,8 @@ def _settled(ctime_ns: int) -> bool:
     return time.time() - ctime_ns / 1e9 > SETTLED_SECONDS
 
 
-def contents(data_dir, split: str, fresh: bool = False) -> dict[Path, ContentSchema]:
-    """What each shard of a split holds, in their order.
-
-    fresh: read every file again, whatever is remembered. Raises DataError for a shard that is not what meta.json
-    beside it says.
-    """
+def contents(data_dir, split: str) -> dict[Path, ContentSchema]:
+    """What each shard of a split holds, in their order. DataError for one that is not what meta.json says."""
     folder, paths = Path(data_dir), find_shards(data_dir, split)
     recorded = {record["file"]: record for record in (read_meta(folder) or {}).get("shards", [])}
     try:
@@ -102,7 +97,7 @@ def contents(data_dir, split: str, fresh: bool = False) -> dict[Path, ContentSch
     def content(path: Path) -> ContentSchema:
         open_shard(path)  # says what is wrong with a missing or damaged file
         stat, old = path.stat(), known.get(path.name)
-        if fresh or not _settled(stat.st_ctime_ns):
+        if not _settled(stat.st_ctime_ns):
             return read_through(path)[0]
         now = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
         if old is not None and (old.size, old.mtime_ns, old.ctime_ns) == now:
@@ -127,10 +122,10 @@ def contents(data_dir, split: str, fresh: bool = False) -> dict[Path, ContentSch
     return found
 
 
-def fingerprint(data_dir, fresh: bool = False) -> str:
+def fingerprint(data_dir) -> str:
     """Hex identity of a folder's training tokens and their order on the disk; arguments and errors of `contents`."""
     digest = hashlib.sha256()
-    for content in contents(data_dir, "train", fresh).values():
+    for content in contents(data_dir, "train").values():
         digest.update(f"{content.tokens} {content.sha256}\n".encode())
     return digest.hexdigest()
 

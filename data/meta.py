@@ -89,9 +89,8 @@ def read_meta(data_dir) -> dict | None:
     folder = Path(data_dir)
     path = folder / META_NAME
     if path.is_file():
-        meta = read_record(path, MetaSchema, "the description of prepared data").model_dump(
-            exclude_unset=True
-        )
+        record = read_record(path, MetaSchema, "the description of prepared data")
+        meta = record.model_dump(exclude_unset=True)
         if meta["format"] != FORMAT:
             raise DataError(
                 f"{path} is of format {meta['format']}, but only format {FORMAT} is known here: update this "
@@ -119,8 +118,7 @@ def describe(data_dir, vocab_size: int = 0) -> dict:
     Published shards are GPT-2's, unless a smaller `vocab_size` says that they cannot be: then the tokenizer is
     None, as it is where meta.pkl gives only a number of ids.
     """
-    meta = read_meta(data_dir)
-    if meta is not None:
+    if (meta := read_meta(data_dir)) is not None:
         return meta
     if 0 < vocab_size < 50257:
         return {"tokenizer": None, "vocab_size": vocab_size}
@@ -129,8 +127,7 @@ def describe(data_dir, vocab_size: int = 0) -> dict:
 
 def write_meta(data_dir, meta: dict) -> None:
     """Write `meta.json` whole or not at all. The long list of byte lengths goes on one line of its own."""
-    short = {key: value for key, value in meta.items() if key != "byte_lengths"}
-    text = json.dumps(short, indent=1)
+    text = json.dumps({key: value for key, value in meta.items() if key != "byte_lengths"}, indent=1)
     if "byte_lengths" in meta:
         lengths = ",".join(str(int(n)) for n in meta["byte_lengths"])
         text = f'{text[:-2]},\n "byte_lengths": [{lengths}]\n}}'

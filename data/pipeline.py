@@ -128,8 +128,7 @@ def prepare_shards(
             prefix,
             tokenizer,
             complete=False,
-            documents=0,
-            tokens={"train": 0, "val": 0},
+            **totals([]),
             skipped=dict.fromkeys(SKIP_REASONS, 0),
             made={"source": source, "val_tokens": val_tokens, "shard_tokens": shard_tokens},
             versions=versions("tiktoken", "tokenizers", "gigatoken"),
@@ -231,9 +230,7 @@ def shard_name(prefix: str, number: int) -> str:
     return f"{prefix}_{'train' if number else 'val'}_{number:06d}.bin"
 
 
-def _make_span(
-    out_dir: Path, meta: dict, lost: set[str], first: int, stop: int | None, encoded, progress
-) -> None:
+def _make_span(out_dir: Path, meta: dict, lost: set, first: int, stop: int | None, encoded, progress) -> None:
     """Make shards first, first + 1, ... up to stop (None: to the end of the source)."""
     shards, made, eot = meta["shards"], meta["made"], meta["eot"]
     start = shards[first - 1]["next"] if first else {"position": None, "tokens": 0, "skipped": {}}
@@ -263,7 +260,7 @@ def _make_span(
             lost.discard(record["file"])
         else:
             shards.append(record)
-        _record(out_dir, meta)
+        write_meta(out_dir, _count(meta))
         number += 1
         return number == stop
 
@@ -274,11 +271,12 @@ def _make_span(
             skip -= used
             opened = int(np.count_nonzero(tokens[used:] == eot))
             progress.block(block.done, characters, len(tokens) - used, opened, sum(skipped.values()))
-            before = {reason: count for reason, count in skipped.items() if count}
+            here = {"position": block.position, "tokens": 0}
+            here["skipped"] = {reason: count for reason, count in skipped.items() if count}
             if number == 0 and made["val_tokens"] is None and block.split == "train":
                 if shard is None:
                     raise DataError("the validation text has no document: give another")
-                if close({"position": block.position, "tokens": 0, "skipped": before}):
+                if close(here):
                     return
             while used < len(tokens):
                 if shard is None:
@@ -286,9 +284,7 @@ def _make_span(
                     name, dtype = shard_name(meta["dataset"], number), np.dtype(meta["dtype"])
                     shard = OpenShard(out_dir / name, target, dtype.newbyteorder("<"))
                 used += shard.take(tokens[used:], eot)
-                if shard.n_tokens == shard.target and close(
-                    {"position": block.position, "tokens": used, "skipped": before}
-                ):
+                if shard.n_tokens == shard.target and close(here | {"tokens": used}):
                     return
             for reason, count in block_skipped.items():
                 skipped[reason] += count
@@ -303,7 +299,7 @@ def _make_span(
         else:
             raise DataError(f"the source ended before {shards[number]['file']}, so it has changed")
         meta["skipped"] = skipped
-        _record(out_dir, meta)
+        write_meta(out_dir, _count(meta))
     finally:
         if shard is not None:
             shard.abandon()
@@ -323,17 +319,12 @@ def _nothing_found(skipped: dict) -> str:
     return f"no document found: of {sum(skipped.values()):,} rows " + ", ".join(reasons or ["none is there"])
 
 
-def _count(meta: dict) -> None:
-    """Bring the totals up to date."""
-    shards = meta["shards"]
-    meta.update(totals(shards))
+def _count(meta: dict) -> dict:
+    """The meta, with its totals brought up to date."""
+    meta |= totals(shards := meta["shards"])
     if shards and shards[-1].get("next") is not None:
         meta["skipped"] = dict.fromkeys(SKIP_REASONS, 0) | shards[-1]["next"]["skipped"]
-
-
-def _record(out_dir: Path, meta: dict) -> None:
-    _count(meta)
-    write_meta(out_dir, meta)
+    return meta
 
 
 def _finish(out_dir: Path, meta: dict, limit: int | None) -> None:
@@ -351,7 +342,7 @@ def _finish(out_dir: Path, meta: dict, limit: int | None) -> None:
             )
         )
     meta["complete"] = True
-    _record(out_dir, meta)
+    write_meta(out_dir, _count(meta))
 
 
 def _kept(meta: dict) -> str:

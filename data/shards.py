@@ -22,8 +22,7 @@ from data import DataError
 from data.files import write_atomic
 from data.meta import read_meta
 
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
+HEADER_BYTES = 4 * 256
 # (magic, version) -> dtype of the tokens
 LAYOUTS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 MAX_TOKENS = 2**31 - 1  # the header's count is an int32
@@ -61,7 +60,7 @@ def find_shards(data_dir, split: str) -> list[Path]:
     names = [path.name for path in folder.iterdir() if path.is_file()]
     for pattern in (
         rf"([^.].*)_{split}_([0-9]+)\.bin",
-        rf"()({split})\.bin",
+        rf"()(){split}\.bin",
         rf"([^.].*)_{split}_([0-9]+)\.npy",
     ):
         found = [match for name in names if (match := re.fullmatch(pattern, name))]
@@ -74,10 +73,7 @@ def find_shards(data_dir, split: str) -> list[Path]:
                 "give each a folder of its own, or they would be mixed"
             )
         # by number, so that a set written without leading zeros is in order too
-        return [
-            folder / match[0]
-            for match in sorted(found, key=lambda m: (len(m[2].lstrip("0")), m[2].lstrip("0"), m[0]))
-        ]
+        return [folder / m[0] for m in sorted(found, key=lambda m: (int(m[2] or 0), m[0]))]
     return []
 
 
@@ -128,12 +124,9 @@ def open_shard(path) -> Shard:
 def _open_npy(path: Path, size: int) -> Shard:
     with open(path, "rb") as file:
         try:
-            version = np.lib.format.read_magic(file)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }
-            shape, _, dtype = read_header[version](file)
+            npy = np.lib.format
+            readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+            shape, _, dtype = readers[npy.read_magic(file)](file)
         except (ValueError, KeyError) as error:
             raise DataError(f"{path} is not a NumPy array file ({error}); prepare it again") from error
         offset = file.tell()
@@ -152,12 +145,10 @@ def header_bytes(n_tokens: int, dtype) -> bytes:
         raise DataError(
             f"a shard of {n_tokens:,} tokens is over the format's limit of {MAX_TOKENS:,}: make more"
         )
-    header = np.zeros(HEADER_INTS, "<i4")
     layout = next((key for key, known in LAYOUTS.items() if known == np.dtype(dtype)), None)
     if layout is None:
         raise DataError(f"tokens must be uint16 or uint32, not {np.dtype(dtype)}")
-    header[:3] = (*layout, n_tokens)
-    return header.tobytes()
+    return struct.pack("<3i", *layout, n_tokens).ljust(HEADER_BYTES, b"\0")
 
 
 def write_shard(path, tokens: np.ndarray) -> None:

@@ -11,13 +11,11 @@
     python data/fineweb_edu/prepare.py --input a.jsonl.xz b.jsonl.xz --val-input held_out.jsonl --out-dir data/mine
         takes all of another text for validation
 
-Interrupted in any way, the same command goes on from the last whole shard, and what comes out in the end is
-the same, byte for byte, for any number of workers and interruptions. `python -m data.verify DIR` checks the
-result.
+Interrupted in any way, the same command goes on from the last whole shard, and what comes out is the same, byte for
+byte, for any number of workers and interruptions. `python -m data.verify DIR` checks it.
 
-Each document is opened by <|endoftext|> and encoded as ordinary text. Shard 0 is the first --val-tokens
-tokens (or all of --val-input) and is for validation; the others are for training. Of --input files: .jsonl has one object a line,
-.txt is one document a file, and both may be packed (.gz .zst .xz .bz2); .parquet is read column by column.
+Each document is opened by <|endoftext|> and encoded as ordinary text. Shard 0 is for validation, the others for
+training. Of --input files .jsonl has one object a line, .txt is one document, and both may be packed (.gz .zst .xz .bz2).
 """
 
 import argparse
