@@ -10,7 +10,7 @@ shards before. A killed run is taken up there, so are shards that were lost late
 import contextlib
 import errno
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,12 +144,12 @@ def prepare_shards(
         tokenizer.save(out_dir)
         encoder = Encoder(tokenizer, fast)
 
+        def encode(payload: tuple, number: int) -> tuple:
+            return encode_block(encoder, payload, column, number)
+
         def encoded(position):
-            blocks = blocks_from(position)
-            with contextlib.closing(blocks):
-                yield from in_order(
-                    blocks, lambda payload, number: encode_block(encoder, payload, column, number), workers
-                )
+            with contextlib.closing(blocks_from(position)) as blocks:
+                yield from in_order(blocks, encode, workers)
 
         try:
             while (span := _next_span(meta["shards"], lost, limit)) is not None:
@@ -235,7 +235,7 @@ def _make_span(out_dir: Path, meta: dict, lost: set, first: int, stop: int | Non
     shards, made, eot = meta["shards"], meta["made"], meta["eot"]
     start = shards[first - 1]["next"] if first else {"position": None, "tokens": 0, "skipped": {}}
     skip = start["tokens"]
-    skipped = dict.fromkeys(SKIP_REASONS, 0) | start["skipped"]  # before the block at hand
+    skipped = Counter(dict.fromkeys(SKIP_REASONS, 0) | start["skipped"])  # before the block at hand
     number, shard = first, None
 
     def close(following: dict | None) -> bool:
@@ -250,16 +250,13 @@ def _make_span(out_dir: Path, meta: dict, lost: set, first: int, stop: int | Non
             "next": following,
         }
         shard = None
-        if number < len(shards):
-            if shards[number]["sha256"] != record["sha256"]:
-                raise DataError(
-                    f"{record['file']} came out different from its first making, so the source has "
-                    f"changed; delete {out_dir} and prepare it anew"
-                )
-            shards[number] = record
-            lost.discard(record["file"])
-        else:
-            shards.append(record)
+        if number < len(shards) and shards[number]["sha256"] != record["sha256"]:
+            raise DataError(
+                f"{record['file']} came out different from its first making, so the source has "
+                f"changed; delete {out_dir} and prepare it anew"
+            )
+        shards[number : number + 1] = [record]  # in its old place, or behind the last
+        lost.discard(record["file"])
         write_meta(out_dir, _count(meta))
         number += 1
         return number == stop
@@ -271,8 +268,7 @@ def _make_span(out_dir: Path, meta: dict, lost: set, first: int, stop: int | Non
             skip -= used
             opened = int(np.count_nonzero(tokens[used:] == eot))
             progress.block(block.done, characters, len(tokens) - used, opened, sum(skipped.values()))
-            here = {"position": block.position, "tokens": 0}
-            here["skipped"] = {reason: count for reason, count in skipped.items() if count}
+            here = {"position": block.position, "tokens": 0, "skipped": dict(+skipped)}  # what is not 0
             if number == 0 and made["val_tokens"] is None and block.split == "train":
                 if shard is None:
                     raise DataError("the validation text has no document: give another")
@@ -286,8 +282,7 @@ def _make_span(out_dir: Path, meta: dict, lost: set, first: int, stop: int | Non
                 used += shard.take(tokens[used:], eot)
                 if shard.n_tokens == shard.target and close(here | {"tokens": used}):
                     return
-            for reason, count in block_skipped.items():
-                skipped[reason] += count
+            skipped.update(block_skipped)
             if not shards and shard is None and sum(skipped.values()) >= 1000:
                 break  # not one document among the first thousand rows
         if shard is not None:
@@ -298,7 +293,7 @@ def _make_span(out_dir: Path, meta: dict, lost: set, first: int, stop: int | Non
             shards[-1]["next"] = None
         else:
             raise DataError(f"the source ended before {shards[number]['file']}, so it has changed")
-        meta["skipped"] = skipped
+        meta["skipped"] = dict(skipped)
         write_meta(out_dir, _count(meta))
     finally:
         if shard is not None:

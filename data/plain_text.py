@@ -10,9 +10,9 @@ import numpy as np
 from data import DataError, console
 from data.files import expanded, folder_lock, write_atomic
 from data.identity import shard_record
-from data.meta import characters_meta, mark_incomplete, new_meta, write_meta
+from data.meta import mark_incomplete, new_meta, write_meta
 from data.sources import MARKS
-from data.tokenizers import load_tokenizer
+from data.tokenizers import CharTokenizer, load_tokenizer
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 VAL_FRACTION = 0.1
@@ -55,11 +55,10 @@ def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
         alphabet = sorted(set(text))
         if len(alphabet) > 2**16:
             raise DataError(f"{len(alphabet):,} different characters do not fit into uint16 tokens")
-        meta = characters_meta(name, alphabet)
-        tokenizer = load_tokenizer(meta["tokenizer"])
+        tokenizer = CharTokenizer(alphabet)
     else:
         tokenizer = load_tokenizer("gpt2")
-        meta = new_meta(name, tokenizer)
+    meta = new_meta(name, tokenizer)
     parts = {"train": text[:cut], "val": text[cut:]}
     ids = {split: np.array(tokenizer.encode(part), "<u2") for split, part in parts.items()}
     mark_incomplete(folder, meta)  # files of two makings must not pass for a set

@@ -53,9 +53,8 @@ class Progress:
         seconds, meta = time.perf_counter() - self.began, self.meta
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items() if count)
         what = (
-            f"{meta['documents']:,} documents, {meta['tokens']['train']:,} training and "
-            f"{meta['tokens']['val']:,} validation tokens in {len(meta['shards'])} shards"
-            + (f"; skipped {skipped}" if skipped else "")
+            f"{meta['documents']:,} documents, {meta['tokens']['train']:,} training and {meta['tokens']['val']:,} "
+            f"validation tokens in {len(meta['shards'])} shards" + (f"; skipped {skipped}" if skipped else "")
         )
         if not self.tokens:
             self.say(f"already complete, nothing to do: {what}")

@@ -73,11 +73,8 @@ def parsed(text: str, where: str):
         text.encode()  # finds what was no UTF-8
         return json.loads(text, parse_constant=lambda constant: None)
     except (ValueError, RecursionError) as error:
-        why = (
-            "no UTF-8 text"
-            if isinstance(error, UnicodeError)
-            else f"no JSON: {str(error) or 'nested too deeply'}"
-        )
+        no_json = f"no JSON: {str(error) or 'nested too deeply'}"
+        why = "no UTF-8 text" if isinstance(error, UnicodeError) else no_json
         raise DataError(f"{where} is damaged ({why}); restore it, or make it again") from None
 
 

@@ -7,8 +7,7 @@
 | nanoGPT `train.bin`, `val.bin` | none | uint16 |
 | build-nanogpt `*_train_000001.npy` | NumPy's own | uint16 |
 
-Everything is little-endian. A shard appears under its name only when it is whole: it is written beside,
-flushed to the disk, and renamed.
+Everything is little-endian. A shard is written beside its name, flushed to the disk and renamed.
 """
 
 import re

@@ -1,8 +1,7 @@
 """Text in order, in blocks of about a megabyte that a worker can encode, from any place on.
 
-Every source is a generator of `Block`s. A block carries the position of its first document, as plain JSON,
-and the same source started there gives the same documents again. How a source is cut into blocks never
-matters for the tokens that come out.
+Every source is a generator of `Block`s. A block carries the position of its first document, as plain JSON; the same
+source started there gives the same documents again, and the same tokens however it is cut into blocks.
 
 Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark. What is neither is never guessed at: a JSON line is left
 out and counted, a text file is refused.
@@ -35,7 +34,7 @@ LONGEST_PART = 1 << 22  # bytes of a text without a place for a cut, behind whic
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 LINES = (".jsonl", ".json", ".ndjson")
 KINDS = (
-    ".jsonl .json .ndjson (one object a line), .txt (a document a file), all also .gz .zst .xz .bz2; .parquet"
+    f"{' '.join(LINES)} (one object a line), .txt (a document a file), all also .gz .zst .xz .bz2; .parquet"
 )
 SKIP_REASONS = ("empty", "not_text", "not_json", "not_utf8", "too_long", "not_encodable")
 MARKS = (
@@ -59,7 +58,6 @@ HOPELESS = (
 # Where text can be cut without changing its tokens: between a letter of the commonest alphabets and the space or line
 # end behind it. No piece of GPT-2's pattern, nor of its successors', goes across.
 SAFE_CUT = re.compile(rb"(?:[A-Za-z]|\xd0[\xb0-\xbf]|\xd1[\x80-\x8f]|[\xe5-\xe8][\x80-\xbf]{2})(?=[ \n])")
-
 LAST_CUT = re.compile(rb"[\x80-\xff](?=[ \n])")
 
 
@@ -171,9 +169,8 @@ def _file_blocks(path: Path, column: str, start: int, cut: bool):
         return
     with open(path, "rb") as raw:
         pieces = _utf8_pieces(path, raw, packed, start)
-        blocks = (
-            _line_blocks(path, pieces, start) if kind in LINES else _text_blocks(path, pieces, start, cut)
-        )
+        lines = kind in LINES
+        blocks = _line_blocks(path, pieces, start) if lines else _text_blocks(path, pieces, start, cut)
         for at, payload in blocks:
             # pyarrow closes what it has read to its end
             yield at, payload, path.stat().st_size if raw.closed else raw.tell()

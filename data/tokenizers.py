@@ -6,9 +6,8 @@ A tokenizer has
     .n_vocab .eot     number of ids; id of end-of-text, or None
     .encode(text)     ids of *ordinary* text: a literal "<|endoftext|>" in it never becomes the special token
     .decode(ids)      text; an id without a token, or half a character, shows as U+FFFD and never raises
-    .token_bytes()    the true bytes of every id; unlike kronecker.token_bytes, which gives special tokens their
-                      literal text (they too are embedded), None for these and for ids without a token: in text
-                      they stand for nothing
+    .token_bytes()    the true bytes of every id; None where it has no token or a special one, which stands for
+                      nothing in text (kronecker.token_bytes gives these their literal text: they too are embedded)
     .byte_lengths()   their lengths, uint16 (n_vocab,), 0 where there are none
     .backend          the library's own object: tiktoken.Encoding, tokenizers.Tokenizer, or list[bytes]
     .unk              id of what stands for text that the tokenizer lacks, or None
@@ -166,10 +165,9 @@ class TiktokenTokenizer(_Tokenizer):
 
 
 class ByteBPETokenizer(TiktokenTokenizer):
-    """A small byte-level BPE trained by `tokenizers`, encoded by tiktoken, with end-of-text as its last id.
+    """A small byte-level BPE trained by `tokenizers`, with end-of-text as its last id.
 
-    tiktoken reads it because it never looks for special tokens in ordinary text; a special token given to
-    the trainer would be found there.
+    Encoded by tiktoken, which never looks for special tokens in ordinary text.
     """
 
     def __init__(self, path: Path, spec: dict):
@@ -181,9 +179,8 @@ class ByteBPETokenizer(TiktokenTokenizer):
         try:
             vocab = description["model"]["vocab"]
             ranks = {bytes(alphabet[c] for c in token): rank for token, rank in vocab.items()}
-            if sorted(ranks.values()) != list(range(len(vocab))) or any(
-                bytes([b]) not in ranks for b in range(256)
-            ):
+            all_bytes = {bytes([b]) for b in range(256)} <= ranks.keys()
+            if sorted(ranks.values()) != list(range(len(vocab))) or not all_bytes:
                 raise ValueError("some bytes or ids are missing")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
@@ -207,9 +204,8 @@ class HFTokenizer(_Tokenizer):
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(self._path))
         except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(
-                f"{path} is not a tokenizer of the `tokenizers` library: {_first_line(error)}"
-            ) from error
+            why = _first_line(error)
+            raise DataError(f"{path} is not a tokenizer of the `tokenizers` library: {why}") from error
         self.backend.encode_special_tokens = True  # a special token's text in a document is only text
         self.backend.no_truncation()
         self.backend.no_padding()
