@@ -199,6 +199,8 @@ def test_forks_work_side_by_side_answer_in_order_and_leave():
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         assert list(twin.side_by_side(math.sqrt, [4.0, 9.0, 1.0], 2)) == [2.0, 3.0, 1.0]
+        for _ in range(5):
+            list(twin.side_by_side(math.sqrt, [4.0], 8))  # most are told to end before they have begun
         next(twin.side_by_side(math.sqrt, [4.0, 9.0, 1.0], 1))
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -67,7 +67,12 @@ def launch(command: list, folder: Path) -> subprocess.Popen:
 
 def side_by_side(function, jobs: list, count: int):
     """function(job) of each in its order, so many at a time, each in a fork of this process."""
-    with multiprocessing.get_context("fork").Pool(count, leave_signals) as pool:
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until a fork can end by it
+    try:
+        pool = multiprocessing.get_context("fork").Pool(count, leave_signals)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    with pool:
         yield from pool.imap(function, jobs)
 
 
@@ -77,6 +82,7 @@ def leave_signals() -> None:
         signal.SIGINT, lambda number, frame: None
     )  # not SIG_IGN, which what a fork starts would inherit
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def clock(minutes: float):
