@@ -28,7 +28,15 @@ def growth(title: str, x_label: str, y_label: str, xs: list, series: dict[str, l
             points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
             label = figures.label(f"{name}: slope {slopes[name]:.2f}")
             ax.loglog(*zip(*points, strict=True), marker="o", label=label, color=colour)
-        ax.set(title=title, xlabel=x_label, ylabel=y_label)
+        exponents = np.log10([y for ys in series.values() for y in ys if y is not None])
+        whole = (
+            10 ** np.floor(exponents.min()),
+            10 ** (np.floor(exponents.max()) + 2),
+        )  # the legend stands in the last
+        ax.set(title=title, xlabel=x_label, ylabel=y_label, ylim=whole)
+        ax.set_xticks(xs, [f"{x:,}" for x in xs])
+        ax.minorticks_off()
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.6g}")
         ax.legend()
         figures.save(figure, base)
     rows = [
