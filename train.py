@@ -272,4 +272,7 @@ def cli(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli(sys.argv[1:])
+    try:
+        cli(sys.argv[1:])
+    except SystemExit as end:
+        engine_ranks.leave(end)

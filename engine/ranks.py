@@ -158,6 +158,17 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def leave(end: SystemExit) -> None:
+    """End as `end` says; where a group is still held, without the interpreter's last steps, which its threads may abort."""
+    if not dist.is_initialized():
+        raise end
+    if isinstance(end.code, str):
+        print(end.code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if isinstance(end.code, str) else end.code or 0)
+
+
 def keep_heap() -> None:
     """Tell glibc to keep up to 2 GiB of freed memory instead of handing it back.
 
