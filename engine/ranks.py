@@ -178,7 +178,8 @@ def keep_heap() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another libc: slower, nothing else
             mallopt, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-            _ = mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 32 << 20)  # glibc before 2.35
+            if not mallopt(m_mmap_threshold, 1 << 30):  # glibc before 2.35 takes no more than 32 MiB
+                mallopt(m_mmap_threshold, 32 << 20)
             mallopt(m_trim_threshold, (1 << 31) - 1)
 
 

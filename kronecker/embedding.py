@@ -124,7 +124,9 @@ class KroneckerEmbedding(nn.Module):
         self._length_buffer = length_buffer.to(torch.int16).contiguous()
         self._coef = torch.empty(0)  # set by _place_constants
         self._table: Tensor | None = None  # mode="cached" only
-        self._table_versions: list[tuple[int, int]] = []
+        self._table_of: list[
+            tuple[nn.Parameter, int]
+        ] = []  # of what, and how often that had changed; an id may be another's
         self._place_constants()
         self.register_state_dict_post_hook(_row_major_state)
         self.register_load_state_dict_pre_hook(_check_loaded_shape)
@@ -207,9 +209,10 @@ class KroneckerEmbedding(nn.Module):
             weights = [self.projection.weight]  # parameters() would take longer than a look-up of 1,024 ids
             weights += [self.ngram.weight] if self.ngrams else []
             weights += [self.residual_u, self.residual_v] if self.rank else []
-            versions = [(id(p), p._version) for p in weights]
-            if self._table is None or versions != self._table_versions:
-                self._table, self._table_versions = self._make_table(), versions
+            if self._table is None or any(
+                p is not q or p._version != n for p, (q, n) in zip(weights, self._table_of, strict=True)
+            ):
+                self._table, self._table_of = self._make_table(), [(p, p._version) for p in weights]
             return self._table
         return self._make_table()
 

@@ -265,7 +265,7 @@ def make_tables(by_model: dict, tasks: list[dict], arms: list[str], comparisons:
     rows = []
     for c in comparisons:
         points = [common.interval_cell(c[f"accuracy_over_{x}"], 1, 100) for x in ("items", "seeds")]
-        p = " ".join([f"{m['p_value']:.2g}" for m in c["mcnemar_by_seed"].values()][:5])
+        p = stats.p_cell(c["mcnemar_by_seed"])
         bits = [common.interval_cell(c[f"bpb_over_{x}"]) for x in ("items", "seeds")]
         rows.append([c["task"], c["arm"], c["over"], *points, p, *bits])
     header = (

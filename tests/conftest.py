@@ -157,7 +157,7 @@ def small_disk(tmp_path):
         disk.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
         if subprocess.run(mount, capture_output=True).returncode:
-            pytest.skip("a file system may not be mounted here")
+            pytest.skip("only root may mount the small file system that is to be full")
         return disk
 
     yield mounted
@@ -172,7 +172,9 @@ def losses(rows: list[dict]) -> dict:
 
 @pytest.fixture(scope="session")
 def gpt2_runs(tmp_path_factory, gpt2_encoding) -> Path:
-    """Runs of three steps, two arms with two seeds, over GPT-2's vocabulary; the text is this project's README."""
+    """Runs of three steps, two arms with two seeds, over GPT-2's vocabulary; the text is of Python's own help."""
+    from pydoc_data.topics import topics
+
     import configurator
     import train
     from data.meta import write_meta
@@ -180,15 +182,15 @@ def gpt2_runs(tmp_path_factory, gpt2_encoding) -> Path:
     from data.tokenizers import load_tokenizer
 
     root = tmp_path_factory.mktemp("gpt2")
-    folder = root / "readme"
+    folder = root / "help"
     folder.mkdir()
     tokenizer = load_tokenizer("gpt2")
-    tokens = tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))
-    write_shard(folder / "readme_val_000000.bin", np.array(tokens[:1500], np.uint16))
-    write_shard(folder / "readme_train_000001.bin", np.array(tokens[1500:] * 4, np.uint16))
+    tokens = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics))[:25_000])
+    write_shard(folder / "help_val_000000.bin", np.array(tokens[:1500], np.uint16))
+    write_shard(folder / "help_train_000001.bin", np.array(tokens[1500:] * 4, np.uint16))
     meta = {
         "format": 1,
-        "dataset": "readme",
+        "dataset": "help",
         "complete": True,
         "tokenizer": tokenizer.spec,
         "vocab_size": 50257,

@@ -392,6 +392,19 @@ def test_cached_mode_follows_the_weights():
     assert emb.train()._table is None
 
 
+def test_a_kept_table_is_never_that_of_a_weight_that_is_gone():
+    """A new parameter may be made where a freed one stood: its id and its count of changes say nothing."""
+    emb, shape = random_embedding(seed=4, mode="cached").eval(), (8, 5 * 256)
+    with torch.no_grad():
+        for k in range(200):
+            for _ in range(2):
+                emb.projection.weight = nn.Parameter(torch.full(shape, float(k)).normal_())
+            kept = emb.table()
+            emb.mode = "dynamic"
+            assert torch.equal(kept, emb.table())
+            emb.mode = "cached"
+
+
 def test_buffers_stay_small_at_the_production_size():
     V, pos_dim = 131_072, 32
     emb = KroneckerEmbedding(

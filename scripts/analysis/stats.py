@@ -96,6 +96,12 @@ def smooth(values, window: int):
 # ---- power: the smallest true difference that so many pairs would show (two-sided at 5%) in 80 of 100 repetitions
 
 
+def p_cell(tests: dict[str, dict]) -> str:
+    """The p values of tests of one hypothesis, one a seed, the first five; below 1e-4 only that they are."""
+    values = [test["p_value"] for test in tests.values()][:5]
+    return " ".join("<1e-4" if p < 1e-4 else f"{p:.2g}" for p in values)
+
+
 def detectable_mean(sd: float, n: int) -> float:
     """Of a paired t test on n differences with that standard deviation."""
     return float(stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * sd / math.sqrt(n)

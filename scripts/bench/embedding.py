@@ -78,8 +78,8 @@ def timed(run, device: str) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def rounds_of(runs: dict, rounds: int, device: str, budget_s: float = 3.0) -> dict[str, list[float]]:
-    """Milliseconds of each round a side. A side that has used up its budget leaves after three rounds or more.
+def rounds_of(runs: dict, rounds: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of each round a side. A side that has used up its three seconds leaves after three rounds or more.
 
     A turn of short calls goes on for 20 ms and its last call counts: else the side that ran before decides what is in
     the caches, and at the demo's size more than half of the time.
@@ -89,7 +89,7 @@ def rounds_of(runs: dict, rounds: int, device: str, budget_s: float = 3.0) -> di
         run()
     for i in range(rounds):
         for side, run in runs.items():
-            if i < 3 or sum(times[side]) < budget_s * 1e3:
+            if i < 3 or sum(times[side]) < 3_000:
                 ms = spent = timed(run, device)
                 while spent < 20:
                     ms = timed(run, device)
@@ -193,7 +193,7 @@ def bench_growth(corpus: Corpus, args) -> list[dict]:
     return rows
 
 
-def bench_buffers(folder: str, pos_dim: int = 16) -> dict:
+def bench_buffers(folder: str) -> dict:
     """Building GPT-2's byte buffer; the reference reads a transformers tokenizer only."""
     import tiktoken
     from kronecker_embeddings import build_byte_buffer as reference
@@ -202,10 +202,10 @@ def bench_buffers(folder: str, pos_dim: int = 16) -> dict:
     fast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     encoding = tiktoken.get_encoding("gpt2")
     runs = {
-        "reference": lambda: reference(fast, pos_dim),
-        "kronecker, transformers": lambda: build_byte_buffer(fast, pos_dim),
+        "reference": lambda: reference(fast, 16),
+        "kronecker, transformers": lambda: build_byte_buffer(fast, 16),
         "of which transformers lists its vocabulary": lambda: fast.backend_tokenizer.get_vocab(True),
-        "kronecker, tiktoken": lambda: build_byte_buffer(encoding, pos_dim),
+        "kronecker, tiktoken": lambda: build_byte_buffer(encoding, 16),
     }
     return interleave(runs, 9, "cpu")
 

@@ -22,7 +22,7 @@ SIDES = ("kronecker", "prepared", "embedding", "reference")
 class Corpus:
     """GPT-2 tokens of a text (.txt, .jsonl or .jsonl.xz) and the bytes of its ids; made up where there is no text."""
 
-    def __init__(self, path: str | None, limit: int = 400_000):
+    def __init__(self, path: str | None):
         self.tokens = self.pieces = None
         if path is None:
             return
@@ -35,7 +35,7 @@ class Corpus:
                     tokens.append(encoding.eot_token)
                     line = json.loads(line)["text"]
                 tokens += encoding.encode_ordinary(line)
-                if len(tokens) >= limit:
+                if len(tokens) >= 400_000:
                     break
         self.tokens = np.array(tokens, dtype=np.int64)
         self.pieces = [encoding.decode_single_token_bytes(i) for i in range(50_257)]

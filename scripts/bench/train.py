@@ -40,6 +40,7 @@ from scripts import provenance
 from scripts.analysis.report import Table
 from scripts.arguments import Parser, device, names, number, some_of, whole
 from scripts.bench.rounds import alternate, ratios, timed, times
+from scripts.experiment import ARMS, arm_file
 
 SETTINGS = {
     "gpt2-vocabulary": {"vocab_size": 50304, "n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 8},
@@ -47,7 +48,6 @@ SETTINGS = {
     "124m": {"vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32},
     "toy": {"vocab_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4},
 }  # fmt: skip
-ARMS = ROOT / "config" / "arms"
 
 
 def write_data(folder: Path, vocab_size: int) -> None:
@@ -92,7 +92,7 @@ def our_command(side: str, shape: dict, work: Path, out_dir: Path, args) -> tupl
     keys |= {"batch_size": args.batch_size or shape["batch_size"], "eval_tokens": shape["block_size"]}
     keys |= {"data_dir": work / "data" / "bench", "out_dir": out_dir, "keep_best": False, "ckpt_interval": -1}
     keys |= args.keys
-    return [str(ROOT / script[0]), *script[1:]], [str(ARMS / f"{arm}.py"), *flags(keys)]
+    return [str(ROOT / script[0]), *script[1:]], [str(arm_file(arm)), *flags(keys)]
 
 
 def run_ours(side: str, shape: dict, work: Path, number: int, args) -> dict:
@@ -111,7 +111,7 @@ def run_ours(side: str, shape: dict, work: Path, number: int, args) -> dict:
 def run_shares(arm: str, setting: str, work: Path, args) -> dict:
     """Shares of the loop's time: of the demo as its recipe has it, of --steps steps in another setting."""
     if setting == "demo":
-        words = [str(ROOT / "config" / "demo.py"), str(ARMS / f"{arm}.py")]
+        words = [str(ROOT / "config" / "demo.py"), str(arm_file(arm))]
         words += flags({"data_dir": work / "data" / "bench", "out_dir": work / "shares"} | args.keys)
     else:
         _, words = our_command(arm, SETTINGS[setting], work, work / "shares", args)

@@ -36,9 +36,10 @@ from data.records import read_record
 from engine.errors import RunError, sentences
 from scripts import matched
 from scripts.arguments import Parser, names, number, whole
+from scripts.experiment import ARMS, arm_file
 from scripts.gpu import gather
 
-RECIPE, ARMS = ROOT / "config" / "gpt2_124m_short.py", ROOT / "config" / "arms"
+RECIPE = ROOT / "config" / "gpt2_124m_short.py"
 PIECES = "correctness embedding speed train probes sweep gather".split()
 PROBES = "spelling layers tradeoff norms generation".split()
 COMPARED = ["bpe_tied", "bpe_untied", "kronecker"]
@@ -133,7 +134,7 @@ def commands(args, piece: str) -> list[list[str]]:
 def check_plan(args) -> None:
     """Hold the runs that are about to start to --out/plan.json, where there is one."""
     if (args.out / "plan.json").is_file():
-        command = script("train.py", RECIPE, ARMS / "bpe_tied.py", *keys(args, {}))
+        command = script("train.py", RECIPE, arm_file("bpe_tied"), *keys(args, {}))
         first = matched.identities([("the first run", "bpe_tied", 1337, command)])[0]
         plan = read_record(args.out / "plan.json", dict, "a plan")
         gather.check_facts("these runs", first.run, first.config["max_iters"], plan)

@@ -255,7 +255,7 @@ def comparison_tables(comparisons: list[dict]) -> list[Table]:
         how = "KL: bootstrap over prompts of the seeds' mean; won or tied: categories, on top-1."
     rows, power = [], []
     for c in comparisons:
-        p = " ".join([f"{m['p_value']:.2g}" for m in c["mcnemar_by_seed"].values()][:5])
+        p = stats.p_cell(c["mcnemar_by_seed"])
         row = [c["arm"], c["over"], common.interval_cell(c["top1_difference"], 1, 100), p]
         if "cost_difference" in c:
             row += [common.interval_cell(c[k], 4) for k in ("cost_difference", "cost_difference_over_seeds")]

@@ -30,11 +30,10 @@ from engine.errors import RunError, sentences
 from engine.metrics import is_finished, read_metrics
 from scripts.analysis.report import Table
 from scripts.arguments import some_of
+from scripts.experiment import ARMS
 from scripts.pool import last_words
-from scripts.provenance import ROOT
 from scripts.trust import twin
 
-ARMS = sorted(path.stem for path in (ROOT / "config" / "arms").glob("*.py"))
 KEYS = twin.SMALL | {
     "n_embd": 64, "block_size": 64, "global_batch_size": 8, "max_iters": 40, "eval_interval": 10, "ckpt_interval": 10,
     "eval_tokens": 4096, "warmup_iters": 4, "pos_dim": 16, "keep": 1000,
@@ -280,7 +279,8 @@ def main(argv=None) -> int:
     parser = twin.parser(__doc__, "out/check_ranks")
     add = parser.add_argument
     add("--parts", type=some_of(PARTS), default=",".join(PARTS), help="with commas")
-    add("--arms", type=some_of(ARMS), default="bpe_tied,kronecker", help="with commas")
+    arms = some_of(sorted(path.stem for path in ARMS.glob("*.py")))
+    add("--arms", type=arms, default="bpe_tied,kronecker", help="with commas")
     add("--data_dir", type=expanded, default=twin.PYDOCS, help="prepared if empty")
     args = parser.parse_args(argv)
     with sentences():

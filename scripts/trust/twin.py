@@ -20,6 +20,7 @@ from engine import checkpoint, contract, runs
 from engine.errors import RunError
 from engine.metrics import read_metrics
 from scripts.arguments import Parser, number
+from scripts.experiment import arm_file
 from scripts.pool import Job, start_child
 from scripts.provenance import ROOT, commit, provenance, today
 
@@ -57,7 +58,7 @@ def prepared(data_dir: Path) -> Path:
 def train_command(arm: str, out_dir: Path, keys: dict) -> list[str]:
     """train.py's words for an arm of config/arms/; whatever starts Python goes before them."""
     flags = [f"--{k}={v}" for k, v in (keys | {"out_dir": out_dir}).items()]
-    return [str(ROOT / "train.py"), str(ROOT / "config" / "arms" / f"{arm}.py"), *flags]
+    return [str(ROOT / "train.py"), str(arm_file(arm)), *flags]
 
 
 def launch(command: list, folder: Path) -> subprocess.Popen:
