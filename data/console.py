@@ -1,11 +1,13 @@
 """The edge of every command: a mistake becomes one sentence, and a reader who has left costs the printing alone."""
 
+import argparse
 import errno
 import os
 import re
 import signal
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 
 from data import DataError
 
@@ -120,3 +122,30 @@ def fill_missing_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the program
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes a module's docstring as it stands; says what is wrong in one sentence, without the usage."""
+
+    def __init__(self, doc: str):
+        name = Path(sys.argv[0]).name
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=name, description=doc, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise SystemExit(f"error: {message} (--help lists the arguments)")
+
+
+def whole(low: int, high: int = 2**31 - 1):
+    """An argparse type: whole numbers from low to high."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low:,} to {high:,}")
+        return value
+
+    return parse

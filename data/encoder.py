@@ -61,28 +61,23 @@ class Encoder:
         self._encoded, self._lock = 0, threading.Lock()
         self.library = "gigatoken" if self._fast else type(tokenizer.backend).__module__.partition(".")[0]
 
-    def encode(self, texts: list[str], opens: list[bool], checked=()) -> tuple[np.ndarray, int]:
+    def encode(self, texts: list[str], checked=(), opens: bool = True) -> tuple[np.ndarray, int]:
         """Ids of the texts, (n,) uint16, or uint32 for n_vocab > 65536; and how many texts no library could encode.
 
-        opens: which texts open a document and so get an end-of-text in front; the others are its later parts.
         checked: numbers of the texts that are held against the tokenizer's own library and their own bytes.
+        opens: whether each text opens a document, and so gets an end-of-text in front, or is a later part of one.
         Raises DataError at the first difference.
         """
-        contents = [clean_text(text).encode() for text in texts]
+        contents = [_utf8(text) for text in texts]
         parts = (self._fast and self._encode_fast(contents)) or [self._encode_slowly(text) for text in texts]
-        for k in checked:
-            if parts[k] is not None:
-                self._compare(texts[k], parts[k])
-        unk, eot = self.tokenizer.unk, np.array([self.tokenizer.eot], self.dtype)
-        lossy = [] if unk is None else [k for k, ids in enumerate(parts) if ids is not None and unk in ids]
-        for k in sorted({*(k for k in checked if opens[k]), *lossy}):
-            if parts[k] is not None:
-                self._read_back(contents[k], parts[k].tolist())
+        unk, eot = self.tokenizer.unk, np.array([self.tokenizer.eot] if opens else [], self.dtype)
         done = [np.empty(0, self.dtype)]
-        for ids, opening in zip(parts, opens, strict=True):
+        for k, ids in enumerate(parts):
             if ids is not None:
-                done += [eot, ids] if opening else [ids]
-        return np.concatenate(done), sum(ids is None for ids in parts)
+                if k in checked or (unk is not None and unk in ids):
+                    self._check(texts[k], contents[k], ids)
+                done += [eot, ids]
+        return np.concatenate(done), len(parts) - len(done) // 2
 
     def _encode_fast(self, contents: list[bytes]) -> list[np.ndarray] | None:
         """Ids of each text, or None where gigatoken fails, which is for the slow way to look into."""
@@ -104,21 +99,20 @@ class Encoder:
             _let_pass(error)
             return None
 
-    def _compare(self, text: str, ids: np.ndarray) -> None:
-        own = self._encode_slowly(text) if self._fast else None
-        if own is None or np.array_equal(own, ids):
-            return
-        same = _first_difference(own, ids)
-        raise DataError(
-            f"gigatoken and the tokenizer's own library disagree at token {same:,} of a document, near "
-            f"{self.tokenizer.decode(own[max(0, same - 5) : same + 5])!r}: delete what is there and run again with "
-            "--plain, which does without gigatoken; and please report it"
-        )
+    def _check(self, text: str, content: bytes, ids: np.ndarray) -> None:
+        """Refuse ids that are not those of the tokenizer's own library, and a tokenizer that loses text.
 
-    def _read_back(self, content: bytes, ids: list[int]) -> None:
-        """A tokenizer that loses text is refused: its losses per byte, and its tokens' bytes, would mean nothing."""
-        found = b"".join([self._bytes[i] for i in ids])
-        if found == content:
+        (Its losses per byte, and its tokens' bytes, would mean nothing.)
+        """
+        own = self._encode_slowly(text) if self._fast else None
+        if own is not None and not np.array_equal(own, ids):
+            same = _first_difference(own, ids)
+            raise DataError(
+                f"gigatoken and the tokenizer's own library disagree at token {same:,} of a document, near "
+                f"{self.tokenizer.decode(own[max(0, same - 5) : same + 5])!r}: delete what is there and run again "
+                "with --plain, which does without gigatoken; and please report it"
+            )
+        if (found := b"".join([self._bytes[i] for i in ids.tolist()])) == content:
             return
         back, text = found.decode("utf-8", "replace"), content.decode()
         # some tokenizers open each text with a space, some compose letters and their accents: nothing is lost
@@ -128,6 +122,13 @@ class Encoder:
                 f"the tokenizer {self.tokenizer.name} does not give the text back: {text[max(0, k - 10) : k + 30]!r} "
                 f"became {back[max(0, k - 10) : k + 30]!r}; take another, a byte-level one such as gpt2"
             )
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return clean_text(text).encode()
 
 
 def _first_difference(a, b) -> int:
@@ -174,7 +175,11 @@ def gigatoken_for(tokenizer) -> tuple:
         return None, None
     kind = tokenizer.spec["kind"]
     if kind == "hf":
-        description = json.dumps(_without_specials(json.loads(tokenizer.backend.to_str())))
+        description = json.loads(tokenizer.backend.to_str())
+        # the text of special tokens is text, nothing is cut off and nothing added
+        added = [token for token in description.get("added_tokens") or [] if not token["special"]]
+        none = dict.fromkeys(("truncation", "padding", "post_processor"))
+        description = json.dumps(description | {"added_tokens": added} | none)
 
         def make():
             return gigatoken.Tokenizer.from_json(description)
@@ -199,9 +204,3 @@ def gigatoken_for(tokenizer) -> tuple:
         _let_pass(error)
         return None, None
     return (fast, make) if same else (None, None)
-
-
-def _without_specials(description: dict) -> dict:
-    """A tokenizer.json that takes the text of special tokens as text, cuts nothing off and adds nothing."""
-    added = [token for token in description.get("added_tokens") or [] if not token["special"]]
-    return description | {"added_tokens": added, "truncation": None, "padding": None, "post_processor": None}

@@ -25,7 +25,7 @@ CONTENTS_NAME = ".contents.json"
 SETTLED_SECONDS = 2  # a file changed so lately may change again without another time of change
 
 
-class ContentSchema(Record):
+class Content(Record):
     """What one reading of a shard found. at: position among its tokens where its highest id first stands."""
 
     size: int
@@ -36,14 +36,11 @@ class ContentSchema(Record):
     highest: int
     at: int
 
-
-class ContentsSchema(Record):
-    """`.contents.json`: by file name."""
-
-    shards: dict[str, ContentSchema]
+    def top(self) -> str:
+        return f"the token id {self.highest:,} at position {self.at:,}"
 
 
-def read_through(path: Path, eot: int | None = None) -> tuple[ContentSchema, int]:
+def read_through(path: Path, eot: int | None = None) -> tuple[Content, int]:
     """What a shard holds, from its first byte to its last; and how many of its tokens are `eot`."""
     shard, stat = open_shard(path), path.stat()
     digest, highest, at, documents, done = hashlib.sha256(), -1, 0, 0, 0
@@ -57,27 +54,20 @@ def read_through(path: Path, eot: int | None = None) -> tuple[ContentSchema, int
             if eot is not None:
                 documents += int(np.count_nonzero(tokens == eot))
             done += len(tokens)
-    content = ContentSchema(
-        size=stat.st_size,
-        mtime_ns=stat.st_mtime_ns,
-        ctime_ns=stat.st_ctime_ns,
-        tokens=shard.n_tokens,
-        sha256=digest.hexdigest(),
-        highest=highest,
-        at=at,
-    )
-    return content, documents
+    times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    found = {"tokens": shard.n_tokens, "sha256": digest.hexdigest(), "highest": highest, "at": at}
+    return Content(size=stat.st_size, **times, **found), documents
 
 
 def shard_record(path: Path, split: str, eot: int | None = None) -> dict:
     """A shard's entry in meta.json's list, from a reading of the whole; documents are counted where there is an eot."""
     content, documents = read_through(path, eot)
-    record = {"file": path.name, "split": split, "tokens": content.tokens, "sha256": content.sha256}
-    return record if eot is None else record | {"documents": documents}
+    counts = {"tokens": content.tokens} | ({} if eot is None else {"documents": documents})
+    return {"file": path.name, "split": split, **counts, "sha256": content.sha256}
 
 
 @lru_cache(maxsize=4096)
-def _read_once(path: Path, size: int, mtime_ns: int, ctime_ns: int) -> ContentSchema:
+def _read_once(path: Path, size: int, mtime_ns: int, ctime_ns: int) -> Content:
     return read_through(path)[0]
 
 
@@ -85,40 +75,38 @@ def _settled(ctime_ns: int) -> bool:
     return time.time() - ctime_ns / 1e9 > SETTLED_SECONDS
 
 
-def contents(data_dir, split: str) -> dict[Path, ContentSchema]:
+def contents(data_dir, split: str) -> dict[Path, Content]:
     """What each shard of a split holds, in their order. DataError for one that is not what meta.json says."""
     folder, paths = Path(data_dir), find_shards(data_dir, split)
     recorded = {record["file"]: record for record in (read_meta(folder) or {}).get("shards", [])}
     try:
-        known = read_record(folder / CONTENTS_NAME, ContentsSchema, "a memory of shards").shards
+        memory = read_record(folder / CONTENTS_NAME, dict[str, dict[str, Content]], "a memory of shards")
     except DataError:  # none yet, or damaged: everything is read again
-        known = {}
+        memory = {}
+    known = memory.get("shards", {})
 
-    def content(path: Path) -> ContentSchema:
+    def content(path: Path) -> Content:
         open_shard(path)  # says what is wrong with a missing or damaged file
         stat, old = path.stat(), known.get(path.name)
+        now = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
         if not _settled(stat.st_ctime_ns):
             return read_through(path)[0]
-        now = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-        if old is not None and (old.size, old.mtime_ns, old.ctime_ns) == now:
-            return old
-        return _read_once(path, *now)
+        return old if old and (old.size, old.mtime_ns, old.ctime_ns) == now else _read_once(path, *now)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing leaves Python's lock
         found = dict(zip(paths, threads.map(content, paths), strict=True))
-    for path, content in found.items():
+    for path, there in found.items():
         record = recorded.get(path.name)
-        if record is not None and (record["tokens"], record["sha256"]) != (content.tokens, content.sha256):
+        if record and (record["tokens"], record["sha256"]) != (there.tokens, there.sha256):
             raise DataError(
                 f"{path} is not what was prepared: its SHA-256 differs from meta.json's; delete it and run its "
                 "prepare.py again, or download it again"
             )
-    settled = {path.name: content for path, content in found.items() if _settled(content.ctime_ns)}
-    if any(known.get(name) != content for name, content in settled.items()):
-        merged = {name: content.model_dump() for name, content in (known | settled).items()}
+    new = known | {path.name: there for path, there in found.items() if _settled(there.ctime_ns)}
+    if new != known:
         # a folder that one may only read, or another rank that writes the same
         with contextlib.suppress(OSError):
-            write_json(folder / CONTENTS_NAME, {"shards": merged})
+            write_json(folder / CONTENTS_NAME, {"shards": {name: c.model_dump() for name, c in new.items()}})
     return found
 
 
@@ -142,12 +130,10 @@ def check_ids(data_dir, vocab_size: int) -> None:
     for split in ("train", "val"):
         for path, content in contents(data_dir, split).items():
             if content.highest >= n_ids:
-                raise DataError(
-                    f"{path} has the token id {content.highest:,} at position {content.at:,}, but "
-                    + (
-                        f"its vocabulary ends at {n_ids - 1:,}: it is damaged, so prepare or download it again"
-                        if meta
-                        else f"vocab_size is {n_ids:,}: set vocab_size to {content.highest + 1:,} or more, or take "
-                        "the data of the right tokenizer"
+                why = f"its vocabulary ends at {n_ids - 1:,}: it is damaged, so prepare or download it again"
+                if not meta:
+                    why = (
+                        f"vocab_size is {n_ids:,}: set vocab_size to {content.highest + 1:,} or more, or take the data "
+                        "of the right tokenizer"
                     )
-                )
+                raise DataError(f"{path} has {content.top()}, but {why}")

@@ -12,6 +12,7 @@
 and carries a "next" entry in each shard's record. Nothing in it depends on when, or on how many cores, it was made.
 """
 
+import io
 import json
 import pickle
 from importlib import metadata
@@ -22,7 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from data import DataError
-from data.files import write_atomic
+from data.files import write_text
 from data.records import PlainName, Record, read_record
 from data.tokenizers import CharTokenizer
 
@@ -86,20 +87,16 @@ def read_meta(data_dir) -> dict | None:
     nanoGPT's `meta.pkl` (characters) is read too, by an unpickler that knows only plain containers, and is
     returned in the same form. Raises DataError where the file is there but damaged or of a later format.
     """
-    folder = Path(data_dir)
-    path = folder / META_NAME
-    if path.is_file():
-        record = read_record(path, MetaSchema, "the description of prepared data")
-        meta = record.model_dump(exclude_unset=True)
-        if meta["format"] != FORMAT:
-            raise DataError(
-                f"{path} is of format {meta['format']}, but only format {FORMAT} is known here: update this "
-                "project, or prepare the data again"
-            )
-        return meta
-    if (folder / "meta.pkl").is_file():
-        return _read_nanogpt_meta(folder / "meta.pkl")
-    return None
+    path, pickled = Path(data_dir) / META_NAME, Path(data_dir) / "meta.pkl"
+    if not path.is_file():
+        return _read_nanogpt_meta(pickled) if pickled.is_file() else None
+    record = read_record(path, MetaSchema, "the description of prepared data")
+    if record.format != FORMAT:
+        raise DataError(
+            f"{path} is of format {record.format}, but only format {FORMAT} is known here: update this "
+            "project, or prepare the data again"
+        )
+    return record.model_dump(exclude_unset=True)
 
 
 def read_complete(data_dir) -> dict | None:
@@ -129,20 +126,15 @@ def write_meta(data_dir, meta: dict) -> None:
     """Write `meta.json` whole or not at all. The long list of byte lengths goes on one line of its own."""
     text = json.dumps({key: value for key, value in meta.items() if key != "byte_lengths"}, indent=1)
     if "byte_lengths" in meta:
-        lengths = ",".join(str(int(n)) for n in meta["byte_lengths"])
-        text = f'{text[:-2]},\n "byte_lengths": [{lengths}]\n}}'
-    write_atomic(Path(data_dir) / META_NAME, (text + "\n").encode())
+        lengths = json.dumps(meta["byte_lengths"], separators=(",", ":"))
+        text = f'{text[:-2]},\n "byte_lengths": {lengths}\n}}'
+    write_text(Path(data_dir) / META_NAME, text + "\n")
 
 
 def versions(*packages: str) -> dict[str, str | None]:
     """The versions of packages on which a set's bytes may depend, None for those that are not here."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    installed = {name: list(metadata.distributions(name=name)) for name in packages}
+    return {name: found[0].version if found else None for name, found in installed.items()}
 
 
 def mark_incomplete(data_dir, meta: dict) -> None:
@@ -159,27 +151,25 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _read_nanogpt_meta(path: Path) -> dict:
+    dataset = path.parent.name
     try:
-        with open(path, "rb") as file:
-            raw = _PlainUnpickler(file).load()
+        raw = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         n = int(raw["vocab_size"])
         if "itos" not in raw and n > 0:  # all that nanoGPT's train.py asks for
-            about = {"format": FORMAT, "dataset": path.parent.name, "complete": True}
-            return about | {"tokenizer": None, "vocab_size": n}
+            return {"format": FORMAT, "dataset": dataset, "tokenizer": None, "vocab_size": n}
         characters = [raw["itos"][i] for i in range(n)]
         if not characters or not all(isinstance(c, str) for c in characters):
             raise KeyError("itos")
     except Exception as error:  # a hostile or damaged pickle may raise anything
         raise DataError(
-            f"{path} is not the plain meta.pkl of a nanoGPT character data set ({error}); prepare the "
-            f"data again"
+            f"{path} is not the plain meta.pkl of a nanoGPT character data set ({error}); prepare the data again"
         ) from error
-    return characters_meta(path.parent.name, characters)
+    return characters_meta(dataset, characters)
 
 
 def dtype_for(n_vocab: int) -> np.dtype:
     """The narrowest token type that holds every id of a vocabulary."""
-    return np.dtype("<u2") if n_vocab <= 2**16 else np.dtype("<u4")
+    return np.dtype("<u2" if n_vocab <= 2**16 else "<u4")
 
 
 def new_meta(dataset: str, tokenizer, **more) -> dict:

@@ -8,8 +8,6 @@ shards before. A killed run is taken up there, so are shards that were lost late
 """
 
 import contextlib
-import errno
-import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,37 +15,34 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DataError
+from data import DataError, console
 from data.encoder import Encoder
-from data.files import flush, folder_lock, publish, sha256
+from data.files import flush, publish
+from data.identity import shard_record
 from data.meta import META_NAME, new_meta, read_meta, totals, versions, write_meta
-from data.progress import Progress
-from data.shards import MAX_TOKENS, header_bytes, open_shard
-from data.sources import SKIP_REASONS, Block, read_payload
+from data.progress import Progress, say
+from data.shards import MAX_TOKENS, header_bytes, is_whole
+from data.sources import SKIP_REASONS, Block, read_block
 
 CHECK_ONE_IN = 100  # of the documents, beside all of the first block, see data.encoder
 
 
-def encode_block(encoder: Encoder, payload: tuple, column: str, number: int) -> tuple:
-    """Tokens of the `number`-th block read, its rows skipped by reason, and its characters of text."""
-    texts, opens, skipped = read_payload(payload, column)
+def encode_block(encoder: Encoder, block: Block, column: str, number: int) -> tuple:
+    """Tokens of the `number`-th block read, its rows skipped by reason, its documents and characters of text."""
+    texts, skipped = read_block(block, column)
+    block.content = b""  # read: only the tokens wait for their turn
     # 37 and 100 have no factor in common, so blocks of one document get their turn
     checked = range(-37 * number % CHECK_ONE_IN, len(texts), CHECK_ONE_IN) if number else range(len(texts))
-    tokens, skipped["not_encodable"] = encoder.encode(texts, opens, checked)
-    return tokens, skipped, sum(map(len, texts))
+    tokens, skipped["not_encodable"] = encoder.encode(texts, checked, block.opens)
+    return tokens, skipped, len(texts) * block.opens, sum(map(len, texts))
 
 
 def in_order(blocks: Iterator[Block], work: Callable, workers: int) -> Iterator[tuple]:
-    """(block, work(payload, number)) in the blocks' order, computed by threads a few blocks ahead; 0: by this one."""
-    if not workers:
-        for number, block in enumerate(blocks):
-            yield block, work(block.payload, number)
-        return
+    """(block, work(block, number)) in the blocks' order, computed by threads a few blocks ahead."""
     threads, waiting = ThreadPoolExecutor(workers), deque()
     try:
         for number, block in enumerate(blocks):
-            waiting.append((block, threads.submit(work, block.payload, number)))
-            block.payload = ()
+            waiting.append((block, threads.submit(work, block, number)))
             if len(waiting) > 2 * workers + 2:
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -61,34 +56,29 @@ class OpenShard:
     """A shard being written beside its name; its tokens pass through and never pile up in memory."""
 
     def __init__(self, path: Path, target: int, dtype: np.dtype):
-        self.path, self.target, self.dtype = path, target, dtype
-        self.n_tokens = self.documents = 0
+        self.path, self.target, self.dtype, self.n_tokens = path, target, dtype, 0
         self.temporary = path.with_name(path.name + ".tmp")
         self._file = open(self.temporary, "xb")  # noqa: SIM115
-        header = header_bytes(target, dtype)
-        self._file.write(header)
-        self._hash = hashlib.sha256(header)
+        self._file.write(header_bytes(target, dtype))
 
-    def take(self, tokens: np.ndarray, eot: int) -> int:
+    def take(self, tokens: np.ndarray) -> int:
         """Write as many of the tokens as there is room for; how many that was."""
         piece = tokens[: self.target - self.n_tokens]
-        data = memoryview(np.ascontiguousarray(piece)).cast("B") if len(piece) else b""
-        self._file.write(data)
-        self._hash.update(data)
+        self._file.write(piece.data)
         self.n_tokens += len(piece)
-        self.documents += int(np.count_nonzero(piece == eot))
         return len(piece)
 
-    def finish(self) -> str:
-        """Flush, rename; the file's SHA-256."""
-        if self.n_tokens != self.target:  # the last one: its header was a guess
-            self._file.seek(0)
-            self._file.write(header_bytes(self.n_tokens, self.dtype))
+    def finish(self, split: str, eot: int) -> dict:
+        """Give the file its name, once it is whole on the disk; its record for meta.json, from what lies there."""
+        self._file.seek(0)
+        self._file.write(
+            header_bytes(self.n_tokens, self.dtype)
+        )  # the last shard has fewer than it had room for
         self._file.close()
         flush(self.temporary)
-        digest = self._hash.hexdigest() if self.n_tokens == self.target else sha256(self.temporary)
+        record = shard_record(self.temporary, split, eot) | {"file": self.path.name}
         publish(self.temporary, self.path)
-        return digest
+        return record
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails again
@@ -109,71 +99,83 @@ def prepare_shards(
     max_shards: int | None = None,
     workers: int = 1,
     fast: bool = True,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> dict:
-    """Make, or finish, the set of shards in `out_dir`; returns its meta.
+    """Make, or finish, the set of shards in `out_dir`, of which the caller holds the lock; returns its meta.
 
     blocks_from(position) gives the source's blocks from a position (None: from the start). source: what
     identifies it; kept in meta.json, and a folder made from anything else is refused. val_tokens: length of
     the validation shard; None: it ends where the source's blocks say "train". max_shards: stop
-    after so many training shards (a later call with more goes on). workers: threads that encode; 0: this
-    one does. fast: see data.encoder. Raises DataError, with every whole shard and its record on the disk.
+    after so many training shards (a later call with more goes on). workers: threads that encode.
+    fast: see data.encoder. Raises DataError, with every whole shard and its record on the disk.
     """
     if tokenizer.eot is None:
         raise DataError(f"the tokenizer {tokenizer.name} has no end-of-text token to open documents with")
-    with folder_lock(out_dir):
-        for leftover in out_dir.glob(f"{prefix}_*_*.bin.tmp"):
-            leftover.unlink()
-        meta = new_meta(
-            prefix,
-            tokenizer,
-            complete=False,
-            **totals([]),
-            skipped=dict.fromkeys(SKIP_REASONS, 0),
-            made={"source": source, "val_tokens": val_tokens, "shard_tokens": shard_tokens},
-            versions=versions("tiktoken", "tokenizers", "gigatoken"),
-            shards=[],
-        )
-        lost = _take_up(out_dir, meta)
-        limit = None if max_shards is None else max_shards + 1
-        progress = Progress(meta, limit, say)
-        if meta["complete"] and _next_span(meta["shards"], lost, limit) is None:
-            progress.end()
-            return meta
-        meta["complete"] = False
-        tokenizer.save(out_dir)
-        encoder = Encoder(tokenizer, fast)
+    for leftover in out_dir.glob(f"{prefix}_*_*.bin.tmp"):
+        leftover.unlink()
+    meta = new_meta(
+        prefix,
+        tokenizer,
+        complete=False,
+        **totals([]),
+        skipped=dict.fromkeys(SKIP_REASONS, 0),
+        made={"source": source, "val_tokens": val_tokens, "shard_tokens": shard_tokens},
+        versions=versions("tiktoken", "tokenizers", "gigatoken"),
+        shards=[],
+    )
+    _take_up(out_dir, meta)
+    shards, limit = meta["shards"], None if max_shards is None else max_shards + 1
+    lost = [number for number, record in enumerate(shards) if not is_whole(out_dir, record)]
+    progress = Progress(meta, limit, say)
 
-        def encode(payload: tuple, number: int) -> tuple:
-            return encode_block(encoder, payload, column, number)
+    def enough() -> bool:
+        ended = bool(shards) and shards[-1].get("next") is None
+        return ended or (limit is not None and len(shards) >= limit)
 
-        def encoded(position):
-            with contextlib.closing(blocks_from(position)) as blocks:
-                yield from in_order(blocks, encode, workers)
-
-        try:
-            while (span := _next_span(meta["shards"], lost, limit)) is not None:
-                _make_span(out_dir, meta, lost, *span, encoded, progress)
-        except MemoryError as error:
-            raise DataError(
-                f"the machine is out of memory; {_kept(meta)}. Run the same command with fewer --workers"
-            ) from error
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise DataError(
-                    f"no room left on the disk of {out_dir} ({error.strerror}); {_kept(meta)}. Make "
-                    f"room and run the same command again"
-                ) from error
-            raise DataError(f"{error}; {_kept(meta)}. Run the same command again to go on") from error
-        except DataError as error:
-            raise DataError(f"{error}; {_kept(meta)}") from error
-        _finish(out_dir, meta, limit)
+    if meta["complete"] and enough() and not lost:
         progress.end()
         return meta
+    meta["complete"] = False
+    tokenizer.save(out_dir)
+    encoder = Encoder(tokenizer, fast)
+
+    def encode(block: Block, number: int) -> tuple:
+        return encode_block(encoder, block, column, number)
+
+    def encoded(position) -> Iterator[tuple]:
+        with contextlib.closing(blocks_from(position)) as blocks:
+            yield from in_order(blocks, encode, workers)
+
+    try:
+        for number in lost:
+            _make_shards(out_dir, meta, number, number + 1, encoded, progress)
+        if not enough():
+            _make_shards(out_dir, meta, len(shards), limit, encoded, progress)
+    except (DataError, OSError, MemoryError) as error:
+        kept = f"{len(shards)} whole shard{'' if len(shards) == 1 else 's'} kept in {out_dir}"
+        raise DataError(
+            f"{console.explain(error) or error}; {kept}, for the same command to go on"
+        ) from error
+    if len(shards) < 2 and limit != 1:
+        (out_dir / shards[0]["file"]).unlink()  # in the way of a run with another --val-tokens
+        (out_dir / META_NAME).unlink()
+        cure = f"run again with --val-tokens {max(1, shards[0]['tokens'] // 20)}, say"
+        raise DataError(
+            f"the whole input has {shards[0]['tokens']:,} tokens, all of which went into the validation shard: "
+            + (cure if val_tokens else "the training files have no document")
+        )
+    meta["complete"] = True
+    _record(out_dir, meta)
+    progress.end()
+    return meta
 
 
-def _take_up(out_dir: Path, meta: dict) -> set[str]:
-    """Take over the shards of an earlier run of the same kind; the names of the lost and damaged ones."""
+def shard_name(prefix: str, number: int) -> str:
+    return f"{prefix}_{'train' if number else 'val'}_{number:06d}.bin"
+
+
+def _take_up(out_dir: Path, meta: dict) -> None:
+    """Take over into `meta` what an earlier run of the same kind has made."""
     old = read_meta(out_dir)
     if old is None:
         unknown = [path.name for path in sorted(out_dir.glob("*.bin"))]
@@ -182,7 +184,7 @@ def _take_up(out_dir: Path, meta: dict) -> set[str]:
             raise DataError(
                 f"{out_dir} holds {unknown[0]} and no meta.json, so it was not made here: take another --out-dir"
             )
-        return set()
+        return
     for key in ("dataset", "made", "tokenizer", "vocab_size"):
         if old.get(key) != meta[key]:
             raise DataError(
@@ -195,60 +197,34 @@ def _take_up(out_dir: Path, meta: dict) -> set[str]:
             raise DataError(
                 f"{out_dir / META_NAME} lists {record['file']} as this command never would: delete the folder"
             )
-    meta |= {key: old[key] for key in ("complete", "skipped", "versions", "shards") if key in old}
-    _count(meta)
-    return {record["file"] for record in meta["shards"] if not is_whole(out_dir, record)}
-
-
-def is_whole(folder: Path, record: dict) -> bool:
-    """Whether a shard of meta.json's list is there, with as many tokens as the list says."""
-    try:
-        return open_shard(folder / record["file"]).n_tokens == record["tokens"]
-    except DataError:
-        return False
+    meta |= {
+        key: old[key]
+        for key in ("complete", "skipped", "versions", "shards", "documents", "tokens")
+        if key in old
+    }
 
 
 def _difference(old, new) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                return f"{key}: {_difference(old.get(key), new.get(key))}"
+        key = next(key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
+        return f"{key}: {_difference(old.get(key), new.get(key))}"
     return f"{old!r} there, {new!r} now"[:300]
 
 
-def _next_span(shards: list[dict], lost: set[str], limit: int | None) -> tuple[int, int | None] | None:
-    """The first missing shard and where to stop (None: the source's end); None if none is missing."""
-    missing = [k for k, record in enumerate(shards) if record["file"] in lost]
-    if missing:
-        first = missing[0]
-        return first, next((k for k in range(first, len(shards)) if k not in missing), len(shards))
-    ended = bool(shards) and shards[-1].get("next") is None
-    return None if ended or (limit is not None and len(shards) >= limit) else (len(shards), limit)
-
-
-def shard_name(prefix: str, number: int) -> str:
-    return f"{prefix}_{'train' if number else 'val'}_{number:06d}.bin"
-
-
-def _make_span(out_dir: Path, meta: dict, lost: set, first: int, stop: int | None, encoded, progress) -> None:
+def _make_shards(
+    out_dir: Path, meta: dict, first: int, stop: int | None, encoded, progress: Progress
+) -> None:
     """Make shards first, first + 1, ... up to stop (None: to the end of the source)."""
     shards, made, eot = meta["shards"], meta["made"], meta["eot"]
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     start = shards[first - 1]["next"] if first else {"position": None, "tokens": 0, "skipped": {}}
-    skip = start["tokens"]
+    skip, number, shard = start["tokens"], first, None
     skipped = Counter(dict.fromkeys(SKIP_REASONS, 0) | start["skipped"])  # before the block at hand
-    number, shard = first, None
 
     def close(following: dict | None) -> bool:
         """Record the shard that is full; whether it was the last one wanted."""
         nonlocal number, shard
-        record = {
-            "file": shard.path.name,
-            "split": "train" if number else "val",
-            "tokens": shard.n_tokens,
-            "documents": shard.documents,
-            "sha256": shard.finish(),
-            "next": following,
-        }
+        record = shard.finish("train" if number else "val", eot) | {"next": following}
         shard = None
         if number < len(shards) and shards[number]["sha256"] != record["sha256"]:
             raise DataError(
@@ -256,90 +232,55 @@ def _make_span(out_dir: Path, meta: dict, lost: set, first: int, stop: int | Non
                 f"changed; delete {out_dir} and prepare it anew"
             )
         shards[number : number + 1] = [record]  # in its old place, or behind the last
-        lost.discard(record["file"])
-        write_meta(out_dir, _count(meta))
+        _record(out_dir, meta)
         number += 1
         return number == stop
 
-    stream = encoded(start["position"])
-    try:
-        for block, (tokens, block_skipped, characters) in stream:
-            used = min(skip, len(tokens))
-            skip -= used
-            opened = int(np.count_nonzero(tokens[used:] == eot))
-            progress.block(block.done, characters, len(tokens) - used, opened, sum(skipped.values()))
-            here = {"position": block.position, "tokens": 0, "skipped": dict(+skipped)}  # what is not 0
-            if number == 0 and made["val_tokens"] is None and block.split == "train":
-                if shard is None:
-                    raise DataError("the validation text has no document: give another")
-                if close(here):
-                    return
-            while used < len(tokens):
-                if shard is None:
-                    target = made["shard_tokens"] if number else made["val_tokens"] or MAX_TOKENS
-                    name, dtype = shard_name(meta["dataset"], number), np.dtype(meta["dtype"])
-                    shard = OpenShard(out_dir / name, target, dtype.newbyteorder("<"))
-                used += shard.take(tokens[used:], eot)
-                if shard.n_tokens == shard.target and close(here | {"tokens": used}):
-                    return
-            skipped.update(block_skipped)
-            if not shards and shard is None and sum(skipped.values()) >= 1000:
-                break  # not one document among the first thousand rows
-        if shard is not None:
-            close(None)
-        elif not shards:
-            raise DataError(_nothing_found(skipped))
-        elif number == len(shards):  # the source ended exactly with a shard
-            shards[-1]["next"] = None
-        else:
-            raise DataError(f"the source ended before {shards[number]['file']}, so it has changed")
-        meta["skipped"] = dict(skipped)
-        write_meta(out_dir, _count(meta))
-    finally:
-        if shard is not None:
-            shard.abandon()
-        stream.close()
+    with contextlib.closing(encoded(start["position"])) as stream:
+        try:
+            for block, (tokens, block_skipped, documents, characters) in stream:
+                used = min(skip, len(tokens))
+                skip -= used
+                progress.block(block.done, documents, characters, len(tokens) - used)
+                here = {"position": block.position, "tokens": 0, "skipped": dict(+skipped)}  # what is not 0
+                if number == 0 and made["val_tokens"] is None and block.split == "train":
+                    if shard is None:
+                        raise DataError("the validation text has no document: give another")
+                    if close(here):
+                        return
+                while used < len(tokens):
+                    if shard is None:
+                        target = made["shard_tokens"] if number else made["val_tokens"] or MAX_TOKENS
+                        shard = OpenShard(out_dir / shard_name(meta["dataset"], number), target, dtype)
+                    used += shard.take(tokens[used:])
+                    if shard.n_tokens == shard.target and close(here | {"tokens": used}):
+                        return
+                skipped.update(block_skipped)
+                if not shards and shard is None and sum(skipped.values()) >= 1000:
+                    break  # not one document among the first thousand rows
+            if shard is not None:
+                close(None)
+            elif not shards:
+                raise DataError(_nothing_found(skipped))
+            elif number == len(shards):  # the source ended exactly with a shard
+                shards[-1]["next"] = None
+            else:
+                raise DataError(f"the source ended before {shards[number]['file']}, so it has changed")
+        finally:
+            if shard is not None:
+                shard.abandon()
+    meta["skipped"] = dict(skipped)
+    _record(out_dir, meta)
 
 
 def _nothing_found(skipped: dict) -> str:
-    said = {
-        "not_json": "are no JSON objects, one a line",
-        "not_text": "have no text under the chosen column (choose it with --text-column)",
-        "not_utf8": "are no UTF-8 (convert them, e.g. iconv -f latin1 -t utf-8)",
-        "too_long": "are too long",
-        "not_encodable": "are beyond the tokenizer",
-        "empty": "are empty",
-    }
-    reasons = [f"{skipped[reason]:,} {what}" for reason, what in said.items() if skipped[reason]]
+    reasons = [f"{skipped[reason]:,} {what}" for reason, what in SKIP_REASONS.items() if skipped[reason]]
     return f"no document found: of {sum(skipped.values()):,} rows " + ", ".join(reasons or ["none is there"])
 
 
-def _count(meta: dict) -> dict:
-    """The meta, with its totals brought up to date."""
+def _record(out_dir: Path, meta: dict) -> None:
+    """Write the meta, with its totals brought up to date."""
     meta |= totals(shards := meta["shards"])
     if shards and shards[-1].get("next") is not None:
         meta["skipped"] = dict.fromkeys(SKIP_REASONS, 0) | shards[-1]["next"]["skipped"]
-    return meta
-
-
-def _finish(out_dir: Path, meta: dict, limit: int | None) -> None:
-    shards = meta["shards"]
-    if len(shards) < 2 and limit != 1:
-        tokens = shards[0]["tokens"]
-        (out_dir / shards[0]["file"]).unlink()  # in the way of a run with another --val-tokens
-        (out_dir / META_NAME).unlink(missing_ok=True)
-        raise DataError(
-            f"the whole input has {tokens:,} tokens, all of which went into the validation shard: "
-            + (
-                f"run again with --val-tokens {max(1, tokens // 20)}, say"
-                if meta["made"]["val_tokens"]
-                else "the training files have no document"
-            )
-        )
-    meta["complete"] = True
-    write_meta(out_dir, _count(meta))
-
-
-def _kept(meta: dict) -> str:
-    n = len(meta["shards"])
-    return f"{n} whole shard{'' if n == 1 else 's'} kept"
+    write_meta(out_dir, meta)

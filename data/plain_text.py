@@ -1,6 +1,5 @@
 """Small single-file corpora in nanoGPT's layout: headerless train.bin and val.bin, meta.pkl for characters."""
 
-import argparse
 import pickle
 import urllib.request
 from pathlib import Path
@@ -11,7 +10,7 @@ from data import DataError, console
 from data.files import expanded, folder_lock, write_atomic
 from data.identity import shard_record
 from data.meta import mark_incomplete, new_meta, write_meta
-from data.sources import MARKS
+from data.sources import whole_text
 from data.tokenizers import CharTokenizer, load_tokenizer
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -20,28 +19,17 @@ VAL_FRACTION = 0.1
 
 def obtain(source: Path | None, url: str, folder: Path) -> str:
     """The text of a local file, else of the folder's input.txt, else of the address, kept as input.txt."""
-    cached = folder / "input.txt"
-    path = source or cached
-    if source is None and not cached.is_file():
+    path = source or folder / "input.txt"
+    if source is None and not path.is_file():
         try:
             with urllib.request.urlopen(url, timeout=30) as reply:
-                write_atomic(cached, reply.read())
+                write_atomic(path, reply.read())
         except OSError as error:
             raise DataError(
                 f"cannot download {url} ({getattr(error, 'reason', error)}): get the text some other way and "
                 "give it with --input FILE"
             ) from error
-    try:
-        content = path.read_bytes()
-        encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8-sig")
-        text = content.decode(encoding)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is no UTF-8 text ({error}): convert it, e.g. iconv -f latin1 -t utf-8"
-        ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return whole_text(path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
@@ -51,13 +39,10 @@ def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
         raise DataError(
             f"a text of {len(text)} characters is too short to split into training and validation"
         )
-    if characters:
-        alphabet = sorted(set(text))
-        if len(alphabet) > 2**16:
-            raise DataError(f"{len(alphabet):,} different characters do not fit into uint16 tokens")
-        tokenizer = CharTokenizer(alphabet)
-    else:
-        tokenizer = load_tokenizer("gpt2")
+    alphabet = sorted(set(text))
+    if characters and len(alphabet) > 2**16:
+        raise DataError(f"{len(alphabet):,} different characters do not fit into uint16 tokens")
+    tokenizer = CharTokenizer(alphabet) if characters else load_tokenizer("gpt2")
     meta = new_meta(name, tokenizer)
     parts = {"train": text[:cut], "val": text[cut:]}
     ids = {split: np.array(tokenizer.encode(part), "<u2") for split, part in parts.items()}
@@ -76,18 +61,17 @@ def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
     return meta
 
 
-def main(argv: list[str] | None, folder: Path, doc: str, characters: bool) -> None:
-    """The command line that the prepare.py of both Shakespeare folders share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None, script: str, doc: str, characters: bool) -> None:
+    """The command line that the prepare.py of both Shakespeare folders share; without --out_dir it works beside it."""
+    parser, here = console.Parser(doc), Path(script).resolve().parent
     parser.add_argument("--input", type=expanded, metavar="FILE", help="any UTF-8 text instead")
     parser.add_argument(
-        "--out_dir", "--out-dir", type=expanded, default=folder, help="where it goes (%(default)s)"
+        "--out_dir", "--out-dir", type=expanded, default=here, help="where it goes (%(default)s)"
     )
     args = parser.parse_args(argv)
-    with console.sentences():
-        with folder_lock(args.out_dir):
-            text = obtain(args.input, SHAKESPEARE, args.out_dir)
-            meta = prepare(args.out_dir, text, args.out_dir.resolve().name, characters)
+    with console.sentences(), folder_lock(args.out_dir):
+        text = obtain(args.input, SHAKESPEARE, args.out_dir)
+        meta = prepare(args.out_dir, text, args.out_dir.resolve().name, characters)
         print(
             f"{len(text):,} characters, vocabulary of {meta['vocab_size']:,}, {meta['tokens']['train']:,} training "
             f"and {meta['tokens']['val']:,} validation tokens: {args.out_dir}"

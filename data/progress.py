@@ -3,19 +3,23 @@
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
+
+
+def say(line: str) -> None:
+    print(line, flush=True)  # also into a file, at once
 
 
 class Progress:
     """Counts what goes by and says it. limit: shards wanted in all, or None. say: prints a line."""
 
     def __init__(self, meta: dict, limit: int | None, say: Callable[[str], None]):
-        self.meta, self.limit, self.say = meta, limit, say
-        self.live = sys.stdout.isatty()
+        self.meta, self.limit, self.say, self.live = meta, limit, say, sys.stdout.isatty()
         self.began = self.shown = time.perf_counter()
         self.documents = self.tokens = self.characters = 0
         self.first_done = None
 
-    def block(self, done: float | None, characters: int, tokens: int, documents: int, skipped: int) -> None:
+    def block(self, done: float | None, documents: int, characters: int, tokens: int) -> None:
         """Count a block. done: how much of the source lies behind it, 0 to 1, or None."""
         self.documents += documents
         self.tokens += tokens
@@ -24,26 +28,20 @@ class Progress:
         if self.first_done is None:
             self.first_done = done
         if now - self.shown >= (0.5 if self.live else 30):
-            self.shown = now
-            line = self._line(now - self.began, done, skipped)
-            if self.live:
-                print("\r\033[K" + line, end="", flush=True)
-            else:
-                self.say(line)
+            self.shown, line = now, self._line(now - self.began, done)
+            print("\r\033[K" + line, end="", flush=True) if self.live else self.say(line)
 
-    def _line(self, seconds: float, done: float | None, skipped: int) -> str:
-        left = "?"
-        made, shards = self.meta["made"], len(self.meta["shards"])
+    def _line(self, seconds: float, done: float | None) -> str:
+        left, made, shards = None, self.meta["made"], len(self.meta["shards"])
         if self.limit is not None:
-            all_tokens = (made["val_tokens"] or 0) + (self.limit - 1) * made["shard_tokens"]
-            here = sum(self.meta["tokens"].values())
-            left = _duration((all_tokens - here) * seconds / max(1, self.tokens))
+            wanted = (made["val_tokens"] or 0) + (self.limit - 1) * made["shard_tokens"]
+            left = (wanted - sum(self.meta["tokens"].values())) * seconds / max(1, self.tokens)
         elif done is not None and done > self.first_done:
-            left = _duration((1 - done) * seconds / (done - self.first_done))
+            left = (1 - done) * seconds / (done - self.first_done)
         return (
             f"{self.documents:,} documents  {self.tokens / 1e6:,.1f}M tokens  "
-            f"{self.tokens / 1e6 / seconds:.2f}M/s  {self.characters / 1e6 / seconds:.1f} MB/s  "
-            f"{shards} shards  {skipped:,} skipped  {left} left"
+            f"{self.tokens / 1e6 / seconds:.2f}M/s  {self.characters / 1e6 / seconds:.1f} MB/s  {shards} shards  "
+            f"{'?' if left is None else timedelta(seconds=round(left))} left"
         )
 
     def end(self) -> None:
@@ -61,8 +59,3 @@ class Progress:
         else:
             speed = self.tokens / 1e6 / seconds
             self.say(f"done: {what}; {self.tokens:,} tokens in {seconds:.1f} s, {speed:.2f}M a second")
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -10,47 +10,43 @@ from data import DataError, files
 from data.files import folder_lock
 from data.identity import read_through
 from data.meta import new_meta, read_meta, totals, write_meta
-from data.pipeline import is_whole
-from data.shards import find_shards, open_shard
+from data.progress import say
+from data.shards import is_whole, open_shard
 from data.sources import wait_or_give_up
-
-say = functools.partial(print, flush=True)
 
 
 def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: int) -> dict:
     """Download a hub data set of ready shards, all or `max_shards` for training, checking each; returns the meta."""
     with folder_lock(out_dir):
-        old = read_meta(out_dir)
-        if old is not None and old.get("made", {}).get("source") != {"pretokenized": repo}:
+        made = {"source": {"pretokenized": repo}, "max_shards": max_shards}
+        old = read_meta(out_dir) or {"made": made}
+        if old.get("made", {}).get("source") != made["source"]:
             raise DataError(f"{out_dir} holds another set already: take another --out-dir")
-        if old is None and (find_shards(out_dir, "train") or find_shards(out_dir, "val")):
-            say(f"{out_dir} has shards without meta.json; each is checked against the hub's checksum")
-        known = {record["file"]: record for record in (old or {}).get("shards", []) if "documents" in record}
-        same = old is not None and old.get("complete") and old["made"].get("max_shards") == max_shards
-        if same and all(is_whole(out_dir, record) for name, record in known.items()):
+        known = {record["file"]: record for record in old.get("shards", []) if is_whole(out_dir, record)}
+        if old.get("complete") and old["made"] == made and len(known) == len(old.get("shards", [])):
             say(f"already complete, nothing to do: {len(known)} shards in {out_dir}")
             return old
         remote = _retrying(lambda: remote_files(repo), min(retries, 2))
-        wanted = sorted(name for name in remote if re.fullmatch(r"\w*_val_\d+\.bin", name))
-        train = sorted(name for name in remote if re.fullmatch(r"\w*_train_\d+\.bin", name))
-        if not wanted or not train:
+        val, train = (
+            sorted(name for name in remote if re.fullmatch(rf"\w*_{split}_\d+\.bin", name))
+            for split in ("val", "train")
+        )
+        if not val or not train:
             raise DataError(f"the data set {repo} has no *_val_*.bin and *_train_*.bin shards")
-        wanted += train[:max_shards]
-        made = {"source": {"pretokenized": repo}, "max_shards": max_shards}
+        wanted = val + train[:max_shards]
         meta = new_meta(repo.rpartition("/")[2], tokenizer, complete=False, made=made, shards=[])
         tokenizer.save(out_dir)
-        for number, name in enumerate(wanted):
+        for number, name in enumerate(wanted, 1):
             record = known.get(name)
-            if record is None or not is_whole(out_dir, record):
-                say(f"{number + 1} of {len(wanted)}: {name}")
-                record = _retrying(
-                    lambda name=name: fetch_one(repo, name, remote[name], out_dir, tokenizer), retries
-                )
+            if record is None:
+                say(f"{number} of {len(wanted)}: {name}")
+                one = functools.partial(fetch_one, repo, name, remote[name], out_dir, tokenizer)
+                record = _retrying(one, retries)
             meta["shards"].append(record)
             meta |= {"dtype": open_shard(out_dir / name).dtype.name, **totals(meta["shards"])}
-            meta["complete"] = number + 1 == len(wanted)
+            meta["complete"] = number == len(wanted)
             # fewer records never replace more while old shards are only looked through
-            if record is not known.get(name) or meta["complete"]:
+            if name not in known or meta["complete"]:
                 write_meta(out_dir, meta)
         say(f"{len(wanted)} shards, {meta['tokens']['train']:,} training tokens in {out_dir}")
         return meta
@@ -85,16 +81,10 @@ def fetch_one(repo: str, name: str, sha256: str | None, folder: Path, tokenizer)
         raise
     if content.highest >= tokenizer.n_vocab:
         raise ValueError(
-            f"{name} has the token id {content.highest}, which {tokenizer.name} lacks: name the right one with "
-            f"--tokenizer"
+            f"{name} has {content.top()}, which {tokenizer.name} lacks: name the right one with --tokenizer"
         )
-    return {
-        "file": name,
-        "split": "val" if "_val_" in name else "train",
-        "tokens": content.tokens,
-        "documents": documents,
-        "sha256": content.sha256,
-    }
+    counts = {"tokens": content.tokens, "documents": documents}
+    return {"file": name, "split": "val" if "_val_" in name else "train", **counts, "sha256": content.sha256}
 
 
 def _retrying(action, retries: int, wait=time.sleep):

@@ -57,11 +57,8 @@ def find_shards(data_dir, split: str) -> list[Path]:
     if listed := (read_meta(folder) or {}).get("shards"):
         return [folder / shard["file"] for shard in listed if shard["split"] == split]
     names = [path.name for path in folder.iterdir() if path.is_file()]
-    for pattern in (
-        rf"([^.].*)_{split}_([0-9]+)\.bin",
-        rf"()(){split}\.bin",
-        rf"([^.].*)_{split}_([0-9]+)\.npy",
-    ):
+    numbered = rf"([^.].*)_{split}_([0-9]+)"
+    for pattern in (rf"{numbered}\.bin", rf"()(){split}\.bin", rf"{numbered}\.npy"):
         found = [match for name in names if (match := re.fullmatch(pattern, name))]
         if not found:
             continue
@@ -78,11 +75,18 @@ def find_shards(data_dir, split: str) -> list[Path]:
 
 def is_prepared(data_dir) -> bool:
     """Whether a folder holds a finished set: both splits, and no preparation still under way."""
-    folder = Path(data_dir)
-    if not folder.is_dir() or not (read_meta(folder) or {}).get("complete", True):
+    if not Path(data_dir).is_dir() or not (read_meta(data_dir) or {}).get("complete", True):
         return False
-    splits = [find_shards(folder, split) for split in ("train", "val")]
-    return all(splits) and all(path.is_file() for paths in splits for path in paths)
+    splits = [find_shards(data_dir, split) for split in ("train", "val")]
+    return all(paths and all(path.is_file() for path in paths) for paths in splits)
+
+
+def is_whole(folder: Path, record: dict) -> bool:
+    """Whether a shard of meta.json's list is there, with as many tokens as the list says."""
+    try:
+        return open_shard(folder / record["file"]).n_tokens == record["tokens"]
+    except DataError:
+        return False
 
 
 def open_shard(path) -> Shard:
@@ -91,7 +95,7 @@ def open_shard(path) -> Shard:
     try:
         size = path.stat().st_size
         if path.suffix == ".npy":
-            return _open_npy(path, size)
+            return _open_npy(path)
         with open(path, "rb") as file:
             magic, version, count = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
     except OSError as error:
@@ -120,22 +124,14 @@ def open_shard(path) -> Shard:
     return Shard(path, 0, size // 2, np.dtype("<u2"))
 
 
-def _open_npy(path: Path, size: int) -> Shard:
-    with open(path, "rb") as file:
-        try:
-            npy = np.lib.format
-            readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-            shape, _, dtype = readers[npy.read_magic(file)](file)
-        except (ValueError, KeyError) as error:
-            raise DataError(f"{path} is not a NumPy array file ({error}); prepare it again") from error
-        offset = file.tell()
-    if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-        raise DataError(f"{path} holds {dtype} of shape {shape}; a row of uint16 or uint32 tokens is needed")
-    if size != offset + shape[0] * dtype.itemsize:
-        raise DataError(
-            f"{path} is damaged: {shape[0]:,} tokens promised, {size:,} bytes there; prepare it again"
-        )
-    return Shard(path, offset, shape[0], dtype)
+def _open_npy(path: Path) -> Shard:
+    try:
+        tokens = np.load(path, mmap_mode="r")  # pickles are refused
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path} is no whole NumPy array file ({error}); prepare it again") from error
+    if getattr(tokens, "ndim", 0) != 1 or tokens.dtype not in LAYOUTS.values():
+        raise DataError(f"{path} is no row of uint16 or uint32 tokens; prepare it again")
+    return Shard(path, tokens.offset, len(tokens), tokens.dtype)
 
 
 def header_bytes(n_tokens: int, dtype) -> bytes:
@@ -156,4 +152,4 @@ def write_shard(path, tokens: np.ndarray) -> None:
     if tokens.ndim != 1:
         raise DataError(f"tokens of a shard are one row, not an array of shape {tokens.shape}")
     little = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
-    write_atomic(path, header_bytes(len(little), little.dtype), memoryview(little).cast("B"))
+    write_atomic(path, header_bytes(len(little), little.dtype), little.data)

@@ -1,4 +1,4 @@
-"""Text in order, in blocks of about a megabyte that a worker can encode, from any place on.
+"""Text in order, in blocks of about a megabyte that a thread can encode, from any place on.
 
 Every source is a generator of `Block`s. A block carries the position of its first document, as plain JSON; the same
 source started there gives the same documents again, and the same tokens however it is cut into blocks.
@@ -9,7 +9,9 @@ out and counted, a text file is refused.
 
 import bz2
 import codecs
+import contextlib
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -21,35 +23,39 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import DataError
+import orjson
 
-try:
-    import orjson
-except ImportError:
-    orjson = None
+from data import DataError
 
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 27  # bytes of a JSON line; what is longer is left out, so that memory has a limit
 LONGEST_PART = 1 << 22  # bytes of a text without a place for a cut, behind which it is cut all the same
-COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 LINES = (".jsonl", ".json", ".ndjson")
 KINDS = (
     f"{' '.join(LINES)} (one object a line), .txt (a document a file), all also .gz .zst .xz .bz2; .parquet"
 )
-SKIP_REASONS = ("empty", "not_text", "not_json", "not_utf8", "too_long", "not_encodable")
+# Why a row is left out, and what is said where all of them are.
+SKIP_REASONS = {
+    "empty": "are empty",
+    "not_text": "have no text under the chosen column (choose it with --text-column)",
+    "not_json": "are no JSON objects, one a line",
+    "not_utf8": "are no UTF-8 (convert them, e.g. iconv -f latin1 -t utf-8)",
+    "too_long": "are too long",
+    "not_encodable": "are beyond the tokenizer",
+}
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which begins alike
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-MAGIC = (
-    (".gz", rb"\x1f\x8b"),
-    (".zst", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
-    (".xz", rb"\xfd7zXZ\0"),
-    (".bz2", rb"BZh[1-9]1AY&SY|BZh[1-9]\x17rE8P\x90"),
-    (".parquet", rb"PAR1"),
-)
+MAGIC = {
+    ".gz": rb"\x1f\x8b",
+    ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+    ".xz": rb"\xfd7zXZ\0",
+    ".bz2": rb"BZh[1-9]1AY&SY|BZh[1-9]\x17rE8P\x90",
+    ".parquet": rb"PAR1",
+}
 # Errors of the hub that another attempt does not mend.
 HOPELESS = (
     *("DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError", "OfflineModeIsEnabled"),
@@ -63,27 +69,27 @@ LAST_CUT = re.compile(rb"[\x80-\xff](?=[ \n])")
 
 @dataclass
 class Block:
-    """position: where it starts; payload: for `read_payload`; done: 0..1 of the source, or None.
+    """position: where it starts; content: JSON lines, or a list of texts and of what stands where one should.
 
-    split: "val" or "train" where the source itself says what is held out, else None.
+    done: 0..1 of the source, or None. split: "val" or "train" where the source itself says what is held out.
+    opens: whether its texts open documents: later parts of a long one do not. too_long: lines that were left out.
     """
 
     position: object
-    payload: tuple
-    done: float | None
+    content: bytes | list
+    done: float | None = None
     split: str | None = None
+    opens: bool = True
+    too_long: int = 0
 
 
-def read_payload(payload: tuple, column: str) -> tuple[list[str], list[bool], dict[str, int]]:
-    """Texts of a block, which of them open a document, and rows without text, by reason."""
-    kind, content = payload[:2]
-    skipped = dict.fromkeys(SKIP_REASONS, 0)
-    if kind == "part":  # of one long document
-        return [content], [payload[2]], skipped
-    if kind == "lines":
-        skipped["too_long"] = payload[2]
-        rows = []
-        for line in content.split(b"\n"):
+def read_block(block: Block, column: str) -> tuple[list[str], dict[str, int]]:
+    """Texts of a block, and how many of its rows have none, by reason."""
+    skipped = dict.fromkeys(SKIP_REASONS, 0) | {"too_long": block.too_long}
+    rows = block.content
+    if isinstance(rows, bytes):
+        lines, rows = rows.split(b"\n"), []
+        for line in lines:
             if not line or line.isspace():
                 continue
             try:
@@ -94,22 +100,18 @@ def read_payload(payload: tuple, column: str) -> tuple[list[str], list[bool], di
                 skipped["not_json"] += 1
             else:
                 rows.append(row.get(column) if isinstance(row, dict) else None)
-    else:
-        rows = content
     texts = [text for text in rows if isinstance(text, str) and text]
     skipped["empty"] = sum(1 for text in rows if text == "")
     skipped["not_text"] = len(rows) - len(texts) - skipped["empty"]
-    return texts, [True] * len(texts), skipped
+    return texts, skipped
 
 
 def parsed_json(line: bytes):
     """orjson takes part of what json takes, so what it refuses is for json to judge (a lone surrogate, NaN, ...)."""
-    if orjson is not None:
-        try:
-            return orjson.loads(line)
-        except ValueError:
-            pass
-    return json.loads(line.decode())
+    try:
+        return orjson.loads(line)
+    except ValueError:
+        return json.loads(line.decode())
 
 
 def local_blocks(
@@ -121,18 +123,19 @@ def local_blocks(
     cut: whether long text files may come in parts, cut where the tokens of most tokenizers end.
     """
     sizes = [path.stat().st_size for path in files]
-    total = max(1, sum(sizes))
-    position = position or [0, 0]
-    if len(position) != 2 or not all(type(n) is int and n >= 0 for n in position):
-        raise DataError(
-            f"meta.json goes on from {str(position)[:60]}, which is no place in a file: delete the folder"
-        )
-    first, place = position
-    for number in range(first, len(files)):
-        before = sum(sizes[:number])
-        split = ("val" if number < held_out else "train") if held_out else None
-        for at, payload, progress in _file_blocks(files[number], column, place, cut):
-            yield Block([number, at], payload, min(1.0, (before + progress) / total), split)
+    match position or [0, 0]:
+        case [int(first), int(place)] if first >= 0 and place >= 0:
+            pass
+        case _:
+            raise DataError(
+                f"meta.json goes on from {str(position)[:60]}, which is no place in a file: delete the folder"
+            )
+    for number, path in enumerate(files[first:], first):
+        for block in _file_blocks(path, column, place, cut):
+            block.position = [number, block.position]
+            block.done = min(1.0, (sum(sizes[:number]) + block.done) / max(1, sum(sizes)))
+            block.split = ("val" if number < held_out else "train") if held_out else None
+            yield block
         place = 0
 
 
@@ -146,7 +149,7 @@ def check_files(files: list[Path]) -> None:
             raise DataError(f"{path} is of no known kind; known are {KINDS}")
         with open(path, "rb") as file:
             start = file.read(10)
-        found = next((name for name, magic in MAGIC if re.match(magic, start)), "")
+        found = next((name for name, magic in MAGIC.items() if re.match(magic, start)), "")
         named = packed or (kind if kind == ".parquet" else "")
         if start and found != named:
             raise DataError(
@@ -156,39 +159,51 @@ def check_files(files: list[Path]) -> None:
             )
 
 
+def whole_text(path: Path) -> str:
+    """The text of a file, which may be packed, in memory."""
+    with open(path, "rb") as raw, _unreadable(path):
+        return _decoded(path, _utf8(path, raw, _kind(path)[1]).read(), 0)
+
+
 def _kind(path: Path) -> tuple[str, str]:
     """(".jsonl", ".gz") of a.jsonl.gz; the second is empty where a file is not packed."""
     *_, kind, packed = ["", "", *(suffix.lower() for suffix in path.suffixes)]
-    return (kind, packed) if packed in (*COMPRESSED, ".zst") else (packed, "")
+    return (kind, packed) if packed in UNPACKERS and packed else (packed, "")
 
 
-def _file_blocks(path: Path, column: str, start: int, cut: bool):
+def _file_blocks(path: Path, column: str, start: int, cut: bool) -> Iterator[Block]:
+    """Blocks of one file. Position: the place in it; done: its bytes that have been read."""
     kind, packed = _kind(path)
     if kind == ".parquet":
         yield from _parquet_blocks(path, column, start)
         return
-    with open(path, "rb") as raw:
-        pieces = _utf8_pieces(path, raw, packed, start)
-        lines = kind in LINES
-        blocks = _line_blocks(path, pieces, start) if lines else _text_blocks(path, pieces, start, cut)
-        for at, payload in blocks:
+    with open(path, "rb") as raw, _unreadable(path):
+        file = _utf8(path, raw, packed, start)
+        blocks = _line_blocks(path, file, start) if kind in LINES else _text_blocks(path, file, start, cut)
+        for block in blocks:
             # pyarrow closes what it has read to its end
-            yield at, payload, path.stat().st_size if raw.closed else raw.tell()
+            block.done = path.stat().st_size if raw.closed else raw.tell()
+            yield block
 
 
-def _unpacked_pieces(path: Path, raw, packed: str) -> Iterator[bytes]:
-    """The contents of a packed file, in pieces of at most BLOCK_BYTES."""
+def _unzst(raw):
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), BLOCK_BYTES)
+
+
+UNPACKERS = {"": lambda raw: raw, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _unzst}
+
+
+@contextlib.contextmanager
+def _unreadable(path: Path):
+    """Errors of reading and unpacking as sentences about the file."""
     try:
-        if packed == ".zst":
-            import pyarrow
-
-            file = pyarrow.CompressedInputStream(raw, "zstd")
-        else:
-            file = COMPRESSED[packed](raw)
-        while data := file.read(BLOCK_BYTES):
-            yield data
-    except ImportError as error:
-        raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from error
+        yield
+    except DataError:
+        raise
+    except UnicodeError as error:
+        raise DataError(f"{path} begins like UTF-16 or UTF-32 text but is none ({error})") from error
     except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the unpacker's
             raise
@@ -203,118 +218,97 @@ def _unpacked_pieces(path: Path, raw, packed: str) -> Iterator[bytes]:
         ) from error
 
 
-def _utf8_pieces(path: Path, raw, packed: str, start: int) -> Iterator[bytes]:
-    """The text of a file as UTF-8, from byte `start` of that on, in pieces; UTF-8's own mark stays where it is."""
-    pieces = _unpacked_pieces(path, raw, packed) if packed else iter(lambda: raw.read(BLOCK_BYTES), b"")
-    first = next(pieces, b"")
-    encoding = next((name for mark, name in MARKS if first.startswith(mark)), None)
-    if encoding:
-        pieces = _transcoded(path, first, pieces, encoding)
-        first = next(pieces, b"")
-    elif _looks_like_utf16(first):
+class _Recoded(io.RawIOBase):
+    """A file of text in UTF-16 or UTF-32 as one of UTF-8."""
+
+    def __init__(self, file, encoding: str):
+        self._text = io.TextIOWrapper(file, encoding, newline="")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self._text.read(len(buffer) // 4).encode()  # at most four bytes a character
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _utf8(path: Path, raw, packed: str, start: int = 0):
+    """The text of an open file as a file of UTF-8, from byte `start` of that on; UTF-8's own mark stays where it is."""
+    with open(path, "rb") as first:
+        head = UNPACKERS[packed](first).read(4096)
+    file = UNPACKERS[packed](raw)
+    zeros = [half.count(0) / max(1, len(half)) for half in (head[::2], head[1::2])]
+    if encoding := next((name for mark, name in MARKS if head.startswith(mark)), None):
+        file = io.BufferedReader(_Recoded(file, encoding))
+    elif max(zeros) > 0.5 and min(zeros) < 0.1:  # every other byte, as in UTF-16 of Latin text
         raise DataError(
             f"{path} looks like UTF-16 without a byte-order mark: convert it, e.g. iconv -f utf-16le -t utf-8"
         )
-    elif not packed and start:
-        raw.seek(start)
-        yield from pieces
-        return
-    while start > len(first):
-        start -= len(first)
-        first = next(pieces, None)
-        if first is None:
+    elif not packed:
+        file.seek(start)
+        return file
+    while start:
+        if not (passed := len(file.read(min(start, BLOCK_BYTES)))):
             raise DataError(f"{path} became shorter than it was when its preparation began")
-    yield first[start:]
-    yield from pieces
+        start -= passed
+    return file
 
 
-def _transcoded(path: Path, first: bytes, pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    try:
-        for text in codecs.iterdecode(itertools.chain([first], pieces), encoding):
-            yield text.encode()
-    except UnicodeError as error:
-        raise DataError(f"{path} begins like {encoding} text but is none ({error})") from error
-
-
-def _looks_like_utf16(start: bytes) -> bool:
-    """Whether every other byte is zero, as in UTF-16 of Latin text."""
-    a, b = (start[k:4096:2].count(0) / max(1, len(start[k:4096:2])) for k in (0, 1))
-    return max(a, b) > 0.5 and min(a, b) < 0.1
-
-
-def _line_blocks(path: Path, pieces: Iterator[bytes], start: int):
+def _line_blocks(path: Path, file, at: int) -> Iterator[Block]:
     """Whole lines, up to the first that ends beyond BLOCK_BYTES; one longer than LONGEST_LINE is left out and counted.
 
     Where a block ends depends on where it starts alone, so that an interrupted preparation gives the same record.
     """
-    at, buffer, searched, dropped = start, bytearray(), 0, 0
-
-    def block(end: int):  # of the buffer's first bytes, of which the last line may be too long
-        line = buffer.rfind(b"\n", 0, end - 1) + 1
-        long = end + dropped - line > LONGEST_LINE
-        return at, ("lines", bytes(buffer[: line if long else end]), int(long))
-
-    for data in pieces:
-        if dropped:  # inside a line that is too long, of which the buffer has the first byte
-            end = data.find(b"\n") + 1
-            dropped += end or len(data)
-            if not end:
-                continue
-            yield block(len(buffer))
-            at, dropped, data = at + len(buffer) + dropped, 0, data[end:]
-            buffer.clear()
-        elif at == 0 and not buffer and data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    while data := file.read(BLOCK_BYTES):
+        if at == 0 and data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise DataError(
                 f"{path} begins with '[': one JSON array, where one object a line is needed; "
                 "jq -c '.[]' FILE > FILE.jsonl makes that of it"
             )
-        buffer += data
-        while end := buffer.find(b"\n", max(BLOCK_BYTES, searched)) + 1:
-            yield block(end)
-            at, searched = at + end, 0
-            del buffer[:end]
-        searched = len(buffer)
-        if searched > BLOCK_BYTES + LONGEST_LINE:
-            kept = buffer.rfind(b"\n", 0, BLOCK_BYTES) + 2
-            dropped, searched = searched - kept, 0
-            del buffer[kept:]
-    if buffer:
-        yield block(len(buffer))
+        data += (rest := file.readline(LONGEST_LINE + 1))
+        last, size = data.rfind(b"\n", 0, len(data) - 1) + 1, len(data)
+        while rest and not rest.endswith(b"\n"):
+            size += len(rest := file.readline(BLOCK_BYTES))
+        too_long = size - last > LONGEST_LINE
+        yield Block(at, data[:last] if too_long else data, too_long=int(too_long))
+        at += size
 
 
-def _text_blocks(path: Path, pieces: Iterator[bytes], start: int, cut: bool):
+def _text_blocks(path: Path, file, at: int, cut: bool) -> Iterator[Block]:
     """One document; a long one in parts cut where tokens are sure to end.
 
     As with lines, where a part ends depends on where it starts alone.
     """
-    at, buffer, searched = start, bytearray(), 0
-    for data in pieces:
-        buffer += data
-        while cut and searched + BLOCK_BYTES < len(buffer):
-            searched += BLOCK_BYTES
-            cuts = _cuts(SAFE_CUT, buffer, searched)
-            # behind any letter or sign of other scripts, or else anywhere
-            if not cuts and searched >= LONGEST_PART:
-                character = next((k for k in range(4) if buffer[searched - k] & 0xC0 != 0x80), 0)
-                cuts = _cuts(LAST_CUT, buffer, searched) or [searched - character]
-            if cuts:
-                yield at, ("part", _decoded(path, buffer[: cuts[-1]], at), at == 0)
-                at, searched = at + cuts[-1], 0
-                del buffer[: cuts[-1]]
-        if len(buffer) > LONGEST_LINE:
+    part, searched = bytearray(), BLOCK_BYTES
+    while True:
+        part += file.read(max(0, searched + 1 - len(part)))
+        if len(part) <= searched:
+            break
+        ends = _cuts(SAFE_CUT, part, searched) if cut else []
+        if cut and not ends and searched >= LONGEST_PART:
+            # behind any letter or sign of other scripts, or else between any two characters
+            character = next((k for k in range(4) if part[searched - k] & 0xC0 != 0x80), 0)
+            ends = _cuts(LAST_CUT, part, searched) or [searched - character]
+        if ends:
+            yield Block(at, [_decoded(path, part[: ends[-1]], at)], opens=at == 0)
+            at, searched = at + ends[-1], 0
+            del part[: ends[-1]]
+        searched += BLOCK_BYTES
+        if len(part) > LONGEST_LINE:
             raise DataError(
                 f"{path} is one document of more than {LONGEST_LINE >> 20} MiB, which this tokenizer cannot take in "
                 "parts: give it as JSON lines, or in smaller files"
             )
-    if text := _decoded(path, buffer, at):
-        yield at, ("part", text, at == 0)
+    if text := _decoded(path, part, at):  # what is left at the file's end
+        yield Block(at, [text], opens=at == 0)
 
 
-def _cuts(pattern: re.Pattern, buffer: bytearray, end: int) -> list[int]:
-    return [match.end() for match in pattern.finditer(buffer, end - 4096, end + 1)]
+def _cuts(pattern: re.Pattern, part: bytearray, end: int) -> list[int]:
+    return [match.end() for match in pattern.finditer(part, end - 4096, end + 1)]
 
 
-def _decoded(path: Path, text: bytearray, at: int) -> str:
+def _decoded(path: Path, text: bytes | bytearray, at: int) -> str:
     try:
         return text.decode("utf-8-sig" if at == 0 else "utf-8")
     except UnicodeDecodeError as error:
@@ -324,7 +318,7 @@ def _decoded(path: Path, text: bytearray, at: int) -> str:
         ) from error
 
 
-def _parquet_blocks(path: Path, column: str, start: int):
+def _parquet_blocks(path: Path, column: str, start: int) -> Iterator[Block]:
     import pyarrow.parquet as pq
 
     try:
@@ -334,14 +328,10 @@ def _parquet_blocks(path: Path, column: str, start: int):
     with file:
         types = {field.name: str(field.type) for field in file.schema_arrow}
         text = [name for name, kind in types.items() if re.match("(dictionary<values=|large_)?string", kind)]
-        if column not in types:
-            raise DataError(
-                f"{path} has no column {column!r}; it has {', '.join(types)}: choose one with --text-column"
-            )
         if column not in text:
+            there = ", ".join(f"{name} ({kind})" for name, kind in types.items())
             raise DataError(
-                f"the column {column!r} of {path} holds {types[column]}, not text; "
-                + (f"{', '.join(text)} would: choose with --text-column" if text else "no other column does")
+                f"{path} has no column {column!r} of text; it has {there}: choose one with --text-column"
             )
         row, groups = 0, list(range(file.metadata.num_row_groups))
         while groups and row + file.metadata.row_group(groups[0]).num_rows <= start:
@@ -351,7 +341,7 @@ def _parquet_blocks(path: Path, column: str, start: int):
         texts, at = itertools.islice(texts, start - row, None), start
         while block := _next_texts(texts):
             end = at + len(block)
-            yield at, ("texts", block), path.stat().st_size * end / file.metadata.num_rows
+            yield Block(at, block, path.stat().st_size * end / file.metadata.num_rows)
             at = end
 
 
@@ -372,15 +362,13 @@ def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=t
     open_stream: makes the stream anew (a datasets.IterableDataset). After an error it is opened again at the
     start of the block that was being read, up to `retries` times in a row, with longer and longer waits.
     """
-    failures, started = 0, position is not None
+    failures, answered = 0, position is not None
 
     def text_of(row: dict):
-        nonlocal started
         if column not in row:
             raise DataError(
                 f"the data set has no column {column!r}; it has {', '.join(row)}: choose with --text-column"
             )
-        started = True
         return row[column]
 
     while True:
@@ -390,17 +378,17 @@ def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=t
                 stream.load_state_dict(position)
             position, texts = stream.state_dict(), map(text_of, stream)
             while block := _next_texts(texts):
-                yield Block(position, ("texts", block), None)
-                position, failures = stream.state_dict(), 0
+                yield Block(position, block)
+                position, failures, answered = stream.state_dict(), 0, True
             return
         except DataError:
             raise
         except Exception as error:  # of datasets, fsspec, aiohttp, httpx, pyarrow, the operating system
-            if not started and isinstance(error, ValueError):
+            if not answered and isinstance(error, ValueError):
                 raise DataError(f"the data set cannot be opened ({in_short(error)})") from error
             # a source that never answered is more likely out of reach than flaky, and each attempt takes long
             failures += 1
-            wait_or_give_up(error, failures, retries if started else min(retries, 2), wait)
+            wait_or_give_up(error, failures, retries if answered else min(retries, 2), wait)
 
 
 def in_short(error: Exception) -> str:

@@ -6,7 +6,6 @@ Everything is compared with meta.json where there is one. Folders without (publi
 checked against --tokenizer, GPT-2's unless another is named. Exits with 1 and one sentence a fault.
 """
 
-import argparse
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,38 +22,38 @@ from data.shards import find_shards, open_shard
 from data.tokenizers import load_tokenizer
 
 
-def check_shard(path: Path, record: dict, n_vocab: int, eot: int | None) -> tuple[int, int, int, list[str]]:
-    """(tokens, documents, highest id, faults in one sentence each) of one shard, read from end to end."""
+def check_shard(path: Path, record: dict, n_vocab: int, eot: int | None) -> tuple[str, int, int, list[str]]:
+    """(a line about it, tokens, documents, faults in one sentence each) of one shard, read from end to end."""
     try:
         content, documents = read_through(path, eot)
     except DataError as error:
-        return 0, 0, 0, [str(error)]
+        return f"{path.name:32} FAULT", 0, 0, [str(error)]
     faults = []
     if content.highest >= n_vocab:
-        faults.append(
-            f"{path} has the token id {content.highest:,} at position {content.at:,}, but the vocabulary ends at "
-            f"{n_vocab - 1:,}"
-        )
+        faults.append(f"{path} has {content.top()}, but the vocabulary ends at {n_vocab - 1:,}")
     for what, there in (("tokens", content.tokens), ("documents", documents)):
         if record.get(what) not in (None, there):
             faults.append(f"{path} has {there:,} {what}, meta.json says {record[what]:,}")
     if record.get("sha256") not in (None, content.sha256):
         faults.append(f"{path} is not what was written: its SHA-256 differs from meta.json's; make it again")
-    return content.tokens, documents, content.highest, faults
+    line = f"{path.name:32} {content.tokens:>13,} tokens  {documents:>9,} documents  ids to {content.highest:>6,}  "
+    return line + ("FAULT" if faults else "ok"), content.tokens, documents, faults
 
 
 def verify(folder: Path, tokenizer_name: str = "gpt2", say=print) -> list[str]:
     """Check a folder, saying what is there; returns the faults, one sentence each."""
     meta = read_meta(folder) or {}
-    found = {"train": find_shards(folder, "train"), "val": find_shards(folder, "val")}
-    paths = found["val"] + found["train"]
-    if not paths:
+    val, train = find_shards(folder, "val"), find_shards(folder, "train")
+    if not (paths := val + train):
         return [f"{folder} holds no shards"]
     tokenizer = load_tokenizer(meta.get("tokenizer", tokenizer_name), folder)
     n_vocab = meta.get("vocab_size", tokenizer.n_vocab)
     records = {record["file"]: record for record in meta.get("shards", [])}
-    names = {"train": "training", "val": "validation"}
-    faults = [f"{folder} has no {names[split]} shards" for split in found if not found[split]]
+    faults = [
+        f"{folder} has no {kind} shards"
+        for kind, found in (("training", train), ("validation", val))
+        if not found
+    ]
     if not meta.get("complete", True):
         faults.append(f"{folder} is not finished: run its prepare.py again with the same options")
     if meta and (n := len(meta.get("byte_lengths", []))) != n_vocab:
@@ -62,22 +61,17 @@ def verify(folder: Path, tokenizer_name: str = "gpt2", say=print) -> list[str]:
     for path in sorted(folder.glob("[!.]*.bin")):
         if records and path.name not in records:
             faults.append(f"{path} is not in meta.json, so nothing reads it")
+    tokens = documents = 0
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # reading and hashing leave Python's lock
-        results = threads.map(
+        checks = threads.map(
             lambda path: check_shard(path, records.get(path.name, {}), n_vocab, tokenizer.eot), paths
         )
-        all_tokens = all_documents = 0
-        for path, (tokens, documents, highest, wrong) in zip(paths, results, strict=True):
+        for line, n_tokens, n_documents, wrong in checks:
+            say(line)
             faults += wrong
-            all_tokens, all_documents = all_tokens + tokens, all_documents + documents
-            say(
-                f"{path.name:32} {tokens:>13,} tokens  {documents:>9,} documents  "
-                f"ids to {highest:>6,}  {'FAULT' if wrong else 'ok'}"
-            )
-    say(
-        f"{len(paths)} shards, {all_tokens:,} tokens, {all_documents:,} documents, tokenizer {tokenizer.name}"
-    )
-    if not faults and all_tokens:
+            tokens, documents = tokens + n_tokens, documents + n_documents
+    say(f"{len(paths)} shards, {tokens:,} tokens, {documents:,} documents, tokenizer {tokenizer.name}")
+    if not faults and tokens:
         first, last = open_shard(paths[0]).tokens, open_shard(paths[-1]).tokens
         if "documents" in records.get(paths[0].name, {}) and first[0] != tokenizer.eot:
             faults.append(f"{paths[0]} does not begin with end-of-text")
@@ -87,9 +81,7 @@ def verify(folder: Path, tokenizer_name: str = "gpt2", say=print) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(__doc__)
     parser.add_argument("folder", type=expanded, metavar="DIR")
     parser.add_argument("--tokenizer", default="gpt2", help="of shards without meta.json (%(default)s)")
     args = parser.parse_args(argv)

@@ -2,35 +2,8 @@
 
 import argparse
 import math
-import sys
-from pathlib import Path
 
-
-class Parser(argparse.ArgumentParser):
-    """Takes a module's docstring as it stands; says what is wrong in one sentence, without the usage."""
-
-    def __init__(self, doc: str):
-        name = Path(sys.argv[0]).name
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=name, description=doc, formatter_class=form, allow_abbrev=False)
-
-    def error(self, message: str):
-        raise SystemExit(f"error: {message} (--help lists the arguments)")
-
-
-def whole(low: int, high: int = 2**31 - 1):
-    """An argparse type: whole numbers from low to high."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low:,} to {high:,}")
-        return value
-
-    return parse
+from data.console import Parser, whole  # noqa: F401 - every script takes them from here
 
 
 def number(low: float, high: float = math.inf, above: bool = False):

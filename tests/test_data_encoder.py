@@ -83,7 +83,7 @@ def plainly(tokenizer, texts) -> list[int]:
 
 
 def check(fast: Encoder, texts) -> None:
-    ids, lost = fast.encode(texts, [True] * len(texts))
+    ids, lost = fast.encode(texts)
     assert ids.tolist() == plainly(fast.tokenizer, texts) and lost == 0
 
 
@@ -104,8 +104,8 @@ def test_other_kinds_take_the_fast_way_too(toy, kind):
     assert fast.library == "gigatoken" and Encoder(tokenizer, fast=False).library == "tokenizers"
     texts = AWKWARD + ENGLISH
     check(fast, texts)
-    slow = Encoder(tokenizer, fast=False).encode(texts, [True] * len(texts))
-    assert slow[0].tolist() == fast.encode(texts, [True] * len(texts))[0].tolist()
+    slow = Encoder(tokenizer, fast=False).encode(texts)
+    assert slow[0].tolist() == fast.encode(texts)[0].tolist()
     assert tokenizer.eot not in tokenizer.encode("</s> and <s>")
     assert may_cut(tokenizer) == (kind == "byte-level")
 
@@ -129,15 +129,14 @@ def test_fuzzed_text(fast_gpt2, texts):
 def test_real_text_and_parts_of_it(fast_gpt2, shared_dir):
     with lzma.open(shared_dir / "data" / "edu-mix-val.jsonl.xz", "rt", encoding="utf8") as file:
         texts = [json.loads(line)["text"] for line in file]
-    ids, _ = fast_gpt2.encode(texts, [True] * len(texts), range(len(texts)))
+    ids, _ = fast_gpt2.encode(texts, range(len(texts)))
     assert may_cut(fast_gpt2.tokenizer)
     cuts = [0, *(match.end() for match in sources.SAFE_CUT.finditer(texts[0].encode()))][::50]
     parts = [texts[0].encode()[a:b].decode() for a, b in itertools.pairwise([*cuts, None])]
     assert len(parts) > 5
-    cut, _ = fast_gpt2.encode(
-        [*parts, *texts[1:]], [k == 0 or k >= len(parts) for k in range(len(parts) + 216)]
-    )
-    assert np.array_equal(cut, ids)
+    first, later = fast_gpt2.encode(parts[:1])[0], fast_gpt2.encode(parts[1:], range(9), opens=False)[0]
+    assert np.array_equal(np.concatenate([first, later]), ids[: len(first) + len(later)])
+    assert ids[len(first) + len(later)] == fast_gpt2.tokenizer.eot
 
 
 def test_the_memory_for_pieces_is_given_back(fast_gpt2, monkeypatch):
@@ -170,9 +169,9 @@ def test_the_first_difference_to_the_own_library_stops_in_a_sentence(gpt2_encodi
     fast = Encoder(load_tokenizer("gpt2"))
     fast._fast = Lying(fast._fast, b"fox")
     texts = ["a plain one", "the quick brown fox", "another"]
-    fast.encode(texts, [True] * 3, [0, 2])  # not looked at
+    fast.encode(texts, [0, 2])  # not looked at
     with pytest.raises(DataError, match=r"disagree at token 3 of a document, near '.*brown fox'.*--plain"):
-        fast.encode(texts, [True] * 3, [1])
+        fast.encode(texts, [1])
 
 
 def test_a_library_that_fails_its_probes_or_is_absent_is_not_used(gpt2_encoding, monkeypatch):
@@ -193,12 +192,12 @@ def test_a_tokenizer_that_loses_text_is_refused(toy, kind):
     with pytest.raises(DataError, match="byte-level"):
         tokenizer = toy(kind)
         # what it has no token for is found wherever it stands, checked or not
-        Encoder(tokenizer).encode(["plain", "\u65e5\u672c\u8a9e"], [True, True])
+        Encoder(tokenizer).encode(["plain", "\u65e5\u672c\u8a9e"])
 
 
 def test_accents_and_a_first_space_are_no_loss(toy):
     tokenizer = toy("llama")
-    Encoder(tokenizer).encode(["e\u0301t\u00e9 \u65e5\u672c"], [True], [0])
+    Encoder(tokenizer).encode(["e\u0301t\u00e9 \u65e5\u672c"], [0])
 
 
 def test_cl100k_takes_the_fast_way_too(tmp_path, monkeypatch):

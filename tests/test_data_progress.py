@@ -15,13 +15,13 @@ def test_lines_come_every_half_minute_and_the_last_says_what_the_set_holds(monke
     }
     progress = Progress(meta, None, lines.append)
     progress.live = False
-    progress.block(0.0, 4_000_000, 1_000_000, 10, 0)
+    progress.block(0.0, 10, 4_000_000, 1_000_000)
     assert lines == []
     now[0] += 40
-    progress.block(0.25, 4_000_000, 1_000_000, 10, 3)
-    assert lines == ["20 documents  2.0M tokens  0.05M/s  0.2 MB/s  2 shards  3 skipped  0 h 02 min left"]
+    progress.block(0.25, 10, 4_000_000, 1_000_000)
+    assert lines == ["20 documents  2.0M tokens  0.05M/s  0.2 MB/s  2 shards  0:02:00 left"]
     now[0] += 10
-    progress.block(0.5, 4, 1, 1, 3)
+    progress.block(0.5, 1, 4, 1)
     assert len(lines) == 1
     progress.end()
     assert lines[1].startswith(
@@ -32,8 +32,8 @@ def test_lines_come_every_half_minute_and_the_last_says_what_the_set_holds(monke
     limited = Progress(meta, 6, lines.append)
     limited.live = False
     now[0] += 60
-    limited.block(None, 0, 400, 1, 0)
-    assert lines[2].endswith("0 h 20 min left")  # 8,000 more, at 400 a minute
+    limited.block(None, 1, 0, 400)
+    assert lines[2].endswith("0:20:00 left")  # 8,000 more, at 400 a minute
     idle = Progress(meta, None, lines.append)
     idle.end()
     assert lines[3].startswith("already complete, nothing to do: 12 documents")

@@ -19,28 +19,27 @@ training. Of --input files .jsonl has one object a line, .txt is one document, a
 """
 
 import argparse
+import functools
 import os
 import re
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: let `import data` find the project
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if not __package__:  # run as a file: let `import data` find the project
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data import console, ready_made
+from data.console import whole
 from data.encoder import may_cut
-from data.files import expanded
+from data.files import expanded, folder_lock
 from data.pipeline import prepare_shards
 from data.sources import check_files, hub_blocks, hub_stream, local_blocks
 from data.tokenizers import load_tokenizer
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add, here = parser.add_argument, Path(__file__).resolve().parent
-    files = {"type": expanded, "nargs": "+", "metavar": "FILE"}
+    parser, here = console.Parser(__doc__), Path(__file__).resolve().parent
+    add, files = parser.add_argument, {"type": expanded, "nargs": "+", "metavar": "FILE"}
     add("--input", **files, help="local files instead of the hub, in this order")
     add("--val-input", **files, help="held-out files: all of shard 0, nothing else")
     add("--pretokenized", metavar="REPO", help="hub data set of ready shards to download")
@@ -49,28 +48,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--split", default="train", help="its split (%(default)s)")
     add("--text-column", default="text", help="column or key that holds the text (%(default)s)")
     add("--out-dir", type=expanded, default=here, help="where the shards go (%(default)s)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="threads that tokenize (%(default)s)")
+    add("--workers", type=whole(1), default=os.cpu_count() or 1, help="threads that tokenize (%(default)s)")
     add("--plain", action="store_true", help="tokenize without gigatoken, by the tokenizer's own library")
     add("--tokenizer", default="gpt2", help="tiktoken name, tokenizer folder or file, hub name (%(default)s)")
-    add("--shard-size", type=int, default=100_000_000, help="tokens a training shard (%(default)s)")
-    add("--val-tokens", type=int, help="tokens of the validation shard (as --shard-size)")
-    add("--max-shards", type=int, help="stop after so many training shards")
-    add("--retries", type=int, default=8, help="attempts after errors of the network, in a row (%(default)s)")
+    add("--shard-size", type=whole(1), default=100_000_000, help="tokens a training shard (%(default)s)")
+    add("--val-tokens", type=whole(1), help="tokens of the validation shard (as --shard-size)")
+    add("--max-shards", type=whole(1), help="stop after so many training shards")
+    add(
+        "--retries",
+        type=whole(0),
+        default=8,
+        help="attempts after errors of the network, in a row (%(default)s)",
+    )
     # --out_dir and --out-dir are the same
     raw = sys.argv[1:] if argv is None else argv
-    dashed = [re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in raw]
-    args = parser.parse_args(dashed)
+    args = parser.parse_args([re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), word) for word in raw])
     if args.val_input and (args.val_tokens is not None or not args.input):
         parser.error("--val-input goes with --input, and takes the place of --val-tokens")
-    if args.val_tokens is None and not args.val_input:
-        args.val_tokens = args.shard_size
-    lowest_of = {"shard_size": 1, "val_tokens": 1, "max_shards": 1, "workers": 0, "retries": 0}
-    for name, lowest in lowest_of.items():
-        value = getattr(args, name)
-        if value is not None and value < lowest:
-            parser.error(f"--{name.replace('_', '-')} must be at least {lowest}, not {value}")
     if args.input and args.pretokenized:
         parser.error("--input and --pretokenized exclude each other")
+    if args.val_tokens is None and not args.val_input:
+        args.val_tokens = args.shard_size
     if args.name is None and args.dataset == "HuggingFaceFW/fineweb-edu":
         args.name = "sample-10BT"
     return args
@@ -78,7 +76,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> dict:
     """Make the shards of the source that the arguments name; returns the set's meta."""
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer, column = load_tokenizer(args.tokenizer), args.text_column
     prefix = re.sub(r"[^a-z0-9]", "", args.out_dir.resolve().name.lower()) or "tokens"
     if args.input:
         held_out = args.val_input or []
@@ -88,28 +86,28 @@ def prepare(args: argparse.Namespace) -> dict:
         source |= {"held_out": len(held_out)} if held_out else {}
 
         def blocks_from(position):
-            return local_blocks(files, args.text_column, position, len(held_out), may_cut(tokenizer))
+            return local_blocks(files, column, position, len(held_out), may_cut(tokenizer))
     else:
         source = {"dataset": args.dataset, "name": args.name, "split": args.split}
-        hub = source | {"column": args.text_column}
+        stream = functools.partial(hub_stream, **source, column=column)
 
         def blocks_from(position):
-            return hub_blocks(lambda: hub_stream(**hub), args.text_column, position, args.retries)
+            return hub_blocks(stream, column, position, args.retries)
 
-    return prepare_shards(
-        args.out_dir,
-        prefix,
-        tokenizer,
-        blocks_from,
-        source | {"text_column": args.text_column},
-        column=args.text_column,
-        val_tokens=args.val_tokens,
-        shard_tokens=args.shard_size,
-        max_shards=args.max_shards,
-        workers=args.workers,
-        fast=not args.plain,
-        say=lambda line: print(line, flush=True),
-    )
+    with folder_lock(args.out_dir):
+        return prepare_shards(
+            args.out_dir,
+            prefix,
+            tokenizer,
+            blocks_from,
+            source | {"text_column": column},
+            column=column,
+            val_tokens=args.val_tokens,
+            shard_tokens=args.shard_size,
+            max_shards=args.max_shards,
+            workers=args.workers,
+            fast=not args.plain,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,31 +9,27 @@ shuffled; the first 5% are for validation. Tokenizer: a byte-level BPE of 4,096 
 part.
 """
 
-import argparse
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
 import platform
 import re
 import sys
 import sysconfig
-import time
-from array import array
 from ast import literal_eval
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: let `import data` find the project
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import numpy as np
+if not __package__:  # run as a file: let `import data` find the project
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data import DataError, console
 from data.files import expanded, folder_lock, write_atomic
-from data.identity import shard_record
-from data.meta import META_NAME, mark_incomplete, new_meta, versions, write_meta
-from data.shards import is_prepared, write_shard
+from data.meta import META_NAME, versions
+from data.pipeline import prepare_shards
+from data.shards import is_prepared
+from data.sources import Block
 from data.tokenizers import FILE_NAME, load_tokenizer
 
 VOCAB_SIZE = 4096  # end-of-text, the last id, included
@@ -60,15 +56,6 @@ LITERAL = re.compile(r"(?P<literal>[rR]?(?P<quote>\"\"\"|''')(?:\\.|[^\\])*?(?P=
 DOC_FILES = re.compile(r"_\w*(docs|docstr|newdocs\w*)\.py")
 
 
-def package_folders() -> dict[str, Path]:
-    folders = {"python": Path(sysconfig.get_paths()["stdlib"])}
-    for name in ("torch", "numpy"):
-        found = importlib.util.find_spec(name)  # finds a top-level package without running it
-        if found is not None and found.origin:
-            folders[name] = Path(found.origin).parent
-    return folders
-
-
 def source_docstrings(folder: Path):
     for path in sorted(folder.rglob("*.py")):
         if SKIP_FOLDERS & set(path.relative_to(folder).parts[:-1]):
@@ -79,10 +66,15 @@ def source_docstrings(folder: Path):
             continue
         pattern = LITERAL if DOC_FILES.fullmatch(path.name) else DOCSTRING
         for match in pattern.finditer(source):
-            try:
+            with contextlib.suppress(SyntaxError, ValueError):
                 yield literal_eval(match["literal"])
-            except (SyntaxError, ValueError):
-                continue
+
+
+def help_topics():
+    with contextlib.suppress(ImportError):
+        from pydoc_data.topics import topics
+
+        yield from (text for _, text in sorted(topics.items()))
 
 
 def compiled_docstrings():
@@ -92,27 +84,21 @@ def compiled_docstrings():
         except ImportError:
             continue
         yield module.__doc__
-        for _, value in sorted(vars(module).items(), key=lambda item: item[0]):
+        for _, value in sorted(vars(module).items()):
             yield getattr(value, "__doc__", None)
             if inspect.isclass(value):
-                for _, member in sorted(vars(value).items(), key=lambda item: item[0]):
+                for _, member in sorted(vars(value).items()):
                     yield getattr(member, "__doc__", None)
-
-
-def help_topics():
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        return
-    for _, text in sorted(topics.items()):
-        yield text
 
 
 def collect() -> tuple[list[str], dict[str, int]]:
     """All documents, each once, by SHA-256; and how many each source was the first to give."""
     sources = {"help topics": help_topics(), "compiled modules": compiled_docstrings()}
-    for name, folder in package_folders().items():
-        sources[f"{name} docstrings"] = source_docstrings(folder)
+    sources["python docstrings"] = source_docstrings(Path(sysconfig.get_paths()["stdlib"]))
+    for name in ("torch", "numpy"):
+        found = importlib.util.find_spec(name)  # finds a top-level package without running it
+        if found is not None and found.origin:
+            sources[f"{name} docstrings"] = source_docstrings(Path(found.origin).parent)
     documents: dict[bytes, str] = {}
     counts = {}
     for name, texts in sources.items():
@@ -146,20 +132,13 @@ def train_tokenizer(texts: list[str], path: Path):
     return load_tokenizer({"kind": "bytebpe", "name": "pydocs", "file": path.name}, path.parent)
 
 
-def tokenize(documents: list[str], tokenizer) -> np.ndarray:
-    ids = array("H")
-    for text in documents:
-        ids.append(tokenizer.eot)
-        ids.extend(tokenizer.encode(text))
-    return np.frombuffer(ids, np.uint16)
-
-
 def prepare(out_dir: Path) -> None:
     """Collect the documents and write tokenizer, shards and description, unless they are there."""
     if is_prepared(out_dir) and (out_dir / FILE_NAME).is_file() and (out_dir / META_NAME).is_file():
-        print(f"{out_dir} is already prepared, nothing to do (delete its *.bin files to make it anew)")
+        print(
+            f"{out_dir} is already prepared, nothing to do (delete its *.bin files and meta.json to make it anew)"
+        )
         return
-    started = time.perf_counter()
     documents, counts = collect()
     n_val = round(len(documents) * VAL_FRACTION)
     if n_val < 1 or len(documents) < 100:
@@ -167,32 +146,24 @@ def prepare(out_dir: Path) -> None:
             f"only {len(documents)} docstrings found in this Python: is its library installed as source?"
         )
     tokenizer = train_tokenizer(documents[n_val:], out_dir / FILE_NAME)
-    meta = new_meta("pydocs", tokenizer, documents=len(documents), characters=sum(map(len, documents)))
-    mark_incomplete(out_dir, meta)
-    paths = [(out_dir / f"pydocs_{split}_{n:06d}.bin", split) for n, split in enumerate(("val", "train"))]
-    for (path, _), part in zip(paths, (documents[:n_val], documents[n_val:]), strict=True):
-        write_shard(path, tokenize(part, tokenizer))
-    shards = [shard_record(path, split, tokenizer.eot) for path, split in paths]
-    made_by = {"python": platform.python_version()} | versions("torch", "numpy", "tokenizers", "tiktoken")
-    meta |= {
-        "tokens": {s["split"]: s["tokens"] for s in shards},
-        "shards": shards,
-        "made": {"documents_from": counts, "versions": made_by},
-    }
-    write_meta(out_dir, meta)
-    print(
-        f"{len(documents):,} documents, {meta['characters'] / 1e6:.1f} M characters, "
-        f"{shards[1]['tokens']:,} training and {shards[0]['tokens']:,} validation tokens "
-        f"of a vocabulary of {tokenizer.n_vocab:,} in {time.perf_counter() - started:.1f} s: {out_dir}"
+
+    def blocks_from(position: list | None):
+        for number in range((position or [0])[0], 2):
+            part = documents[n_val:] if number else documents[:n_val]
+            yield Block([number], part, split="train" if number else "val")
+
+    prepare_shards(
+        out_dir,
+        "pydocs",
+        tokenizer,
+        blocks_from,
+        {"documents_from": counts, "python": platform.python_version(), **versions("torch", "numpy")},
+        val_tokens=None,
     )
-    print("from " + json.dumps(counts))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    here = Path(__file__).resolve().parent
+    parser, here = console.Parser(__doc__), Path(__file__).resolve().parent
     parser.add_argument("--out_dir", "--out-dir", type=expanded, default=here, help="where the shards go")
     args = parser.parse_args(argv)
     with console.sentences(), folder_lock(args.out_dir):

@@ -7,14 +7,14 @@ python data/shakespeare/prepare.py --input FILE       takes a text of yours
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: let `import data` find the project
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if not __package__:  # run as a file: let `import data` find the project
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data import plain_text
 
 
 def main(argv: list[str] | None = None) -> None:
-    plain_text.main(argv, Path(__file__).resolve().parent, __doc__, characters=False)
+    plain_text.main(argv, __file__, __doc__, characters=False)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from data.encoder import Encoder
 from data.files import expanded, write_json, write_text
 from data.pipeline import CHECK_ONE_IN, OpenShard
 from data.shards import find_shards, open_shard, write_shard
-from data.sources import local_blocks, read_payload
+from data.sources import local_blocks, read_block
 from data.tokenizers import load_tokenizer
 from scripts.analysis.report import Table
 from scripts.arguments import Parser, whole
@@ -160,13 +160,13 @@ def stages(source: Path, packed: list[Path], scratch: Path) -> dict[str, float]:
     shard = OpenShard(scratch / "stage.bin", 2**31 - 1, encoder.dtype)
     blocks, number = local_blocks([source], "text"), 0
     while (block := spent("reading", next, blocks, None)) is not None:
-        texts, opens, _ = spent("parsing", read_payload, block.payload, "text")
-        ids, _ = spent("encoding", encoder.encode, texts, opens)
+        texts, _ = spent("parsing", read_block, block, "text")
+        ids, _ = spent("encoding", encoder.encode, texts)
         for text in texts[-37 * number % CHECK_ONE_IN :: CHECK_ONE_IN]:
             spent("checking", encoder.tokenizer.encode, text)
-        spent("writing", shard.take, ids, encoder.tokenizer.eot)
+        spent("writing", shard.take, ids)
         number += 1
-    spent("writing", shard.finish)
+    spent("writing", shard.finish, "val", encoder.tokenizer.eot)
     for path in packed:
         with lzma.open(path) as file:
             while spent("unpacking", file.read, 1 << 20):

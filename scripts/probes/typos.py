@@ -12,7 +12,7 @@ from rapidfuzz.distance import OSA, Hamming
 
 from data.records import Record, read_record, validated
 from data.shards import find_shards, open_shard
-from data.sources import check_files, local_blocks, read_payload
+from data.sources import check_files, local_blocks, read_block
 from engine.errors import RunError
 from scripts.probes import common
 
@@ -194,7 +194,7 @@ def held_out_text(args, run) -> str:
         files, texts, size = [Path(args.text)], [], 0
         check_files(files)
         for block in local_blocks(files, "text"):
-            new = read_payload(block.payload, "text")[0]
+            new = read_block(block, "text")[0]
             texts += new
             size += sum(map(len, new))
             if size > MOST_TEXT:
