@@ -48,8 +48,8 @@ bench: $(VENV)/.installed-dev $(TEXT)
 	run scripts/bench/train.py --arms=bpe_untied,kronecker --steps=6 --shares $(NANOGPT) --out=$(RESULTS)/training; \
 	run scripts/bench/sample.py $(NANOGPT) --out=$(RESULTS)/training; \
 	run scripts/bench/scale.py --rounds=2 --out=$(RESULTS)/training; \
-	run scripts/bench/prepare.py --input $(TEXT) --json $(RESULTS)/data/bench_prepare.json; \
-	run scripts/bench/loader.py --repeats 3 --json $(RESULTS)/data/bench_loader.json; \
+	run scripts/bench/prepare.py --input $(TEXT) --out $(RESULTS)/data; \
+	run scripts/bench/loader.py --out $(RESULTS)/data; \
 	test -z "$$failed" || { echo "error: not measured:$$failed"; exit 1; }
 
 out/bench/text.jsonl: setup

@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from data.files import write_json, write_text
 from engine.runs import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,3 +35,12 @@ def today() -> str:
 def provenance(script: str, argv=None) -> dict:
     """{"command", "commit", "machine", "date"} of this process."""
     return {"command": command(script, argv), "commit": commit(), "machine": machine(), "date": today()}
+
+
+def write_page(base: Path, title: str, made: dict, record: dict, parts: list) -> None:
+    """BASE.json, which is made | record, and BASE.md: the title, what made it (see `provenance`), paragraphs and Tables."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    write_json(f"{base}.json", made | record)
+    source = f"`{made['command']}` at commit {made['commit']}, {made['machine']}, {made['date']}."
+    text = [f"# {title}", source, *(p if isinstance(p, str) else p.markdown() for p in parts)]
+    write_text(f"{base}.md", "\n\n".join(text) + "\n")

@@ -33,13 +33,32 @@ def test_the_plain_side_gives_our_tokens_and_every_stage_takes_time(text, tmp_pa
     assert seconds["start"] > 0 and not list(tmp_path.glob("*.tmp"))
 
 
+def test_the_whole_bench_compares_both_sides(text, tmp_path, gpt2_encoding, monkeypatch):
+    monkeypatch.setattr(prepare, "VAL_TOKENS", 1000)
+    packed = tmp_path / "text.jsonl.xz"
+    prepare.main([f"--input={packed}", "--workers=1", "--rounds=1", f"--out={tmp_path / 'out'}"])
+    record = json.loads((tmp_path / "out" / "bench_prepare.json").read_text())
+    assert record["tokens"] > 40_000 and record["mb"] == 0.12 and record["documents"] == 40
+    assert all(figures["peak_mb"] > 20 for (figures,) in record["rounds"].values())
+    assert list(record["ours_on_other_input"]) == ["documents of 10 MB each", "from the .xz itself"]
+    assert "| plain |" in (tmp_path / "out" / "bench_prepare.md").read_text()
+
+
+def test_long_documents_hold_the_same_text(tmp_path):
+    texts = ["a" * 6_000_000, "b" * 6_000_000, "c"]
+    path = prepare.in_long_documents(texts, tmp_path / "long.jsonl")
+    long = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert len(long) == 2 and "\n".join(long) == "\n".join(texts)
+
+
 def test_the_loaders_bench_compares_the_same_amount_of_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "os.sched_setaffinity", lambda *a: None, raising=False
-    )  # this process keeps its cores
-    flags = "--seconds=0.01 --repeats=1 --batches=10 --shards=1 --shard-tokens=1000000 --json".split()
-    loader.main([*flags, str(tmp_path / "loader.json")])
-    report = json.loads((tmp_path / "loader.json").read_text())
-    assert {"command", "commit", "machine", "date"} < set(report)
-    assert all(row["tokens_per_second"] > 0 and row["ratio"] > 0 for row in report["speed"])
-    assert (tmp_path / "loader.md").read_text().count("|") > 20
+    # this process keeps its cores
+    monkeypatch.setattr("os.sched_setaffinity", lambda *a: None, raising=False)
+    for name, value in {"SECONDS": 0.01, "BATCHES": 10, "SHARDS": 1, "SHARD_TOKENS": 1_000_000}.items():
+        monkeypatch.setattr(loader, name, value)
+    loader.main(["--rounds=2", f"--out={tmp_path}"])
+    record = json.loads((tmp_path / "bench_loader.json").read_text())
+    assert {"command", "commit", "machine", "date"} < set(record)
+    speeds = record["tokens_per_second"]
+    assert len(speeds) == 4 and all(min(map(min, sides.values())) > 0 for sides in speeds.values())
+    assert (tmp_path / "bench_loader.md").read_text().count("|") > 20

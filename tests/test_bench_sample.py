@@ -22,12 +22,18 @@ class GPT(model.GPT):
             idx = torch.cat((idx, model.pick(logits[:, -1], temperature, top_k, None, None)), dim=1)
         return idx
 """
-TOY = ["--shape=toy", "--check=toy", "--tokens=16", "--rounds=2"]
+TOY = ["--shape=toy", "--tokens=16", "--rounds=2"]
+
+
+def checkout(folder, model=NANOGPT) -> str:
+    for name in ("train.py", "configurator.py"):
+        (folder / name).touch()
+    (folder / "model.py").write_text(model)
+    return f"--nanogpt-dir={folder}"
 
 
 def test_both_sides_at_toy_size(tmp_path, capsys):
-    (tmp_path / "model.py").write_text(NANOGPT)
-    bench.main([*TOY, f"--nanogpt-dir={tmp_path}", f"--out={tmp_path}"])
+    bench.main([*TOY, checkout(tmp_path), f"--out={tmp_path}"])
     record = json.loads((tmp_path / "bench_sample_toy.json").read_text())
     assert (
         record["differ"] == [] and record["check"]["same_tokens"] and record["check"]["distinct_tokens"] > 1
@@ -42,14 +48,13 @@ def test_both_sides_at_toy_size(tmp_path, capsys):
 
 def test_tokens_that_differ_are_said(tmp_path, capsys):
     wrong = NANOGPT.replace("return idx", "idx[:, -1] += 1; return idx")
-    (tmp_path / "model.py").write_text(wrong)
-    bench.main([*TOY[:-1], "--rounds=1", f"--nanogpt-dir={tmp_path}"])
+    bench.main([*TOY[:-1], "--rounds=1", checkout(tmp_path, wrong), f"--out={tmp_path}"])
     said = " ".join(capsys.readouterr().out.split())
     assert "other ones at the lengths [" in said and "the tokens NOT the same" in said
 
 
-def test_without_nanogpt_ours_is_measured_alone(capsys):
-    bench.main([*TOY[:-1], "--rounds=1"])
+def test_without_nanogpt_ours_is_measured_alone(tmp_path, capsys):
+    bench.main([*TOY[:-1], "--rounds=1", f"--out={tmp_path}"])
     told = capsys.readouterr()
     assert "nanoGPT is left out" in told.err and "faster" in told.out
     with pytest.raises(SystemExit, match=r"error: .* is no checkout of nanoGPT"):

@@ -9,11 +9,11 @@ from scripts.bench import scale
 
 def in_process(command, work):
     """train.py's own arguments, without torchrun."""
-    train.main(configurator.load(command[command.index(str(scale.ROOT / "train.py")) + 1 :]))
+    train.main(configurator.load([*map(str, command[command.index(scale.ROOT / "train.py") + 1 :])]))
 
 
 def test_one_rank_and_two_numbers_of_shards(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scale, "timed", in_process)
+    monkeypatch.setattr(scale.bench, "run", in_process)
     flags = ["--setting=toy", "--ranks=1", "--steps=5", "--rounds=1", f"--out={tmp_path}"]
     scale.main([*flags, "--shards", "1", "3"])
     record = json.loads((tmp_path / "growth.json").read_text())

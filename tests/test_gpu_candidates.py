@@ -1,5 +1,6 @@
 """scripts/gpu/candidates.py: every way gives the package's embedding and gradient."""
 
+import json
 import subprocess
 import sys
 
@@ -34,10 +35,12 @@ def test_it_is_the_same_embedding(way, V, n, monkeypatch):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-def test_all_ways_are_measured(capsys):
-    rows = candidates.measure("cpu", candidates.TOY, 3)
+def test_all_ways_are_measured(tmp_path):
+    candidates.main(["--toy", "--rounds=1", "--device=cpu", f"--out={tmp_path}"])
+    rows = json.loads((tmp_path / "candidates.json").read_text())["rows"]
     assert [r["dtype"] for r in rows] == ["float32", "bfloat16"]
     assert all(set(r["ms"]) == {"package", "table", "slots", "nn.Embedding"} for r in rows)
+    assert "| 512 x 32, pos_dim 8 | bfloat16 | 300 |" in (tmp_path / "candidates.md").read_text()
 
 
 def test_a_run_trains_alike_with_the_embedding_going_another_way(tiny_flags, tmp_path):
@@ -52,12 +55,13 @@ def test_a_run_trains_alike_with_the_embedding_going_another_way(tiny_flags, tmp
         assert found[1][k] == pytest.approx(found[0][k], rel=1e-5)
 
 
-def test_table_compiles_without_a_break():
+@pytest.mark.parametrize("way", [TableWay, Slots])
+def test_it_compiles_without_a_break(way):
     buffers = build_byte_buffer([b"ab", b"", b"c", b"abc"] * 5, 4)
     module = KroneckerEmbedding(20, 8, pos_dim=4, byte_buffer=buffers[0], length_buffer=buffers[1])
     ids = torch.arange(20).repeat(2)
     found = []
-    compiled = torch.compile(going(TableWay, module), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(going(way, module), fullgraph=True, backend="aot_eager")
     for run in (module, compiled):
         module.zero_grad()
         run(ids).square().sum().backward()

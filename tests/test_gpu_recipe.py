@@ -11,7 +11,7 @@ from conftest import ROOT, make_tiny_data
 import configurator
 from engine.contract import schedule_sha256
 from scripts.analysis.runs import load_folder
-from scripts.gpu import gather, recipe
+from scripts.gpu import recipe
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_second_call_trains_nothing_again_and_takes_in_the_benches(work, tmp_p
 
 def test_runs_outside_the_plan_are_refused_before_they_train_and_when_gathered(work, copied, tmp_path):
     run = load_folder(copied / "runs" / "kronecker_s1")
-    facts = {k: run.info[k] for k in gather.PINNED if k in run.info} | {"tokens": 40 * 256}
+    facts = {k: run.info[k] for k in recipe.PINNED if k in run.info} | {"tokens": 40 * 256}
     flags = ["--toy", "--out", copied, "--data-dir", work / "data", "--work", tmp_path / "none"]
     (copied / "plan.json").write_text(json.dumps(facts))
     recipe.main(list(map(str, ["gather", *flags])))
@@ -91,24 +91,18 @@ def test_records_that_do_not_match_are_refused(work, copied, tmp_path):
 
 def test_every_command_of_every_piece_is_one_that_this_project_has(tmp_path, capsys):
     """The commands for a GPU and for a toy, shown; each names a file that is there, and flags that it knows."""
-    for size in ([], ["--toy"]):
-        given = [
-            "--work",
-            str(tmp_path),
-            "--out",
-            str(tmp_path),
-            "--text",
-            "pack.jsonl.xz",
-            "--nanogpt-dir",
-            "../nanoGPT",
-        ]
-        recipe.main([*recipe.PIECES, "--show", *given, *size])
+    more = {"embedding": ["--text=x.jsonl.xz"], "speed": ["--nanogpt-dir=x"], "probes": ["--text=x"]}
+    for piece in recipe.PIECES:
+        given = [piece, "--show", f"--work={tmp_path}", f"--out={tmp_path}", *more.get(piece, [])]
+        recipe.main(given)
+        recipe.main([*given, "--toy"])
     commands = [shlex.split(line.partition(": ")[2]) for line in capsys.readouterr().out.splitlines()]
     assert len(commands) == 2 * (1 + 3 + 1 + 1 + 6 + 1)
     for command in commands:
         script = Path(command[1] if command[1] != "-m" else command[-1])
         assert script.is_file(), command
-        known = script.read_text() + (ROOT / "scripts" / "probes" / "common.py").read_text()
+        shared = ("scripts/probes/common.py", "scripts/bench/rounds.py")
+        known = script.read_text() + "".join((ROOT / name).read_text() for name in shared)
         for flag in (word.partition("=")[0] for word in command[2:] if word.startswith("--")):
             mine = f'"{flag}"' in known or (
                 script.name in ("matched.py", "train.py") and f"{flag[2:]}" in configurator.Config.__dict__

@@ -8,40 +8,42 @@ from scripts.analysis import figures
 from scripts.analysis.report import SPARE_COLOURS, Table
 
 
-def slope(xs, ys) -> float:
+def points(xs: list, ys: list) -> tuple[list, list]:
+    """xs and ys without those where y is None."""
+    there = [i for i, y in enumerate(ys) if y is not None]
+    return [xs[i] for i in there], [ys[i] for i in there]
+
+
+def slope(xs: list, ys: list) -> float:
     """Exponent k of the least-squares power law y ~ x^k: 1 is linear growth. NaN for fewer than two points."""
-    points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
-    if len(points) < 2:
-        return float("nan")
-    return float(np.polyfit(*np.log(points).T, 1)[0])
+    xs, ys = points(xs, ys)
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0]) if len(xs) > 1 else float("nan")
 
 
-def growth(title: str, x_label: str, y_label: str, xs: list, series: dict[str, list], base: Path) -> Table:
-    """Table of series {name: one value an x, None where there is none}, its last row the slopes; draws `base`.svg and .png.
+def growth(title: str, x_label: str, y_label: str, xs: list, series: dict[str, list], base: Path) -> list:
+    """[table, link to its figure] of series {name: one value an x, None where there is none}; draws `base`.svg and .png.
 
-    xs and values are positive; y_label names the unit. The slope of each series stands in the figure's legend, too.
+    xs and values are positive; y_label names the unit. The table's last row is the slopes; they stand in the figure's
+    legend, too.
     """
-    plt, slopes = figures.plt, {name: slope(xs, ys) for name, ys in series.items()}
-    with plt.rc_context(figures.STYLE):
-        figure, ax = plt.subplots(figsize=(5.4, 3.7))
+    slopes = {name: slope(xs, ys) for name, ys in series.items()}
+    with figures.plt.rc_context(figures.STYLE):
+        figure, ax = figures.plt.subplots(figsize=(5.4, 3.7))
         for (name, ys), colour in zip(series.items(), SPARE_COLOURS, strict=False):
-            points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
             label = figures.label(f"{name}: slope {slopes[name]:.2f}")
-            ax.loglog(*zip(*points, strict=True), marker="o", label=label, color=colour)
+            ax.loglog(*points(xs, ys), marker="o", label=label, color=colour)
         exponents = np.log10([y for ys in series.values() for y in ys if y is not None])
-        whole = (
-            10 ** np.floor(exponents.min()),
-            10 ** (np.floor(exponents.max()) + 2),
-        )  # the legend stands in the last
-        ax.set(title=title, xlabel=x_label, ylabel=y_label, ylim=whole)
+        # whole decades, and one more for the legend
+        limits = (10 ** np.floor(exponents.min()), 10 ** (np.floor(exponents.max()) + 2))
+        ax.set(title=title, xlabel=x_label, ylabel=y_label, ylim=limits)
         ax.set_xticks(xs, [f"{x:,}" for x in xs])
         ax.minorticks_off()
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.6g}")
         ax.legend()
+        base.parent.mkdir(parents=True, exist_ok=True)
         figures.save(figure, base)
-    rows = [
-        [f"{x:,}", *("-" if ys[i] is None else f"{ys[i]:,.4g}" for ys in series.values())]
-        for i, x in enumerate(xs)
-    ]
+    cells = [["-" if y is None else f"{y:,.4g}" for y in ys] for ys in series.values()]
+    rows = [[f"{x:,}", *line] for x, line in zip(xs, zip(*cells, strict=True), strict=True)]
     rows.append(["log-log slope", *(f"{k:.2f}" for k in slopes.values())])
-    return Table(title, [x_label, *(f"{name} ({y_label})" for name in series)], rows)
+    header = [x_label, *(f"{name} ({y_label})" for name in series)]
+    return [Table(title, header, rows), f"![{title}]({base.name}.svg)"]

@@ -1,6 +1,6 @@
 """How fast is data/fineweb_edu/prepare.py, against the pipeline that everybody writes; and what is it waiting for?
 
-    python scripts/bench/prepare.py --input text.jsonl.xz --json results/data/bench_prepare.json
+    python scripts/bench/prepare.py --input text.jsonl.xz --out results/data
 
 Both sides take the same JSON lines (unpacked beforehand, so that no decompressor is the limit), as many threads as the
 other has processes, and the same disk, in turns. The plain side is a multiprocessing.Pool over documents, tiktoken's
@@ -13,12 +13,9 @@ import lzma
 import multiprocessing
 import os
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -27,26 +24,26 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 import numpy as np
 
-from data import DataError, console
 from data.encoder import Encoder
-from data.files import expanded, write_json, write_text
+from data.files import expanded
 from data.pipeline import CHECK_ONE_IN, OpenShard
 from data.shards import find_shards, open_shard, write_shard
 from data.sources import local_blocks, read_block
 from data.tokenizers import load_tokenizer
+from engine.errors import RunError, sentences
 from scripts.analysis.report import Table
-from scripts.arguments import Parser, whole
-from scripts.provenance import provenance
+from scripts.arguments import whole
+from scripts.bench import rounds as bench
+from scripts.provenance import ROOT, provenance
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARD_SIZE = "100000000"
+SHARD_SIZE, VAL_TOKENS = 100_000_000, 1_000_000
 
 
-def _plain_worker(name: str) -> None:
+def _plain_worker() -> None:
     global encoding
     import tiktoken
 
-    encoding = tiktoken.get_encoding(name)
+    encoding = tiktoken.get_encoding("gpt2")
 
 
 def _plain_encode(document: dict) -> np.ndarray:
@@ -57,59 +54,25 @@ def _plain_encode(document: dict) -> np.ndarray:
     return array.astype(np.uint16)
 
 
-def plain(source: Path, out_dir: Path, processes: int, shard_size: int) -> None:
+def plain(source: Path, out_dir: Path, processes: int, shard_size: int = SHARD_SIZE) -> None:
     """Tokenize JSON lines with a pool, one document after the other into a buffer of one shard."""
     out_dir.mkdir(parents=True)
-    with open(source, "rb") as file, multiprocessing.Pool(processes, _plain_worker, ("gpt2",)) as pool:
+    with open(source, "rb") as file, multiprocessing.Pool(processes, _plain_worker) as pool:
         buffer, count, number = np.empty(shard_size, np.uint16), 0, 0
+
+        def write() -> None:
+            write_shard(out_dir / f"plain_{'train' if number else 'val'}_{number:06d}.bin", buffer[:count])
+
         for ids in pool.imap(_plain_encode, map(json.loads, file), chunksize=16):
             while len(ids):
                 room = min(len(ids), shard_size - count)
                 buffer[count : count + room] = ids[:room]
                 count, ids = count + room, ids[room:]
                 if count == shard_size:
-                    write_shard(out_dir / f"plain_{'train' if number else 'val'}_{number:06d}.bin", buffer)
+                    write()
                     count, number = 0, number + 1
         if count:
-            write_shard(out_dir / f"plain_{'train' if number else 'val'}_{number:06d}.bin", buffer[:count])
-
-
-def tree_memory(pid: int) -> int:
-    """Bytes of memory of a process and all below it, shared pages counted once (PSS), Linux only."""
-    total, todo = 0, [pid]
-    while todo:
-        pid = todo.pop()
-        try:
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                todo += map(int, (task / "children").read_text().split())
-        except (OSError, ValueError):
-            continue
-    return total
-
-
-def timed(command: list[str]) -> dict:
-    """Seconds and peak memory (MB) of a command with everything that it starts; DataError if it fails."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    peak, over = 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not over.wait(0.1):
-            peak = max(peak, tree_memory(process.pid))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    output, _ = process.communicate()
-    seconds = time.perf_counter() - started
-    over.set()
-    watcher.join()
-    if process.returncode:
-        raise DataError(f"{' '.join(command)} failed: {output[-2000:]}")
-    return {"seconds": round(seconds, 2), "peak_mb": round(peak / 1e6)}
+            write()
 
 
 def all_tokens(folder: Path) -> np.ndarray:
@@ -117,43 +80,40 @@ def all_tokens(folder: Path) -> np.ndarray:
     return np.concatenate([open_shard(path).tokens for path in paths])
 
 
-def unpacked(paths: list[Path], target: Path) -> list[int]:
-    """Write the lines of all files, plain or .xz, to one; the bytes of text of each document."""
+def unpacked(paths: list[Path], target: Path) -> list[str]:
+    """Write the lines of all files, plain or .xz, to one; the text of each document."""
     with open(target, "wb") as out:
         for path in paths:
             with lzma.open(path) if path.suffix == ".xz" else open(path, "rb") as file:
                 shutil.copyfileobj(file, out, 1 << 22)
     with open(target, "rb") as file:  # also brings it into the page cache, for both sides
-        return [len(json.loads(line)["text"].encode()) for line in file]
+        return [json.loads(line)["text"] for line in file]
 
 
-def ten_megabyte_documents(source: Path, target: Path) -> Path:
+def in_long_documents(texts: list[str], target: Path) -> Path:
     """The same text in documents of 10 MB, which no pipeline expects."""
-    with open(source, "rb") as file, open(target, "w", encoding="utf-8") as out:
-        texts = []
-        for line in file:
-            texts.append(json.loads(line)["text"])
-            if sum(map(len, texts)) >= 10_000_000:
-                out.write(json.dumps({"text": "\n".join(texts)}) + "\n")
-                texts = []
-        out.write(json.dumps({"text": "\n".join(texts)}) + "\n")
+    with open(target, "w", encoding="utf-8") as out:
+        while texts:
+            size, n = 0, 0
+            while n < len(texts) and size < 10_000_000:
+                size, n = size + len(texts[n]), n + 1
+            out.write(json.dumps({"text": "\n".join(texts[:n])}) + "\n")
+            texts = texts[n:]
     return target
 
 
 def stages(source: Path, packed: list[Path], scratch: Path) -> dict[str, float]:
     """Seconds of each stage of ours for the whole text, one after the other on this thread.
 
-    reading: lines from the page cache, cut into blocks; parsing: JSON to text; checking: tiktoken on its share; writing: hash, disk and fsync; unpacking: the .xz, which a packed source adds.
+    reading: lines from the page cache, cut into blocks; parsing: JSON to text; checking: tiktoken on its share;
+    writing: hash, disk and fsync; unpacking: the .xz, which a packed source adds.
     """
-    seconds = dict.fromkeys(
-        ("start", "reading", "parsing", "encoding", "checking", "writing", "unpacking"), 0.0
-    )
-    clock = time.perf_counter
+    names = ("start", "reading", "parsing", "encoding", "checking", "writing", "unpacking")
+    seconds = dict.fromkeys(names, 0.0)
 
     def spent(stage: str, action, *given):
-        began = clock()
-        value = action(*given)
-        seconds[stage] += clock() - began
+        ms, value = bench.timed(partial(action, *given))
+        seconds[stage] += ms / 1e3
         return value
 
     encoder = spent("start", lambda: Encoder(load_tokenizer("gpt2")))
@@ -171,138 +131,95 @@ def stages(source: Path, packed: list[Path], scratch: Path) -> dict[str, float]:
         with lzma.open(path) as file:
             while spent("unpacking", file.read, 1 << 20):
                 pass
-    return {stage: round(value, 2) for stage, value in seconds.items()}
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--input", type=expanded, nargs="+", required=True, help="JSON lines with a text key, plain or .xz")
-    add("--workers", type=whole(1), default=os.cpu_count(), help="threads or processes (%(default)s)")
-    add("--repeats", type=whole(1), default=3, help="runs of each side, in turns (%(default)s)")
-    add("--json", type=expanded, help="where the figures go; beside it a .md")
-    add("--plain-to", metavar="DIR", help="only tokenize --input, by the plain pipeline")
-    args = parser.parse_args(argv)
-    with console.sentences():
-        for path in args.input:
-            if not path.is_file():
-                raise DataError(f"no input file {path}: give JSON lines with --input")
-        if args.plain_to:
-            return plain(args.input[0], Path(args.plain_to), args.workers, int(SHARD_SIZE))
-        with tempfile.TemporaryDirectory() as scratch:
-            report = measure(args, Path(scratch)) | provenance(__file__, argv)
-        page = "\n\n".join(table.markdown() for table in tables(report))
-        print("\n\n".join(table.text() for table in tables(report)))
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            write_json(args.json, report)
-            write_text(args.json.with_suffix(".md"), "# Preparing shards\n\n" + page + "\n")
+    return seconds
 
 
 def measure(args, scratch: Path) -> dict:
     """Time both sides in turns, ours on other input, and each stage; refuses figures of sides whose tokens differ."""
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    source, out = scratch / "text.jsonl", scratch / "out"
+    source, out, expected = scratch / "text.jsonl", scratch / "out", []
     packed = [path for path in args.input if path.suffix == ".xz"]
-    lengths = unpacked(args.input, source)
-    mb = sum(lengths) / 1e6
+    texts = unpacked(args.input, source)
+    workers = f"--workers={args.workers}"
+    ours = [sys.executable, ROOT / "data" / "fineweb_edu" / "prepare.py", "--out-dir", out, workers]
+    ours += [f"--val-tokens={VAL_TOKENS}", f"--shard-size={SHARD_SIZE}", "--input"]
+    plainly = [sys.executable, __file__, workers, "--plain-to", out, "--input", source]
 
-    def ours(*sources: Path) -> list[str]:
-        flags = ["--out-dir", str(out), "--workers", str(args.workers), "--val-tokens", "1000000"]
-        script = str(ROOT / "data" / "fineweb_edu" / "prepare.py")
-        return [sys.executable, script, *flags, "--shard-size", SHARD_SIZE, "--input", *map(str, sources)]
-
-    script = str(Path(__file__).resolve())
-    flags = ["--workers", str(args.workers), "--plain-to", str(out), "--input", str(source)]
-    sides = {"ours": ours(source), "plain": [sys.executable, script, *flags]}
-    runs, expected = {side: [] for side in sides}, None
-
-    def run(command: list[str], compare: bool = True) -> dict:
-        nonlocal expected
-        measured, stream = timed(command), all_tokens(out)
-        expected = stream if expected is None else expected
-        if compare and not np.array_equal(expected, stream):
-            raise DataError(f"{' '.join(command)} gave other tokens than ours")
+    def run(command: list, compare: bool = True) -> dict:
+        _, seconds, gb = bench.run(command)
+        stream = all_tokens(out)
+        expected[:] = expected or [stream]
+        if compare and not np.array_equal(expected[0], stream):
+            raise RunError(f"{command[1]} gave other tokens than the other side")
         shutil.rmtree(out)
-        return measured
+        return {"seconds": seconds, "peak_mb": 1e3 * gb}
 
-    for repeat in range(args.repeats):
-        for side, command in sides.items():
-            runs[side].append(run(command))
-            print(f"{repeat + 1} of {args.repeats}  {side:20} {runs[side][-1]}", flush=True)
-    long = ten_megabyte_documents(source, scratch / "long.jsonl")
-    others = {"documents of 10 MB each": run(ours(long), compare=False)}
+    sides = {"ours": partial(run, [*ours, source]), "plain": partial(run, plainly)}
+    rounds = bench.alternate(sides, args.rounds)
+    long = in_long_documents(texts, scratch / "long.jsonl")
+    others = {"documents of 10 MB each": run([*ours, long], compare=False)}
     if packed:
-        others["from the .xz itself"] = run(ours(*args.input))
-    rows = []
-    for side, measured in runs.items():
-        seconds = statistics.median(run["seconds"] for run in measured)
-        ratios = [run["seconds"] / own["seconds"] for run, own in zip(measured, runs["ours"], strict=True)]
-        rows.append(
-            {
-                "side": side,
-                "seconds": seconds,
-                "tokens_per_second": round(len(expected) / seconds),
-                "mb_per_second": round(mb / seconds, 1),
-                "minutes_for_10B_tokens": round(1e10 / len(expected) * seconds / 60, 1),
-                "ours_is_faster_by": round(statistics.median(ratios), 2),
-                "peak_mb": max(run["peak_mb"] for run in measured),
-                "runs": measured,
-            }
-        )
-    names = " + ".join(path.name for path in args.input)
+        others["from the .xz itself"] = run([*ours, *args.input])
     return {
-        "what": "tokenizing local JSON lines into token shards, whole program with start-up and fsync",
-        "input": {
-            "name": names,
-            "documents": len(lengths),
-            "text_bytes": sum(lengths),
-            "tokens": len(expected),
-        },
-        "workers": args.workers,
-        "repeats": args.repeats,
-        "load_average_before": load,
-        "python": sys.version.split()[0],
-        "sides": rows,
-        "ours_on_other_input": others,
-        "stage_seconds_on_one_core": stages(source, packed, scratch),
-    }
+        "input": " + ".join(path.name for path in args.input), "documents": len(texts), "tokens": len(expected[0]),
+        "mb": sum(len(text.encode()) for text in texts) / 1e6, "workers": args.workers, "rounds": rounds,
+        "ours_on_other_input": others, "stage_seconds_on_one_core": stages(source, packed, scratch),
+    }  # fmt: skip
 
 
-def tables(report: dict) -> list[Table]:
-    """The figures as tables: the sides, ours on other input, and where its time goes."""
-    text, mb = report["input"], report["input"]["text_bytes"] / 1e6
-    made = f"{report['machine']}; commit {report['commit']}; {report['date']}; load before {report['load_average_before']}"
-    sides = [
-        (r["side"], f"{r['tokens_per_second'] / 1e6:.2f}M", r["mb_per_second"], f"{r['minutes_for_10B_tokens']} min",
-         f"{r['peak_mb']} MB", f"{r['ours_is_faster_by']}x")
-        for r in report["sides"]
-    ]  # fmt: skip
+def tables(record: dict) -> list[Table]:
+    """The sides, ours on other input, and where its time goes."""
+    mb, tokens, rounds = record["mb"], record["tokens"], record["rounds"]
+    seconds = {side: bench.column(rounds, side, "seconds") for side in rounds}
+    rows = []
+    for side, of_side in seconds.items():
+        speeds = [
+            bench.median([tokens / s / 1e6 for s in of_side]) + "M",
+            bench.median([mb / s for s in of_side], ".1f"),
+        ]
+        minutes = bench.median([1e10 / tokens * s / 60 for s in of_side], ".1f")
+        peak = f"{max(bench.column(rounds, side, 'peak_mb')):.0f} MB"
+        rows.append([side, *speeds, f"{minutes} min", peak, bench.ratio(of_side, seconds["ours"])])
     others = [
-        (name, r["seconds"], round(mb / r["seconds"], 1), f"{r['peak_mb']} MB")
-        for name, r in report["ours_on_other_input"].items()
+        [name, f"{r['seconds']:.2f}", f"{mb / r['seconds']:.1f}", f"{r['peak_mb']:.0f} MB"]
+        for name, r in record["ours_on_other_input"].items()
     ]
     spent = [
-        (stage, s, round(mb / s, 1) if s else "") for stage, s in report["stage_seconds_on_one_core"].items()
+        [stage, f"{s:.2f}", f"{mb / s:.1f}" if s else ""]
+        for stage, s in record["stage_seconds_on_one_core"].items()
     ]
+    note = (
+        f"{tokens:,} tokens, {mb:.0f} MB of text in {record['documents']:,} documents ({record['input']}, unpacked), "
+        f"{record['workers']} threads or processes; medians over the rounds, ratios by pairs; every side gave the same tokens."
+    )
+    header = ["side", "tokens/s", "MB/s", "10B tokens take", "peak memory", "ours is faster by"]
+    of_stages = (
+        "Each stage alone, one after the other on one thread. In a preparation reading, writing and unpacking are the "
+        "first thread's, parsing and encoding and checking the others'; parsing holds Python's lock."
+    )
     return [
-        Table(
-            "Sides",
-            ["side", "tokens/s", "MB/s", "10B tokens take", "peak memory", "ours is faster by"],
-            sides,
-            note=f"{text['tokens']:,} tokens, {mb:.0f} MB of text in {text['documents']:,} documents ({text['name']}, "
-            f"unpacked), {report['workers']} threads or processes; medians of {report['repeats']} runs in turns, ratios "
-            f"by pairs; every side gave the same tokens. {made}; {report['command']}",
-        ),
+        Table("Sides", header, rows, note=note),
         Table("Ours on the same text in another form", ["form", "seconds", "MB/s", "peak memory"], others),
-        Table(
-            "Where the time goes",
-            ["stage", "seconds on one core", "MB/s"],
-            spent,
-            note="Each stage alone, one after the other on one thread. In a preparation reading, writing and unpacking are "
-            "the first thread's, parsing and encoding and checking the others'; parsing holds Python's lock.",
-        ),
+        Table("Where the time goes", ["stage", "seconds on one core", "MB/s"], spent, note=of_stages),
     ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = bench.parser(__doc__)
+    add = parser.add_argument
+    add("--input", type=expanded, nargs="+", required=True, help="JSON lines with a text key, plain or .xz")
+    add("--workers", type=whole(1), default=os.cpu_count(), help="threads or processes (%(default)s)")
+    add("--plain-to", type=Path, metavar="DIR", help="only tokenize --input, by the plain pipeline")
+    args = parser.parse_args(argv)
+    with sentences():
+        for path in args.input:
+            if not path.is_file():
+                raise RunError(f"no input file {path}: give JSON lines with --input")
+        if args.plain_to:
+            return plain(args.input[0], args.plain_to, args.workers)
+        with tempfile.TemporaryDirectory() as scratch:
+            record = measure(args, Path(scratch))
+        made = provenance(__file__, argv)
+        bench.publish(args.out, "bench_prepare", "Preparing shards", made, record, tables(record))
 
 
 if __name__ == "__main__":

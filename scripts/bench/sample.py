@@ -18,7 +18,6 @@ Greedy tokens are compared at every measured length, drawn ones of one seed in t
 import importlib.util
 import statistics
 import sys
-import time
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -29,14 +28,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data.files import write_json, write_text
-from engine.errors import RunError, sentences
-from engine.ranks import keep_heap, settle
+from engine.errors import sentences
+from engine.ranks import keep_heap
 from model import GPT, GPTConfig
-from scripts import provenance
 from scripts.analysis.report import Table
-from scripts.arguments import Parser, device, whole
-from scripts.bench.rounds import alternate, ratios, times
+from scripts.arguments import device, whole
+from scripts.bench import rounds as bench
+from scripts.provenance import provenance
 
 SHAPES = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
@@ -49,10 +47,7 @@ EIGHT = [1, 2, 4, 8, 16, 24, 32, 48]  # the batch's prompts, in 128ths of the co
 
 def load_nanogpt(folder: Path):
     """nanoGPT's model.py as a module of its own name."""
-    path = folder / "model.py"
-    if not path.is_file():
-        raise RunError(f"{folder} is no checkout of nanoGPT: it has no model.py")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
@@ -74,15 +69,6 @@ def pair(shape: dict, nanogpt, device: str) -> tuple:
     return ours, theirs
 
 
-def seconds(work, device: str):
-    """(seconds that work() takes, what it gives)."""
-    settle(torch.device(device))
-    start = time.perf_counter()
-    given = work()
-    settle(torch.device(device))
-    return time.perf_counter() - start, given
-
-
 def ours_all(model, prompts: list[torch.Tensor], n: int, **how) -> torch.Tensor:
     """n new tokens after each prompt (1, T), as one batch: (number of prompts, n)."""
     longest = max(p.size(1) for p in prompts)
@@ -92,130 +78,113 @@ def ours_all(model, prompts: list[torch.Tensor], n: int, **how) -> torch.Tensor:
 
 
 def added_up(lengths, costs, first: int, n: int) -> float:
-    """Seconds of n tokens from a context of `first` on, a context of lengths[i] costing costs[i]."""
+    """Cost of n tokens from a context of `first` on, a context of lengths[i] costing costs[i]."""
     return float(np.interp(np.arange(first, first + n), lengths, costs).sum())
 
 
 def measure(shape: dict, nanogpt, args, n_rounds: int) -> dict:
-    """{"rounds": {side: [{task: seconds}]}, "lengths": where nanoGPT was timed, "differ": those where the tokens do}."""
+    """{"rounds": {side: [{task: ms}]}, "lengths": where nanoGPT was timed, "differ": those where the tokens do}."""
     device, n, block = args.device, args.tokens, shape["block_size"]
     ours, theirs = pair(shape, nanogpt, device)
     draw = torch.Generator().manual_seed(0)
-    prompts = {
-        "one": [torch.randint(0, 256, (1, PROMPT), generator=draw).to(device)],
-        "eight": [
-            torch.randint(0, 256, (1, max(1, block * k // 128)), generator=draw).to(device) for k in EIGHT
-        ],
-    }
-    full = torch.randint(0, 256, (1, block + 1), generator=draw).to(device)
+
+    def random(length: int) -> torch.Tensor:
+        return torch.randint(0, 256, (1, length), generator=draw).to(device)
+
+    prompts = {"one": [random(PROMPT)], "eight": [random(max(1, block * k // 128)) for k in EIGHT]}
+    full = random(block + 1)
     longest = prompts["eight"][-1].size(1) + n - 1
     lengths = np.unique(np.linspace(1, min(longest, block), 8).astype(int)).tolist()
     texts, differ = {}, set()  # what ours made of the prompts
 
-    def run_ours(_) -> dict:
+    def run_ours() -> dict:
         spent = {}
         for task, of_task in prompts.items():
-            spent[task], new = seconds(lambda: ours_all(ours, of_task, n, temperature=0), device)  # noqa: B023
+            spent[task], new = bench.timed(lambda: ours_all(ours, of_task, n, temperature=0), device)  # noqa: B023
             texts[task] = torch.cat((of_task[-1], new[-1:]), dim=1)
-        spent["sliding"], token = seconds(lambda: next(ours.generate(full, 1, temperature=0)), device)
+        spent["sliding"], token = bench.timed(lambda: next(ours.generate(full, 1, temperature=0)), device)
         texts["sliding"] = torch.cat((full, token), dim=1)
         return spent
 
     def one_token(task: str, length: int) -> float:
-        """Seconds of nanoGPT for one token after so many of a text of ours; also whether it is the same token."""
+        """Milliseconds of nanoGPT for one token after so many of a text of ours; also whether it is the same token."""
         text = texts[task]
-        spent, longer = seconds(lambda: theirs.generate(text[:, :length], 1, top_k=1), device)
+        spent, longer = bench.timed(lambda: theirs.generate(text[:, :length], 1, top_k=1), device)
         if length >= text.size(1) - n and longer[0, -1] != text[0, length]:
             differ.add(length)
         return spent
 
-    def run_theirs(_) -> dict:
+    def run_theirs() -> dict:
         costs = [one_token("one" if length < PROMPT + n else "eight", length) for length in lengths]
         spent = {
             task: sum(added_up(lengths, costs, p.size(1), n) for p in of) for task, of in prompts.items()
         }
-        return spent | {"sliding": one_token("sliding", block + 1), "costs": costs}
+        return spent | {"sliding": one_token("sliding", block + 1)}
 
-    for model in (ours, theirs):
-        if model is not None:
-            list(model.generate(prompts["one"][0], 4))  # libraries and threads come up
+    for model in filter(None, (ours, theirs)):
+        list(model.generate(prompts["one"][0], 4))  # libraries and threads come up
     sides = {"ours": run_ours} | ({"nanoGPT": run_theirs} if theirs else {})
-    rounds = alternate(sides, n_rounds, say=lambda line: print(line, file=sys.stderr, flush=True))
-    return {"rounds": rounds, "lengths": lengths, "differ": sorted(differ)}
+    return {"rounds": bench.alternate(sides, n_rounds), "lengths": lengths, "differ": sorted(differ)}
 
 
 def check(shape: dict, nanogpt, args) -> dict:
-    """Both sides in full on a small model, drawing with one seed: seconds, added-up seconds, equal tokens."""
+    """Both sides in full on a small model, drawing with one seed: ms, added-up ms, equal tokens."""
     ours, theirs = pair(shape, nanogpt, args.device)
     prompt = torch.randint(0, 256, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(args.device)
     how = {"temperature": 0.8, "top_k": 200}
     torch.manual_seed(1)
-    ours_s, new = seconds(lambda: ours_all(ours, [prompt], args.tokens, **how), args.device)
+    ours_ms, new = bench.timed(lambda: ours_all(ours, [prompt], args.tokens, **how), args.device)
     torch.manual_seed(1)
-    theirs_s, old = seconds(lambda: theirs.generate(prompt, args.tokens, **how), args.device)
-    (added,) = measure(shape, nanogpt, args, 1)["rounds"]["nanoGPT"]
+    theirs_ms, old = bench.timed(lambda: theirs.generate(prompt, args.tokens, **how), args.device)
+    (added,) = bench.column(measure(shape, nanogpt, args, 1)["rounds"], "nanoGPT", "one")
     return {
-        "ours_s": ours_s, "nanogpt_s": theirs_s, "nanogpt_added_up_s": added["one"],
+        "ours_ms": ours_ms, "nanogpt_ms": theirs_ms, "nanogpt_added_up_ms": added,
         "same_tokens": torch.equal(new, old[:, PROMPT:]), "distinct_tokens": new.unique().numel(),
     }  # fmt: skip
 
 
-def table(args, record: dict) -> Table:
+def table(args, small: str, record: dict) -> Table:
+    """Tokens a second of both sides in each task, and what the checks found."""
     rounds, rows = record["rounds"], []
     for task, n in (("one", args.tokens), ("eight", 8 * args.tokens), ("sliding", 1)):
-        speeds = [f"{n / statistics.median(f[task] for f in found):,.1f}" for found in rounds.values()]
-        ratio = ratios(rounds, "nanoGPT", "ours", task) if "nanoGPT" in rounds else []
-        rows.append([task, n, *speeds, times(ratio, 1 if ratio and min(ratio) > 3 else 2)])
+        ms = {side: bench.column(rounds, side, task) for side in rounds}
+        speeds = [f"{1e3 * n / statistics.median(values):,.1f}" for values in ms.values()]
+        rows.append([task, n, *speeds, bench.ratio(ms.get("nanoGPT", []), ms["ours"])])
     header = ["task", "new tokens", *(f"{side}, tokens/s" for side in rounds), "ours is faster by"]
-    note = (
-        f"{record['threads']} threads; medians of {args.rounds} rounds, ratios with the lowest and highest. "
-    )
+    note = f"{torch.get_num_threads()} threads; medians of {args.rounds} rounds, ratios with the lowest and highest. "
     if "check" in record:
         c, other = record["check"], record["differ"]
         note += (
             f"nanoGPT's times are added up from one token at {len(record['lengths'])} lengths of context each. Greedy "
-            f"tokens are {'the same' if not other else f'other ones at the lengths {other}'}. In full, {args.check} "
-            f"model, {args.tokens} drawn tokens: nanoGPT {c['nanogpt_s']:.1f} s (added up: {c['nanogpt_added_up_s']:.1f}), "
-            f"ours {c['ours_s']:.1f} s ({c['nanogpt_s'] / c['ours_s']:.1f}x), the tokens "
+            f"tokens are {f'other ones at the lengths {other}' if other else 'the same'}. In full, {small} model, "
+            f"{args.tokens} drawn tokens: nanoGPT {c['nanogpt_ms'] / 1e3:.1f} s (added up: "
+            f"{c['nanogpt_added_up_ms'] / 1e3:.1f}), ours {c['ours_ms'] / 1e3:.1f} s "
+            f"({bench.ratio([c['nanogpt_ms']], [c['ours_ms']])}), the tokens "
             f"{'the same' if c['same_tokens'] else 'NOT the same'} ({c['distinct_tokens']} distinct ones)."
         )
     return Table(f"Generation, {args.shape}", header, rows, note=note)
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__)
+    parser = bench.parser(__doc__)
     add = parser.add_argument
-    add("--nanogpt-dir", type=Path, help="checkout of nanoGPT to measure against")
+    add("--nanogpt-dir", type=bench.nanogpt, help="checkout of nanoGPT to measure against")
     add("--shape", default="gpt2", choices=SHAPES)
-    add("--check", default="small", choices=SHAPES, help="both generate with it in full (%(default)s)")
     add("--tokens", type=whole(1, 512), default=512, help="new tokens a prompt (%(default)s)")
-    add("--rounds", type=whole(1), default=3, help="times that every side runs (%(default)s)")
     add("--device", type=device, default="cpu", help="cpu or cuda (%(default)s)")
-    add("--out", type=Path, help="write the figures as JSON and markdown to this folder")
     args = parser.parse_args(argv)
     with sentences():
         if args.device == "cpu":
             keep_heap()
         nanogpt = load_nanogpt(args.nanogpt_dir) if args.nanogpt_dir else None
-        made = provenance.provenance(__file__, argv)
-        record = made | {
-            "shape": SHAPES[args.shape],
-            "tokens": args.tokens,
-            "threads": torch.get_num_threads(),
-        }
-        record |= measure(SHAPES[args.shape], nanogpt, args, args.rounds)
+        made, small = provenance(__file__, argv), "toy" if args.shape == "toy" else "small"
+        record = {"shape": SHAPES[args.shape]} | measure(SHAPES[args.shape], nanogpt, args, args.rounds)
         if nanogpt:
-            record["check"] = check(SHAPES[args.check], nanogpt, args)
+            record["check"] = check(SHAPES[small], nanogpt, args)
         else:
-            print("nanoGPT is left out: --nanogpt-dir names a checkout of it", file=sys.stderr)
-        found = table(args, record)
-        print(found.text())
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_json(args.out / f"bench_sample_{args.shape}.json", record)
-            source = f"`{made['command']}` at commit {made['commit']}, {made['machine']}, {made['date']}."
-            page = f"# Generation speed\n\n{source}\n\n{found.markdown()}\n"
-            write_text(args.out / f"bench_sample_{args.shape}.md", page)
+            bench.progress("nanoGPT is left out: --nanogpt-dir names a checkout of it")
+        name = f"bench_sample_{args.shape}"
+        bench.publish(args.out, name, "Generation speed", made, record, [table(args, small, record)])
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -20,41 +20,35 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 import numpy as np
 
-from data.files import write_json, write_text
 from data.loader import TrainBatches
 from data.shards import write_shard
 from engine.errors import sentences
 from engine.metrics import read_metrics
-from scripts import provenance
-from scripts.arguments import Parser, whole
+from scripts.arguments import whole
+from scripts.bench import rounds as bench
 from scripts.bench.growth import growth
-from scripts.bench.rounds import alternate, timed
-from scripts.bench.train import ARMS, ROOT, SETTINGS, flags, write_data
+from scripts.bench.train import SETTINGS, flags, write_data
+from scripts.experiment import arm_file
+from scripts.provenance import ROOT, provenance
 
 ROWS, BLOCK = 32, 128  # of a batch
 N_TOKENS = 2_000_000  # of all shards together
+SKIPPED = 3  # steps at a training's start that do not count
 
 
 def train_on(n_ranks: int, work: Path, args) -> dict:
-    """Milliseconds of a step and megabytes of rank 0 at its peak; the median over all steps but the first three."""
-    out_dir = work / f"ranks_{n_ranks}"
-    keys = SETTINGS[args.setting] | {"global_batch_size": ROWS, "max_iters": args.steps, "log_interval": 1}
-    keys |= {
-        "batch_size": 8,
-        "eval_interval": 10**6,
-        "eval_tokens": 4096,
-        "ckpt_interval": -1,
-        "keep_best": False,
-    }
-    keys |= {"data_dir": work / "data", "out_dir": out_dir, "dtype": "float32", "bias": False}
-    python = ["env", "OMP_NUM_THREADS=1", sys.executable]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    words = [str(ROOT / "train.py"), str(ARMS / "kronecker.py"), "--device=cpu", *flags(keys)]
-    timed([*python, *torchrun, *words], work)
-    rows = [row for row in read_metrics(out_dir) if "train/loss" in row]
-    shutil.rmtree(out_dir)
-    tokens = ROWS * keys["block_size"]
-    steps = [1e3 * tokens / row["tok_per_sec"] for row in rows[3:]]
+    """Milliseconds of a step, the median, and megabytes of rank 0 at its peak."""
+    keys = SETTINGS[args.setting] | {
+        "batch_size": 8, "global_batch_size": ROWS, "max_iters": args.steps, "log_interval": 1, "eval_interval": 10**6,
+        "eval_tokens": 4096, "ckpt_interval": -1, "keep_best": False, "dtype": "float32", "bias": False, "device": "cpu",
+        "data_dir": work / "data", "out_dir": work / "run",
+    }  # fmt: skip
+    torchrun = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [ROOT / "train.py", arm_file("kronecker"), *flags(keys)]
+    bench.run([*torchrun, f"--nproc_per_node={n_ranks}", *command], work)
+    rows = [row for row in read_metrics(keys["out_dir"]) if "train/loss" in row]
+    shutil.rmtree(keys["out_dir"])
+    steps = [1e3 * ROWS * keys["block_size"] / row["tok_per_sec"] for row in rows[SKIPPED:]]
     return {"step, ms": statistics.median(steps), "memory of a rank, MB": 1e3 * rows[-1]["mem_gb"]}
 
 
@@ -67,63 +61,46 @@ def read_from(n_shards: int, work: Path) -> dict:
         tokens = np.random.default_rng(0).integers(0, 4096, N_TOKENS // n_shards).astype(np.uint16)
         for number in range(1, n_shards + 1):
             write_shard(folder / f"scale_train_{number:06d}.bin", tokens)
-    start = time.perf_counter()
-    batches = TrainBatches(folder, BLOCK, ROWS, seed=1)
-    batches.rows(0, 0, ROWS)
-    opened = time.perf_counter() - start
-    each = []
-    for step in range(1, 21):
-        start = time.perf_counter()
-        batches.rows(step, 0, ROWS)
-        each.append(time.perf_counter() - start)
+
+    def start() -> TrainBatches:
+        batches = TrainBatches(folder, BLOCK, ROWS, seed=1)
+        batches.rows(0, 0, ROWS)
+        return batches
+
+    opened, batches = bench.timed(start)
+    each = [bench.timed(partial(batches.rows, step, 0, ROWS))[0] for step in range(1, 21)]
     tracemalloc.start()
-    TrainBatches(folder, BLOCK, ROWS, seed=1).rows(0, 0, ROWS)
+    start()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    found = {"start and first batch, ms": 1e3 * opened, "batch, ms": 1e3 * statistics.median(each)}
+    found = {"start and first batch, ms": opened, "batch, ms": statistics.median(each)}
     return found | {"memory of the loader, KB": peak / 1e3}
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__)
+    parser = bench.parser(__doc__)
     add = parser.add_argument
     add("--ranks", type=whole(1, 64), nargs="+", default=[1, 2, 4], help="numbers of ranks (1 2 4)")
-    add(
-        "--shards",
-        type=whole(1, 2000),
-        nargs="+",
-        default=[1, 10, 100, 1000],
-        help="numbers of shards (1 10 100 1000)",
-    )
+    counts = [1, 10, 100, 1000]
+    add("--shards", type=whole(1, 2000), nargs="+", default=counts, help="numbers of shards (1 10 100 1000)")
     add("--setting", default="demo", choices=SETTINGS, help="the model that the ranks train (%(default)s)")
-    add("--steps", type=whole(5), default=20, help="of a training (%(default)s)")
-    add("--rounds", type=whole(1), default=3, help="times that every number is measured (%(default)s)")
-    add("--out", type=Path, default=ROOT / "out" / "bench", help="folder of tables and figures (%(default)s)")
+    add("--steps", type=whole(SKIPPED + 2), default=20, help="of a training (%(default)s)")
     args = parser.parse_args(argv)
     with sentences(), tempfile.TemporaryDirectory() as temporary:
-        work, say = Path(temporary), lambda line: print(line, file=sys.stderr, flush=True)
-        args.out.mkdir(parents=True, exist_ok=True)
+        work = Path(temporary)
         write_data(work / "data", SETTINGS[args.setting]["vocab_size"])
-        record = provenance.provenance(__file__, argv)
-        parts = ["# Growth with ranks and shards"]
-        parts += [
-            f"`{record['command']}` at commit {record['commit']}, {record['machine']}, {record['date']}."
-        ]
+        made, record, parts = provenance(__file__, argv), {}, []
         for what, numbers, run in (
             ("ranks", args.ranks, lambda n: train_on(n, work, args)),
             ("shards", args.shards, lambda n: read_from(n, work)),
         ):
-            sides = {n: lambda _, n=n, run=run: run(n) for n in numbers}
-            record[what] = rounds = alternate(sides, args.rounds, say=say)
-            for quantity in [q for q in rounds[numbers[0]][0] if q != "round"]:
-                values = [statistics.median(f[quantity] for f in rounds[n]) for n in numbers]
+            record[what] = rounds = bench.alternate({n: partial(run, n) for n in numbers}, args.rounds)
+            for quantity in rounds[numbers[0]][0]:
+                values = [statistics.median(bench.column(rounds, n, quantity)) for n in numbers]
                 name, _, unit = quantity.rpartition(", ")
                 base = args.out / f"growth_{what}_{name.split()[0]}"
-                table = growth(f"{name.capitalize()} and {what}", what, unit, numbers, {name: values}, base)
-                print(table.text() + "\n", flush=True)
-                parts += [table.markdown(), f"![{name}]({base.name}.svg)"]
-        write_json(args.out / "growth.json", record)
-        write_text(args.out / "growth.md", "\n\n".join(parts) + "\n")
+                parts += growth(f"{name.capitalize()} and {what}", what, unit, numbers, {name: values}, base)
+        bench.publish(args.out, "growth", "Growth with ranks and shards", made, record, parts)
 
 
 if __name__ == "__main__":

@@ -54,14 +54,13 @@ def shares(config) -> dict[str, float]:
             if running:  # inside another part, which it belongs to
                 return function(*args, **kwargs)
             running.append(part)
-            start = time.perf_counter()
-            began.append(start)
+            began.append(time.perf_counter())
             try:
                 return function(*args, **kwargs)
             finally:
                 if torch.cuda.is_initialized():
                     torch.cuda.synchronize()
-                seconds[part] += time.perf_counter() - start
+                seconds[part] += time.perf_counter() - began[-1]
                 running.clear()
 
         return run
@@ -69,8 +68,7 @@ def shares(config) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         for part, functions in PARTS.items():
             for owner, name in functions:
-                clock = clocked(part, getattr(owner, name))
-                stack.enter_context(mock.patch.object(owner, name, clock))
+                stack.enter_context(mock.patch.object(owner, name, clocked(part, getattr(owner, name))))
         train.main(config)
         whole = time.perf_counter() - began[0]
     found = {part: s / whole for part, s in seconds.items()}
