@@ -34,25 +34,41 @@ def write_comparison(c: dict, runs: list[Run], out: Path, command: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     made = words.provenance(c, command, provenance.today())
     write_json(folder / "comparison.json", c | {"provenance": made})
-    left_out = {x["run"] for x in c["left_out"]}
-    curves = figures.draw_curves(c, [r for r in runs if r.name not in left_out], folder)
+    kept = {x["run"] for x in c["runs"]}
+    curves = figures.draw_curves(c, [r for r in runs if r.name in kept], folder)
     write_text(folder / "comparison.md", words.as_markdown(c, made))
     return report.write_section(out, "comparison", "Comparison", 10, words.section(c, curves, made))
 
 
-def write_experiment(exp: experiment.Experiment, file: Path, out: Path, made: dict) -> dict:
-    """README.md, report.json and figures in OUT; the experiment's numbers."""
+def compare_runs(args, command: str) -> None:
+    """Runs of folders or of wandb: the comparison in OUT/compare, and printed."""
+    if args.wandb:
+        runs = load_wandb(args.wandb, args.wandb_group)
+        out = args.out or Path("out") / args.wandb.replace("/", "_")
+    else:
+        runs = [load_folder(f) for f in find_run_folders(args.paths)]
+        out = args.out or default_out(args.paths)
+    c = numbers.compare(runs, args.baseline, args.allow_unfinished)
+    page, curves = write_comparison(c, runs, out, command), out / "compare" / "curves"
+    report.say(words.as_text(c))
+    report.say(f"\ncurves  {curves}.png\n        {curves}.svg\nreport  {page}")
+
+
+def report_experiment(file: str, out: Path | None, made: dict) -> None:
+    """An experiment's README.md, report.json and figures, beside its records or in OUT; its tables and findings printed."""
+    exp = experiment.read(file)
     records = experiment.read_records(exp)
     if not records:
-        raise RunError(
-            f"{exp.name} has no records in {exp.records}: run scripts/matched.py on its file first"
-        )
-    c = fair.numbers(exp, records)
+        cure = "run scripts/matched.py on its file first"
+        raise RunError(f"{exp.name} has no records in {exp.records}: {cure}")
+    c, out = fair.numbers(exp, records), out or (experiment.ROOT / exp.records).parent
     out.mkdir(parents=True, exist_ok=True)
     drawn = fair_figures.draw(c, out)
     write_json(out / "report.json", c | {"provenance": made})
-    write_text(out / "README.md", fair_report.as_markdown(c, made, drawn, file.read_text(encoding="utf-8")))
-    return c
+    page = fair_report.as_markdown(c, made, drawn, Path(file).read_text(encoding="utf-8"))
+    write_text(out / "README.md", page)
+    report.say(fair_report.as_text(c))
+    report.say(f"\nreport  {out / 'README.md'}")
 
 
 def main(argv=None) -> None:
@@ -70,23 +86,9 @@ def main(argv=None) -> None:
         parser.error("give run folders, or --wandb entity/project")
     with sentences():
         if len(args.paths) == 1 and experiment.is_experiment(args.paths[0]):
-            exp = experiment.read(args.paths[0])
-            out = args.out or (experiment.ROOT / exp.records).parent
-            c = write_experiment(exp, Path(args.paths[0]), out, provenance.provenance(__file__, argv))
-            report.say(fair_report.as_text(c))
-            report.say(f"\nreport  {out / 'README.md'}")
-            return
-        if args.wandb:
-            runs = load_wandb(args.wandb, args.wandb_group)
-            out = args.out or Path("out") / args.wandb.replace("/", "_")
+            report_experiment(args.paths[0], args.out, provenance.provenance(__file__, argv))
         else:
-            runs = [load_folder(f) for f in find_run_folders(args.paths)]
-            out = args.out or default_out(args.paths)
-        c = numbers.compare(runs, args.baseline, args.allow_unfinished)
-        page = write_comparison(c, runs, out, provenance.command(__file__, argv))
-        folder = out / "compare"
-        report.say(words.as_text(c))
-        report.say(f"\ncurves  {folder / 'curves.png'}\n        {folder / 'curves.svg'}\nreport  {page}")
+            compare_runs(args, provenance.command(__file__, argv))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import configurator
 from data.files import write_text
-from data.records import Record, read_record, validated
+from data.records import STRICT, Record, read_record, validated
 from engine.contract import RULES
 from engine.errors import RunError
 from engine.metrics import read_metrics
@@ -34,7 +35,13 @@ Keys = dict[str, int | float | bool | str]
 PLACE = {key for key, rule in RULES.items() if not rule.ranks} - {"dataset"} | {"init_from"}
 
 
-class Place(Record):
+class Part(Record):
+    """Of an experiment's file, in which no name may be unknown."""
+
+    model_config = STRICT | {"extra": "forbid"}
+
+
+class Place(Part):
     rung: str
     length: str
 
@@ -57,16 +64,16 @@ class Recheck(Stage):
 
 class Final(Place):
     seeds: list[int]
-    settings: list[str]  # of "shared", "best"
+    settings: list[Literal["shared", "best"]]
     arms: list[str] = []  # of the experiment's; empty: all
 
 
-class Pair(Record):
+class Pair(Part):
     arm: str
     over: str
 
 
-class Experiment(Record):
+class Experiment(Part):
     """What an experiment file says; see config/experiments/ladder.py for the meaning of each name."""
 
     name: str
@@ -124,15 +131,9 @@ def is_experiment(path: str) -> bool:
 
 def read(path: str) -> Experiment:
     """The experiment of a file, with every name in it known; RunError or DataError in one sentence otherwise."""
-    given = configurator.read_file(path)
-    unknown = given.keys() - Experiment.model_fields.keys()
-    if unknown:
-        raise RunError(
-            f"unknown name {min(unknown)} in {path}: an experiment has {', '.join(Experiment.model_fields)}"
-        )
-    exp = validated({"name": Path(path).stem} | given, Experiment, path, "an experiment")
-    places = [exp.tuning, *exp.recheck, *exp.final, *([exp.held_out] if exp.held_out else [])]
-    for place in places:
+    given = {"name": Path(path).stem} | configurator.read_file(path)
+    exp = validated(given, Experiment, path, "an experiment")
+    for place in (exp.tuning, *exp.recheck, *exp.final, *filter(None, [exp.held_out])):
         for what, value, known in (("rung", place.rung, exp.rungs), ("length", place.length, exp.lengths)):
             if value not in known:
                 raise RunError(f"{path} names the {what} {value!r}, but it has only {', '.join(known)}")
@@ -141,16 +142,12 @@ def read(path: str) -> Experiment:
             raise RunError(f"{path} names the arm {arm!r}, but there is no config/arms/{arm}.py")
     for arm in exp.arms:
         grids(exp, arm)
-    for final in exp.final:
-        if not set(final.settings) <= {"shared", "best"}:
-            raise RunError(f"{path} names settings {final.settings}, but there are only 'shared' and 'best'")
-        if twice := set(final.seeds) & set(exp.tuning.seeds):
-            raise RunError(f"{path} uses seed {min(twice)} to tune and in final runs")
+    if twice := set(exp.tuning.seeds) & {seed for final in exp.final for seed in final.seeds}:
+        raise RunError(f"{path} uses seed {min(twice)} to tune and in final runs")
     end = exp.tuning.keys.get("eval_tokens", math.inf) + exp.tuning.keys.get("eval_skip_tokens", 0)
     if exp.final_keys.get("eval_skip_tokens", 0) < end:
-        raise RunError(
-            f"{path} tunes on validation windows that final runs read: raise eval_skip_tokens in final_keys"
-        )
+        cure = "raise eval_skip_tokens in final_keys"
+        raise RunError(f"{path} tunes on validation windows that final runs read: {cure}")
     return exp
 
 
@@ -158,17 +155,41 @@ def arm_file(arm: str) -> Path:
     return ARMS / f"{arm}.py"
 
 
-def grids(exp: Experiment, arm: str) -> tuple[list[float], list[float]]:
-    """(values of wte_lr_mult, of wte_init_rms) that an arm is tuned over."""
+def about(arm: str) -> str:
+    """What an arm is: the first line of its file."""
+    return arm_file(arm).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+@lru_cache
+def own_keys(arm: str) -> dict:
+    """What an arm's file says, and the multiplier and scale that it has without saying so."""
+    file = configurator.read_file(str(arm_file(arm)))
+    return {"wte_lr_mult": 1.0, "wte_init_rms": USUAL_RMS[file["wte"]]} | file
+
+
+def setting_of(arm: str, keys: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """Keys laid over the arm's file, without those that say what the arm has anyway: equal settings, equal names."""
+    has = own_keys(arm)
+    return tuple(sorted((k, float(v)) for k, v in keys.items() if k not in has or has[k] != v))
+
+
+def grids(exp: Experiment, arm: str) -> list[list[float]]:
+    """Values of wte_lr_mult, and of wte_init_rms, that an arm is tuned over."""
     found = []
     for grid in (exp.tuning.wte_lr_mult, exp.tuning.wte_init_rms):
         match = [values for pattern, values in grid.items() if fnmatch.fnmatch(arm, pattern)]
         if len(match) != 1:
-            raise RunError(
-                f"{len(match)} patterns of {', '.join(grid)} fit the arm {arm}, but exactly one must"
-            )
-        found.append(match[0])
-    return found[0], found[1]
+            patterns = f"{len(match)} patterns of {', '.join(grid)}"
+            raise RunError(f"{patterns} fit the arm {arm}, but exactly one must")
+        found += match
+    return found
+
+
+def tuned_on(exp: Experiment, rung: str) -> str:
+    """The rung on which the best settings of a rung were chosen: itself, or the last one before it that was tuned."""
+    names = list(exp.rungs)
+    tuned = {place.rung for place in (exp.tuning, *exp.recheck)}
+    return next((r for r in reversed(names[: names.index(rung) + 1]) if r in tuned), exp.tuning.rung)
 
 
 # ---- which runs there are
@@ -201,15 +222,41 @@ class Plan:
         self.runs: list[Run] = []
         self.best: dict[tuple[str, str], tuple] = {}
         self.edges: list[str] = []
-        self.complete = True
         try:
             self.tune()
             for place in exp.recheck:
                 self.recheck(place)
+            self.complete = True
         except Unknown:
             self.complete = False
-        self.add_final()
+        for final in exp.final:
+            runs = [run for which in final.settings for *_, run in self.final_runs(final, which) if run]
+            self.runs += sorted(runs, key=lambda run: final.seeds.index(run.seed))
         self.runs = list(dict.fromkeys(self.runs))
+
+    def tune(self) -> None:
+        """The learning rate at the arm's own defaults, then the input side's multiplier and scale at the best one."""
+        t, arms = self.exp.tuning, self.exp.arms
+        rates = self.search(
+            "tune", t, [Line(a, (), tuple(t.learning_rate)) for a in arms], "learning_rate", 2, t.extend
+        )
+        lines = []
+        for arm in arms:
+            mults, scales = grids(self.exp, arm)
+            lines += [Line(arm, (*rates[arm], ("wte_init_rms", rms)), tuple(mults)) for rms in scales]
+        self.choose(t, self.search("tune", t, lines, "wte_lr_mult", 4, t.extend))
+
+    def recheck(self, place: Recheck) -> None:
+        """The learning rate once more on another rung, around the tuning's best; its other keys are kept."""
+        lines = []
+        for arm in self.exp.arms:
+            keys = dict(self.best[self.exp.tuning.rung, arm])
+            lr = keys.pop("learning_rate")
+            lines.append(Line(arm, tuple(keys.items()), tuple(lr * f for f in place.factors)))
+        self.choose(place, self.search("recheck", place, lines, "learning_rate", 2, 1))
+
+    def choose(self, place: Place, settings: dict[str, tuple]) -> None:
+        self.best |= {(place.rung, arm): setting for arm, setting in settings.items()}
 
     def search(
         self, stage: str, place, lines: list[Line], key: str, factor: float, extend: int
@@ -220,31 +267,27 @@ class Plan:
         that all arms get the same number of runs; at most `extend` times.
         """
         for extension in range(extend + 1):
-            curves = {line: {v: self.loss(stage, place, line, key, v) for v in line.values} for line in lines}
-            if any(math.isnan(loss) for curve in curves.values() for loss in curve.values()):
+            tried = [(self.loss(stage, place, line, key, v), line, v) for line in lines for v in line.values]
+            if any(math.isnan(loss) for loss, *_ in tried):
                 raise Unknown
             best: dict[str, tuple[float, Line, float]] = {}  # arm: (loss, line, value)
-            for line, curve in curves.items():
-                value = min(curve, key=curve.get)
-                if line.arm not in best or curve[value] < best[line.arm][0]:
-                    best[line.arm] = (curve[value], line, value)
+            for point in tried:
+                best[point[1].arm] = min(best.get(point[1].arm, point), point, key=lambda p: p[0])
             low = [arm for arm, (_, line, v) in best.items() if v == min(line.values)]
             high = [arm for arm, (_, line, v) in best.items() if v == max(line.values)]
+            if not low and not high:
+                break
             if extension == extend:
                 self.edges += [
                     f"{arm}'s best {key} on rung {place.rung}, {best[arm][2]:g}, stands at the edge of its grid."
                     for arm in dict.fromkeys([*low, *high])
                 ]
-            if (not low and not high) or extension == extend:
                 break
             for _, line, _ in best.values():
                 below, above = min(line.values) / factor, max(line.values) * factor
                 grown = (below,) * bool(low) + line.values + (above,) * bool(high)
                 lines[lines.index(line)] = Line(line.arm, line.fixed, grown)
-        return {
-            arm: setting_of(line.arm, dict(line.fixed) | {key: value})
-            for arm, (_, line, value) in best.items()
-        }
+        return {arm: setting_of(arm, dict(line.fixed) | {key: v}) for arm, (_, line, v) in best.items()}
 
     def loss(self, stage: str, place, line: Line, key: str, value: float) -> float:
         """Mean loss over the stage's seeds, whose runs come into the plan; NaN until all of them are known."""
@@ -255,93 +298,30 @@ class Plan:
             return abs(math.log(value / sorted(line.values)[(len(line.values) - 1) // 2]))
         return sum(self.losses.get(run.name, math.nan) for run in runs) / len(runs)
 
-    def tune(self) -> None:
-        t = self.exp.tuning
-        lines = [Line(arm, (), tuple(t.learning_rate)) for arm in self.exp.arms]
-        rates = self.search("tune", t, lines, "learning_rate", 2, t.extend)
-        lines = []
-        for arm in self.exp.arms:
-            mults, scales = grids(self.exp, arm)
-            lines += [Line(arm, (*rates[arm], ("wte_init_rms", rms)), tuple(mults)) for rms in scales]
-        found = self.search("tune", t, lines, "wte_lr_mult", 4, t.extend)
-        self.best |= {(t.rung, arm): setting for arm, setting in found.items()}
-
-    def recheck(self, place: Recheck) -> None:
-        """The learning rate once more on another rung, around the tuning's best; its other keys are kept."""
-        lines = []
-        for arm in self.exp.arms:
-            keys = dict(self.best[self.exp.tuning.rung, arm])
-            lr = keys.pop("learning_rate")
-            lines.append(Line(arm, tuple(keys.items()), tuple(lr * f for f in place.factors)))
-        found = self.search("recheck", place, lines, "learning_rate", 2, 1)
-        self.best |= {(place.rung, arm): setting for arm, setting in found.items()}
-
-    def setting(self, rung: str, arm: str, which: str) -> tuple | None:
-        """The setting of an arm in final runs, shared or its best; None while it hangs on runs to come."""
-        if which == "shared":
-            return setting_of(arm, self.exp.shared)
-        return self.best.get((tuned_on(self.exp, rung), arm))
-
     def final_runs(self, final: Final, which: str) -> list[tuple[str, int, Run | None]]:
-        """[(arm, seed, run)] that the file asks for, seed by seed; no run while its setting is unknown."""
-        arms = final.arms or self.exp.arms
-        settings = {arm: self.setting(final.rung, arm, which) for arm in arms}
+        """[(arm, seed, run)] that the file asks for, seed by seed; no run while its setting hangs on runs to come."""
+        settings, rung = {}, tuned_on(self.exp, final.rung)
+        for arm in final.arms or self.exp.arms:
+            shared = which == "shared"
+            settings[arm] = setting_of(arm, self.exp.shared) if shared else self.best.get((rung, arm))
         return [
-            (arm, seed, s if s is None else Run("final", final.rung, final.length, arm, s, seed))
+            (arm, seed, None if s is None else Run("final", final.rung, final.length, arm, s, seed))
             for seed in final.seeds
             for arm, s in settings.items()
         ]
-
-    def add_final(self) -> None:
-        for final in self.exp.final:
-            runs = [run for which in final.settings for *_, run in self.final_runs(final, which) if run]
-            self.runs += sorted(runs, key=lambda run: final.seeds.index(run.seed))
-
-
-def tuned_on(exp: Experiment, rung: str) -> str:
-    """The rung on which the best settings of a rung were chosen: itself, or the last one before it that was tuned."""
-    names = list(exp.rungs)
-    tuned = {exp.tuning.rung, *(place.rung for place in exp.recheck)}
-    return next((r for r in reversed(names[: names.index(rung) + 1]) if r in tuned), exp.tuning.rung)
-
-
-def about(arm: str) -> str:
-    """What an arm is: the first line of its file."""
-    return arm_file(arm).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-
-
-def setting_of(arm: str, keys: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    """Keys laid over the arm's file, without those that say what the arm has anyway: equal settings, equal names."""
-    has = own_keys(arm)
-    return tuple(sorted((k, float(v)) for k, v in keys.items() if k not in has or has[k] != v))
-
-
-@lru_cache
-def own_keys(arm: str) -> dict:
-    """What an arm's file says, and the multiplier and scale that it has without saying so."""
-    file = configurator.read_file(str(arm_file(arm)))
-    return {"wte_lr_mult": 1.0, "wte_init_rms": USUAL_RMS[file["wte"]]} | file
 
 
 # ---- what a run is, as a command and as a record
 
 
-def keys_of(exp: Experiment, run: Run) -> dict:
-    """The keys that a run lays over its recipe and its arm's file."""
-    stage = {"tune": exp.tuning.keys, "final": exp.final_keys}.get(run.stage)
-    if stage is None:
-        stage = next(place.keys for place in exp.recheck if place.rung == run.rung)
-    keys = exp.lengths[run.length] | stage | dict(run.setting)
-    return keys | {"min_lr": keys["learning_rate"] * exp.min_lr_ratio, "seed": run.seed, "arm": run.arm}
-
-
 def command_keys(exp: Experiment, run: Run) -> list[str]:
     """Arguments for train.py: recipe, arm, and --key=value."""
-    return [
-        exp.rungs[run.rung],
-        f"config/arms/{run.arm}.py",
-        *(f"--{k}={v!r}" if not isinstance(v, str) else f"--{k}={v}" for k, v in keys_of(exp, run).items()),
-    ]
+    stages = {"tune": exp.tuning.keys, "final": exp.final_keys}
+    stages |= {f"recheck {place.rung}": place.keys for place in exp.recheck}
+    stage = stages[f"recheck {run.rung}" if run.stage == "recheck" else run.stage]
+    keys = exp.lengths[run.length] | stage | dict(run.setting)
+    keys |= {"min_lr": keys["learning_rate"] * exp.min_lr_ratio, "seed": run.seed, "arm": run.arm}
+    return [exp.rungs[run.rung], f"config/arms/{run.arm}.py", *(f"--{k}={v}" for k, v in keys.items())]
 
 
 def tokens_of(exp: Experiment, place) -> int:
@@ -355,19 +335,18 @@ def tokens_of(exp: Experiment, place) -> int:
 def write_record(exp: Experiment, run: Run, out_dir: Path, state: str) -> None:
     """Keep what a finished (or diverged) run's folder says, on one line, without where on this machine it lay."""
     config, about = read_run(out_dir)
-    rows = [
-        {k: float(f"{v:.6g}") if isinstance(v, float) and "loss" not in k else v for k, v in row.items()}
-        for row in read_metrics(out_dir)
-        if "val/loss" in row or row.get("iter", 0) % 64 == 0
-    ]
-    other = {"dataset"} if config.get("data_dir") else set()  # which then names no data of this run
+    place = PLACE | ({"dataset"} if config.get("data_dir") else set())  # which then names no data of this run
+    rows = [row for row in read_metrics(out_dir) if "val/loss" in row or row.get("iter", 0) % 64 == 0]
     record = {
         "experiment": exp.name,
         "name": run.name,
         "state": state,
-        "config": {k: v for k, v in config.items() if k not in PLACE | other},
+        "config": {k: v for k, v in config.items() if k not in place},
         "run": {k: v for k, v in about.items() if k not in ("command", "wandb_id", "starts")},
-        "rows": rows,
+        "rows": [
+            {k: float(f"{v:.6g}") if isinstance(v, float) and "loss" not in k else v for k, v in row.items()}
+            for row in rows
+        ],
     }
     path = ROOT / exp.records / f"{run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -376,15 +355,13 @@ def write_record(exp: Experiment, run: Run, out_dir: Path, state: str) -> None:
 
 def read_records(exp: Experiment) -> dict[str, RunRecord]:
     """{run name: record} of all that lie in the experiment's folder; RunError where one is another run than it says."""
-    found = {}
-    folder = ROOT / exp.records
+    found, folder = {}, ROOT / exp.records
     for path in sorted(folder.rglob("*.json")):
         record = read_record(path, RunRecord, "a run's record")
         name = path.relative_to(folder).with_suffix("").as_posix()
-        if record.name != name or record.experiment != exp.name:
-            raise RunError(
-                f"{path} is the record of {record.name} of {record.experiment}: it was moved; restore it"
-            )
+        if (record.name, record.experiment) != (name, exp.name):
+            whose = f"{record.name} of {record.experiment}"
+            raise RunError(f"{path} is the record of {whose}: it was moved; restore it")
         found[name] = record
     return found
 
@@ -393,8 +370,8 @@ def losses_of(records: Mapping[str, RunRecord]) -> dict[str, float]:
     """{run name: last validation loss}, infinite where the run diverged."""
     losses = {}
     for name, record in records.items():
-        last = next((r["val/loss"] for r in reversed(record.rows) if r.get("val/loss") is not None), None)
-        losses[name] = math.inf if record.state != "finished" or last is None else last
+        seen = [row["val/loss"] for row in record.rows if row.get("val/loss") is not None]
+        losses[name] = seen[-1] if seen and record.state == "finished" else math.inf
     return losses
 
 
@@ -405,10 +382,8 @@ RESOLVED = {"vocab_size", "wte_init_rms", "global_batch_size", "dtype", "compile
 def check_record(exp: Experiment, run: Run, record: RunRecord) -> None:
     """RunError where a run was made with other keys than the experiment's file says."""
     wanted = configurator.load(command_keys(exp, run), quiet=True)
-    for key, rule in RULES.items():
-        given = key in wanted.given
-        if key in PLACE or not (given or (rule.same and key not in RESOLVED)):
-            continue
+    held = {key for key, rule in RULES.items() if rule.same} - RESOLVED | set(wanted.given)
+    for key in (key for key in RULES if key in held - PLACE):
         asked = getattr(wanted, key)
         there = record.config.get(key, asked)  # a key that is younger than the record
         if there != asked:

@@ -10,6 +10,7 @@ any time. --check proves that the runs will match, and trains nothing. Any other
 as it is.
 """
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +29,7 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 import configurator
 from engine import contract
-from engine.errors import sentences
+from engine.errors import RunError, sentences
 from scripts import devices, experiment, forecast, pool
 from scripts.arguments import Parser, names, number, some_of, whole
 
@@ -40,19 +42,19 @@ def arguments(argv: list[str]):
     parser = Parser(__doc__)
     add, count = parser.add_argument, whole(0, 10_000)
     arms = some_of(sorted(p.stem for p in experiment.ARMS.glob("*.py")), "arm")
-    add("recipe", help="config file that all runs share, e.g. config/demo.py, or an experiment's file")
     own = "with commas (default: {}; an experiment's own)"
+    ranks = "ranks of one run, through torchrun, each on a GPU of its own (0: as few as its memory allows, mostly 1)"
+    jobs = "runs at a time (0: as many as the GPUs allow; on a CPU a core each, at most 4)"
+    scripts = "for scripts: train.py's arguments, a line for each run that could start; or what compare.py would read"
+    add("recipe", help="config file that all runs share, e.g. config/demo.py, or an experiment's file")
     add("--arms", type=arms, default=[], help="names in config/arms/, " + own.format(DEFAULT_ARMS))
     add("--seeds", type=seeds, default=[], help=own.format(DEFAULT_SEEDS))
     add("--rungs", type=names, default=[], help="of an experiment: these alone, with commas")
     add("--out", type=Path, help="folder of the runs (default: out/<recipe>)")
     add("--dry_run", action="store_true", help="print what would run and what it costs")
     add("--check", action="store_true", help="prove that the runs will match; train nothing")
-    scripts = "for scripts: train.py's arguments, a line for each run that could start; or what compare.py would read"
     add("--print", choices=("runs", "compare"), help=scripts)
-    ranks = "ranks of one run, through torchrun, each on a GPU of its own (0: as few as its memory allows, mostly 1)"
     add("--gpus_per_run", "--nproc_per_node", dest="gpus_per_run", type=count, default=0, help=ranks)
-    jobs = "runs at a time (0: as many as the GPUs allow; on a CPU a core each, at most 4)"
     add("--jobs", type=count, default=0, help=jobs)
     add("--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster")
     add("--ray_address", default="", help="auto | HOST:PORT (empty: RAY_ADDRESS, else a Ray of its own)")
@@ -66,20 +68,20 @@ def arguments(argv: list[str]):
     if args.ray_address and args.engine != "ray":
         parser.error("--ray_address needs --engine=ray")
     args.out = args.out or Path("out") / Path(args.recipe).stem
-    exp = args.experiment = experiment.read(args.recipe) if experiment.is_experiment(args.recipe) else None
+    args.experiment = exp = experiment.read(args.recipe) if experiment.is_experiment(args.recipe) else None
     if exp is None:
         args.arms, args.seeds = args.arms or names(DEFAULT_ARMS), args.seeds or seeds(DEFAULT_SEEDS)
         if args.rungs:
             parser.error(f"{args.recipe} has no rung {args.rungs[0]!r}: only experiments have rungs")
         refuse_false_labels(args, passed)
-        return args, passed
-    if passed:
-        parser.error(
-            f"an experiment's file says all keys of its runs, so {passed[0]} cannot be given: change the file"
-        )
-    for what, given, known in (("rung", args.rungs, exp.rungs), ("arm", args.arms, exp.arms)):
-        if unknown := [name for name in given if name not in known]:
-            parser.error(f"{args.recipe} has no {what} {unknown[0]!r}: it has {', '.join(known)}")
+    elif passed:
+        way = f"so {passed[0]} cannot be given: change the file"
+        parser.error(f"an experiment's file says all keys of its runs, {way}")
+    else:
+        for what, given, known in (("rung", args.rungs, exp.rungs), ("arm", args.arms, exp.arms)):
+            for name in given:
+                if name not in known:
+                    parser.error(f"{args.recipe} has no {what} {name!r}: it has {', '.join(known)}")
     return args, passed
 
 
@@ -101,27 +103,18 @@ def refuse_false_labels(args, passed: list[str]) -> None:
         for name in [word[2:].partition("=")[0]] if word.startswith("--") else configurator.read_file(word):
             if name in OWN_KEYS:
                 instead = {"seed": "give --seeds", "out_dir": "give --out"}.get(name, "use train.py for that")
-                sys.exit(
-                    f"error: {name} is set by this command for each run, so it cannot come from {word}: {instead}"
+                raise RunError(
+                    f"{name} is set by this command for each run, so it cannot come from {word}: {instead}"
                 )
             if name in set_by_arms or defines_an_arm(name):
-                sys.exit(f"error: {name} defines an arm, so it cannot come from {word}: {advice}")
-    for name in configurator.read_file(args.recipe):
-        changed = [arm for arm, file in files.items() if defines_an_arm(name) and name not in file]
-        if changed:
-            sys.exit(f"error: {name} in {args.recipe} would change what {changed[0]} is: {advice}")
+                raise RunError(f"{name} defines an arm, so it cannot come from {word}: {advice}")
+    for name in filter(defines_an_arm, configurator.read_file(args.recipe)):
+        for arm, file in files.items():
+            if name not in file:
+                raise RunError(f"{name} in {args.recipe} would change what {arm} is: {advice}")
 
 
 # ---- the jobs
-
-
-def make_jobs(args, passed: list[str]) -> list[pool.Job]:
-    steps = {arm: recipe_of(args, passed, arm).max_iters for arm in args.arms}
-    return [
-        pool.Job(f"{arm}, seed {seed}", command(args, passed, arm, seed), folder(args, arm, seed), steps[arm])
-        for seed in args.seeds
-        for arm in args.arms
-    ]
 
 
 def recipe_of(args, passed: list[str], arm: str):
@@ -129,30 +122,45 @@ def recipe_of(args, passed: list[str], arm: str):
     return configurator.load([args.recipe, str(experiment.arm_file(arm)), *passed], quiet=True)
 
 
-def command(args, passed: list[str], arm: str, seed: int) -> list[str]:
-    # paths as a person would write them: run.json keeps the command, and is shown to others
-    files = [os.path.relpath(ROOT / "train.py"), args.recipe, os.path.relpath(experiment.arm_file(arm))]
-    own = [f"--seed={seed}", f"--out_dir={folder(args, arm, seed)}", "--init_from=auto"]
-    return [*python(args), *files, *passed, *own]
+def make_jobs(args, passed: list[str]) -> dict[pool.Job, tuple[str, int]]:
+    """{job: its arm and seed} of a recipe, seed by seed."""
+    steps = {arm: recipe_of(args, passed, arm).max_iters for arm in args.arms}
+    jobs = {}
+    for seed, arm in itertools.product(args.seeds, args.arms):
+        words = [args.recipe, os.path.relpath(experiment.arm_file(arm)), *passed, f"--seed={seed}"]
+        job = make_job(args, f"{arm}, seed {seed}", words, args.out / f"{arm}_s{seed}", steps[arm])
+        jobs[job] = arm, seed
+    return jobs
 
 
-def python(args) -> list[str]:
-    """How train.py is started: by torchrun where a run has several ranks."""
+def experiment_job(args, run: experiment.Run) -> pool.Job:
+    recipe, arm, *keys = experiment.command_keys(args.experiment, run)
+    words = [os.path.relpath(ROOT / recipe), os.path.relpath(ROOT / arm), *keys]
+    steps = args.experiment.lengths[run.length]["max_iters"]
+    return make_job(args, run.name, words, args.out / run.name, steps)
+
+
+def make_job(args, name: str, words: list[str], out_dir: Path, max_iters: int) -> pool.Job:
+    """A job of train.py with these words, by torchrun where a run has several ranks.
+
+    Paths are as a person would write them: run.json keeps the command, and is shown to others.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus_per_run}"]
-    return [sys.executable, *(torchrun if args.gpus_per_run > 1 else [])]
-
-
-def folder(args, arm: str, seed: int) -> Path:
-    return args.out / f"{arm}_s{seed}"
+    command = [
+        sys.executable,
+        *(torchrun if args.gpus_per_run > 1 else []),
+        os.path.relpath(ROOT / "train.py"),
+    ]
+    command += [*words, f"--out_dir={out_dir}", "--init_from=auto"]
+    return pool.Job(name, tuple(command), out_dir, max_iters)
 
 
 def workers(args, keys: list[str]):
     """The engine of pool.run that runs with these keys want: this machine's GPUs, else its cores, or a Ray cluster."""
     device = configurator.load(keys, quiet=True).device
     if device.startswith("cuda:"):
-        sys.exit(
-            f"error: each run gets a GPU of its own, so not --device={device}: say which with CUDA_VISIBLE_DEVICES"
-        )
+        instead = f"not --device={device}: say which with CUDA_VISIBLE_DEVICES"
+        raise RunError(f"each run gets a GPU of its own, so {instead}")
     if args.engine == "ray":
         from scripts.ray_pool import OnRay
 
@@ -171,15 +179,16 @@ def cpu_jobs(args) -> int:
 # ---- the proof that they match
 
 
-def identities(asked: list[tuple[str, str, int, list[str]]]) -> list[contract.Member]:
+def identities(asked: list[tuple]) -> list[contract.Member]:
     """What train.py says of runs before it starts them. asked: (name, arm, seed, command)."""
     members = []
-    for i, (name, arm, seed, words) in enumerate(asked):
-        print(f"\rchecking {i + 1} of {len(asked)}: {name}   ", end="", flush=True)
+    for i, (name, arm, seed, words) in enumerate(asked, 1):
+        print(f"\rchecking {i} of {len(asked)}: {name}   ", end="", flush=True)
         ask = subprocess.run([*words, "--check_only=True"], capture_output=True, text=True)
         if ask.returncode:
+            print()
             cause = (ask.stderr.strip().splitlines() or [f"exit status {ask.returncode}"])[-1]
-            sys.exit(f"\nerror: {name} does not start: {cause.removeprefix('error: ')}")
+            raise RunError(f"{name} does not start: {cause.removeprefix('error: ')}")
         run = json.loads(ask.stdout.strip().splitlines()[-1])
         members.append(contract.Member(name, arm, seed, run["config"], run))
     print()
@@ -187,29 +196,28 @@ def identities(asked: list[tuple[str, str, int, list[str]]]) -> list[contract.Me
 
 
 def prove(members: list[contract.Member], swept=()) -> None:
-    """Print what the runs share; exits with the fields that differ."""
+    """Print what the runs share; RunError with the fields that differ."""
     for seed, run in {m.seed: m.run for m in reversed(members)}.items():
-        print(
-            f"seed {seed}: body {run['body_sha256'][:16]}, first and last global batch {run['data_sha256'][:16]}"
-        )
+        body, data = run["body_sha256"][:16], run["data_sha256"][:16]
+        print(f"seed {seed}: body {body}, first and last global batch {data}")
     first = members[0].run
     print(f"schedule {first['schedule_sha256'][:16]}, validation windows {first['val_sha256'][:16]}")
-    wrong = list(contract.differences(members, swept))
-    if wrong:
-        sys.exit("error: these runs do not match: " + "; ".join(wrong))
+    if wrong := list(contract.differences(members, swept)):
+        raise RunError("these runs do not match: " + "; ".join(wrong))
     but = f" but for {' and '.join(swept)}" if swept else ""
-    print(
-        f"matched: {len(members)} runs share schedule{but} and validation windows, and each seed's arms body and data"
-    )
+    share = f"share schedule{but} and validation windows, and each seed's arms body and data"
+    print(f"matched: {len(members)} runs {share}")
 
 
-def check_experiment(args) -> None:
-    """Prove for each rung and length that the final runs will match, in one setting of every arm."""
-    exp = args.experiment
-    plan = experiment.Plan(exp, experiment.losses_of(experiment.read_records(exp)))
+def check(args, passed: list[str]) -> None:
+    """Prove that a recipe's runs will match, or an experiment's final ones at each place, in one setting of every arm."""
+    if not args.experiment:
+        jobs = make_jobs(args, passed).items()
+        prove(identities([(job.name, arm, seed, job.command) for job, (arm, seed) in jobs]))
+        return
     places: dict[tuple, dict] = {}
-    for run in plan.runs:
-        if run.stage == "final" and selected(args, run):
+    for run in chosen_runs(args)[1]:
+        if run.stage == "final":
             places.setdefault((run.rung, run.length), {}).setdefault((run.arm, run.seed), run)
     for (rung, length), runs in places.items():
         print(f"rung {rung}, length {length}")
@@ -221,110 +229,65 @@ def check_experiment(args) -> None:
 
 
 def selected(args, run: experiment.Run) -> bool:
-    return all(
-        not wanted or value in wanted
-        for value, wanted in ((run.rung, args.rungs), (run.arm, args.arms), (run.seed, args.seeds))
-    )
+    wanted = ((run.rung, args.rungs), (run.arm, args.arms), (run.seed, args.seeds))
+    return all(not names or value in names for value, names in wanted)
 
 
-def experiment_job(args, run: experiment.Run) -> pool.Job:
-    recipe, arm, *keys = experiment.command_keys(args.experiment, run)
-    out_dir = args.out / run.name
-    files = [os.path.relpath(ROOT / name) for name in ("train.py", recipe, arm)]
-    own = [f"--out_dir={out_dir}", "--init_from=auto"]
-    max_iters = args.experiment.lengths[run.length]["max_iters"]
-    return pool.Job(run.name, [*python(args), *files, *keys, *own], out_dir, max_iters)
+def chosen_runs(args) -> tuple[experiment.Plan, list[experiment.Run]]:
+    """The plan that the records lead to, and those of its runs that were asked for."""
+    plan = experiment.Plan(args.experiment, experiment.losses_of(experiment.read_records(args.experiment)))
+    return plan, [run for run in plan.runs if selected(args, run)]
 
 
-def next_jobs(args) -> tuple[list[pool.Job], dict[str, experiment.Run], str]:
-    """(jobs that can run now, the runs behind the names, a line about both).
+def next_jobs(args) -> tuple[dict[pool.Job, experiment.Run], str]:
+    """({job that can run now: its run}, a line about what is done).
 
     Choices come first: what the tuning leads to is known only when it has ended. A run that ended before its record
     could be written gets it here.
     """
-    exp = args.experiment
     while True:
-        losses = experiment.losses_of(experiment.read_records(exp))
-        plan = experiment.Plan(exp, losses)
-        runs = {run.name: run for run in plan.runs if selected(args, run)}
-        jobs = [experiment_job(args, run) for name, run in runs.items() if name not in losses]
+        plan, runs = chosen_runs(args)
+        jobs = {experiment_job(args, run): run for run in runs if run.name not in plan.losses}
         ended = [job for job in jobs if pool.state(job)[0] != "unfinished"]
-        for job in ended:
-            keep_record(exp, runs[job.name], job)
         if not ended:
-            known = "" if plan.complete else " known so far"
-            line = f"{exp.name}: {len(runs)} runs{known}, {len(jobs)} to do"
-            return [job for job in jobs if runs[job.name].stage != "final"] or jobs, runs, line
+            break
+        for job in ended:
+            keep_record(args, jobs[job], job)
+    line = f"{args.experiment.name}: {len(runs)} runs{'' if plan.complete else ' known so far'}, {len(jobs)} to do"
+    return {job: run for job, run in jobs.items() if run.stage != "final"} or jobs, line
+
+
+def keep_record(args, run: experiment.Run, job: pool.Job) -> None:
+    experiment.write_record(args.experiment, run, job.out_dir, pool.state(job)[0])
 
 
 def run_experiment(args) -> int:
     """Run what the experiment's file asks for and no record has yet, stage after stage; the exit status."""
-    exp = args.experiment
-    end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
-    screen = pool.Screen()
+    end = time.monotonic() + 60 * (args.minutes or math.inf)
     status, engine = 0, None
+
+    def keep(job: pool.Job) -> None:
+        keep_record(args, jobs[job], job)
+
     while True:
-        jobs, runs, line = next_jobs(args)
-        if jobs and engine is None:
-            engine = workers(args, experiment.command_keys(exp, runs[jobs[0].name]))
-        screen.say(f"{line}, {engine}" if jobs else line)
+        jobs, line = next_jobs(args)
         if not jobs:
             break
-        left = (end - time.monotonic()) / 60 if args.minutes else None
-        one = pool.run(
-            jobs, engine, left, args.retries, args.patience,
-            on_end=lambda job, runs=runs: keep_record(exp, runs[job.name], job),
-        )  # fmt: skip
-        if one not in (0, pool.DIVERGED):
-            return one
-        status = one
+        engine = engine or workers(args, experiment.command_keys(args.experiment, next(iter(jobs.values()))))
+        pool.say(f"{line}, {engine}")
+        left = (end - time.monotonic()) / 60
+        status = pool.run(list(jobs), engine, left, args.retries, args.patience, on_end=keep)
+        if status not in (0, pool.DIVERGED):
+            return status
+    pool.say(line)
     if status == 0 and not (args.rungs or args.arms or args.seeds):
-        screen.say(f"the experiment is finished: python scripts/compare.py {shlex.quote(args.recipe)}")
+        pool.say(f"the experiment is finished: python scripts/compare.py {shlex.quote(args.recipe)}")
     return status
 
 
-def keep_record(exp, run: experiment.Run, job: pool.Job) -> None:
-    experiment.write_record(exp, run, job.out_dir, pool.state(job)[0])
-
-
-def print_for_a_script(args, passed: list[str]) -> None:
-    if args.print == "compare":
-        print(args.recipe if args.experiment else args.out)
-        return
-    jobs = next_jobs(args)[0] if args.experiment else make_jobs(args, passed)
-    train = os.path.relpath(ROOT / "train.py")
-    for job in jobs:
-        if pool.state(job)[0] == "unfinished":
-            print(shlex.join(job.command[job.command.index(train) + 1 :]))
-
-
-def main(argv: list[str]) -> int:
-    args, passed = arguments(argv)
-    exp = args.experiment
-    configs = {} if exp else {arm: recipe_of(args, passed, arm) for arm in args.arms}
-    if args.dry_run:
-        price = args.price_per_gpu_hour
-        if exp:
-            print(forecast.describe_experiment(exp, lambda run: selected(args, run), cpu_jobs(args), price))
-        else:
-            print(forecast.describe_jobs(configs, len(args.seeds), price))
-        return 0
-    if not args.gpus_per_run:
-        args.gpus_per_run = forecast.ranks_that_fit(configs.values()) if args.engine == "local" else 1
-    if args.print:
-        print_for_a_script(args, passed)
-        return 0
-    if args.check:
-        if exp:
-            check_experiment(args)
-        else:
-            asked = [(arm, seed) for seed in args.seeds for arm in args.arms]
-            prove(identities([(f"{a}, seed {s}", a, s, command(args, passed, a, s)) for a, s in asked]))
-        return 0
-    if exp:
-        return run_experiment(args)
-    jobs = make_jobs(args, passed)
-    engine = workers(args, [args.recipe, *passed])
+def run_recipe(args, passed: list[str]) -> int:
+    """Run what of a recipe has not ended; the exit status."""
+    jobs, engine = list(make_jobs(args, passed)), workers(args, [args.recipe, *passed])
     states = Counter(pool.state(job)[0] for job in jobs)
     done = ", ".join(f"{states[s]} {s}" for s in ("finished", "diverged") if states[s] or s == "finished")
     begun = f"{len(jobs)} runs of {jobs[0].max_iters:,} steps in {args.out}: {done}"
@@ -335,10 +298,37 @@ def main(argv: list[str]) -> int:
     return status
 
 
-def cli(argv: list[str]) -> None:
-    with sentences():
-        sys.exit(main(argv))
+def print_for_a_script(args, passed: list[str]) -> None:
+    if args.print == "compare":
+        print(args.recipe if args.experiment else args.out)
+        return
+    train = os.path.relpath(ROOT / "train.py")
+    for job in next_jobs(args)[0] if args.experiment else make_jobs(args, passed):
+        if pool.state(job)[0] == "unfinished":
+            print(shlex.join(job.command[job.command.index(train) + 1 :]))
+
+
+def main(argv: list[str]) -> int:
+    args, passed = arguments(argv)
+    exp, price = args.experiment, args.price_per_gpu_hour
+    configs = {} if exp else {arm: recipe_of(args, passed, arm) for arm in args.arms}
+    if args.dry_run:
+        if exp:
+            print(forecast.describe_experiment(exp, partial(selected, args), cpu_jobs(args), price))
+        else:
+            print(forecast.describe_jobs(configs, len(args.seeds), price))
+        return 0
+    if not args.gpus_per_run:
+        args.gpus_per_run = forecast.ranks_that_fit(configs.values()) if args.engine == "local" else 1
+    if args.print:
+        print_for_a_script(args, passed)
+    elif args.check:
+        check(args, passed)
+    else:
+        return run_experiment(args) if exp else run_recipe(args, passed)
+    return 0
 
 
 if __name__ == "__main__":
-    cli(sys.argv[1:])
+    with sentences():
+        sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ watches them, starts again what was lost, and says how each ended; it knows neit
 """
 
 import ctypes
+import datetime
 import json
 import math
 import os
@@ -14,12 +15,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.console import Tolerant, explain
+from data.console import explain
 
 TIME_IS_UP, DIVERGED = 124, 3  # exit statuses beside 0, 1 and 128 + signal; timeout(1) has the first, too
 HEADER = "--- started on"  # of each start in train.log
@@ -29,7 +31,7 @@ GRACE = 300  # seconds that a job has to save once it is asked to stop
 @dataclass(frozen=True)
 class Job:
     name: str  # as a person would say it, e.g. "kronecker, seed 1338"
-    command: list[str]
+    command: tuple[str, ...]
     out_dir: Path
     max_iters: int
 
@@ -41,9 +43,9 @@ def state(job: Job) -> tuple[str, int]:
     """
     rows = last_rows(job.out_dir)
     step = rows[-1].get("iter", 0) if rows else 0
-    end = next((r for r in reversed(rows) if "val/loss" in r and r.get("iter") == job.max_iters), None)
-    if end is not None:
-        return ("diverged" if end["val/loss"] is None else "finished"), step
+    ends = [row["val/loss"] for row in rows if "val/loss" in row and row.get("iter") == job.max_iters]
+    if ends:
+        return ("diverged" if ends[-1] is None else "finished"), step
     try:
         gave_up = json.loads((job.out_dir / "run.json").read_text()).get("diverged") is not None
     except (OSError, ValueError, AttributeError):
@@ -53,30 +55,24 @@ def state(job: Job) -> tuple[str, int]:
 
 def last_rows(out_dir) -> list[dict]:
     """Rows in the last 64 KiB of metrics.jsonl; torn lines are passed over."""
+    rows = []
     try:
         with open(Path(out_dir) / "metrics.jsonl", "rb") as f:
             f.seek(max(0, os.fstat(f.fileno()).st_size - (1 << 16)))
-            lines = f.read().splitlines()
+            for line in f:
+                with suppress(ValueError):
+                    rows.append(json.loads(line))
     except OSError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        pass
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def last(job: Job, key: str) -> dict:
+    """The last row that has a key; {} where none has."""
+    return next((row for row in reversed(last_rows(job.out_dir)) if key in row), {})
 
 
 # ---- one job on this machine
-
-
-@dataclass
-class Child:
-    process: subprocess.Popen
-    slot: tuple[str, ...]
 
 
 class Local:
@@ -84,6 +80,7 @@ class Local:
 
     def __init__(self, slots: list[tuple[str, ...]], threads: int = 1, nice: int = 0):
         self.slots, self.threads, self.nice = list(slots), threads, nice
+        self.taken: dict[subprocess.Popen, tuple[str, ...]] = {}
 
     def __str__(self) -> str:
         gpus = f" on GPUs {' '.join(','.join(slot) for slot in self.slots)}" if any(self.slots) else ""
@@ -92,24 +89,23 @@ class Local:
     def has_room(self) -> bool:
         return bool(self.slots)
 
-    def start(self, job: Job) -> Child:
-        slot = self.slots[0]
-        process = start_child(job, devices=slot, threads=self.threads, nice=self.nice)
-        return Child(process, self.slots.pop(0))
+    def start(self, job: Job) -> subprocess.Popen:
+        child = start_child(job, self.slots[0], self.threads, self.nice)
+        self.taken[child] = self.slots.pop(0)
+        return child
 
-    def poll(self, child: Child) -> int | str | None:
+    def poll(self, child: subprocess.Popen) -> int | str | None:
         """The exit status of a child that has ended (negative: the signal that ended it), else None.
 
         Other engines may answer with a sentence: how the run was lost.
         """
-        code = child.process.poll()
-        if code is not None:
-            self.slots.append(child.slot)
-        return code
+        if child.poll() is not None:
+            self.slots.append(self.taken.pop(child))
+        return child.returncode
 
-    def stop(self, child: Child, number: int = signal.SIGTERM) -> None:
+    def stop(self, child: subprocess.Popen, number: int = signal.SIGTERM) -> None:
         with suppress(ProcessLookupError):  # it has just ended
-            os.killpg(child.process.pid, number)
+            os.killpg(child.pid, number)
 
 
 def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: str = "") -> subprocess.Popen:
@@ -136,15 +132,12 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: st
     job.out_dir.mkdir(parents=True, exist_ok=True)
     with open(job.out_dir / "train.log", "a") as log:
         gpus = environment.get("CUDA_VISIBLE_DEVICES")
-        print(
-            f"{HEADER} {place or socket.gethostname()}{f', GPUs {gpus}' * bool(gpus)}: {shlex.join(job.command)}",
-            file=log,
-            flush=True,
-        )
+        where = f"{place or socket.gethostname()}{f', GPUs {gpus}' * bool(gpus)}"
+        print(f"{HEADER} {where}: {shlex.join(job.command)}", file=log, flush=True)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
         return subprocess.Popen(
-            job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-            start_new_session=True, preexec_fn=before_exec,
-        )  # fmt: skip
+            job.command, env=environment, start_new_session=True, preexec_fn=before_exec, **streams
+        )
 
 
 def last_words(log: Path, offset: int = 0) -> str:
@@ -156,9 +149,8 @@ def last_words(log: Path, offset: int = 0) -> str:
     except OSError:
         lines = []
     lines = [line for line in lines if not line.startswith(HEADER)] or ["it printed nothing"]
-    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1]).removeprefix(
-        "error: "
-    )
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
+    return (errors or lines)[-1]
 
 
 # ---- all jobs
@@ -218,12 +210,11 @@ def run(
     0: all are finished; 1: one failed, and the rest has run; DIVERGED: none failed, but one ended without a finite
     loss; TIME_IS_UP, 128 + signal: stopped, and the same call goes on from there.
     """
-    screen, progress = Screen(), Progress(jobs)
-    label = {job.name: f"run {i + 1} of {len(jobs)} {job.name}" for i, job in enumerate(jobs)}
-    ends = {job.name: state(job)[0] for job in jobs}
-    causes: dict[str, str] = {}
-    tries = dict.fromkeys(ends, 0)
-    waiting = [job for job in jobs if ends[job.name] == "unfinished"]
+    progress = Progress(jobs)
+    label = {job.name: f"run {i} of {len(jobs)} {job.name}" for i, job in enumerate(jobs, 1)}
+    ends = {job.name: (state(job)[0], "") for job in jobs}  # how, and why
+    tries = Counter()
+    waiting = [job for job in jobs if ends[job.name][0] == "unfinished"]
     running: list[Attempt] = []
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
     stop = None  # the exit status, once all are asked to stop
@@ -234,39 +225,39 @@ def run(
             running.append(Attempt(job, engine.start(job), log[0]))
         except OSError as e:
             e.filename = e.filename or job.out_dir
-            ends[job.name], causes[job.name] = "failed", explain(e) or str(e)
+            ends[job.name] = "failed", explain(e) or str(e)
 
     def end(a: Attempt, code: int | str) -> None:
         name = a.job.name
-        ends[name], causes[name] = how, cause = how_it_ended(a, code, stop is not None)
+        ends[name] = how, cause = how_it_ended(a, code, stop is not None)
         if how in ("finished", "diverged"):
             on_end(a.job)
-            screen.say(f"{label[name]}: {last_loss(a.job) if how == 'finished' else f'diverged {cause}'}")
+            loss = f"val loss {last(a.job, 'val/loss')['val/loss']:.4f}" if how == "finished" else ""
+            say(f"{label[name]}: {loss or f'diverged {cause}'}")
         elif how != "interrupted" and stop is None:
             tries[name] += 1
             again = tries[name] <= retries
-            screen.say(f"{label[name]}: {how} ({cause}){'; started again' * again}")
+            say(f"{label[name]}: {how} ({cause}){'; started again' * again}")
             waiting.extend([a.job] * again)
 
-    with Signals() as signals:
+    with collected_signals() as signals:
         try:
             while running or (waiting and stop is None):
                 while waiting and stop is None and engine.has_room():
                     start(waiting.pop(0))
                 time.sleep(0.3)
-                if stop is None and (signals.got or time.monotonic() > deadline):
-                    stop = 128 + signals.got[0] if signals.got else TIME_IS_UP
-                    signals.got.clear()
-                    screen.say(
-                        "stopping: each run finishes its step and saves; the same command goes on from there"
-                    )
+                if stop is None and (signals or time.monotonic() > deadline):
+                    stop = 128 + signals[0] if signals else TIME_IS_UP
+                    signals.clear()
+                    what = "each run finishes its step and saves; the same command goes on from there"
+                    say(f"stopping: {what}")
                 for a in running:
                     a.hung = a.hung or (stop is None and a.idle() > patience)
                     if a.hung or stop is not None:
                         a.stop(engine)
-                    if stop is not None and signal.SIGINT in signals.got:  # Ctrl-C again: at once
+                    if stop is not None and signal.SIGINT in signals:  # Ctrl-C again: at once
                         engine.stop(a.handle, signal.SIGKILL)
-                progress.show(screen, [(label[a.job.name], a.job) for a in running])
+                progress.show([(label[a.job.name], a.job) for a in running])
                 for a in list(running):
                     code = engine.poll(a.handle)
                     if code is not None:
@@ -275,54 +266,43 @@ def run(
         finally:  # children are left here by an error of this program alone
             for a in running:
                 engine.stop(a.handle)
-    if stop is not None and any(how in ("unfinished", "interrupted") for how in ends.values()):
+    if stop is not None and any(how in ("unfinished", "interrupted") for how, _ in ends.values()):
         return stop
-    return report(screen, jobs, ends, causes)
-
-
-def last_loss(job: Job) -> str:
-    loss = next(row["val/loss"] for row in reversed(last_rows(job.out_dir)) if "val/loss" in row)
-    return f"val loss {loss:.4f}"
+    return report(jobs, ends)
 
 
 def how_it_ended(a: Attempt, code: int | str, asked: bool) -> tuple[str, str]:
     """(finished | diverged | interrupted | hung | lost | failed, the cause in words)."""
     now, step = state(a.job)
-    if now != "unfinished":
-        return now, f"at step {step}"
-    if asked:
-        return "interrupted", f"at step {step}"
+    if now != "unfinished" or asked:
+        return now if now != "unfinished" else "interrupted", f"at step {step}"
     if a.hung:
         return "hung", f"no new step after {step}"
     if isinstance(code, str):
         return "lost", code
-    if code < 0 or code in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP):
-        number = -code if code < 0 else code - 128
+    number = -code if code < 0 else code - 128
+    if code < 0 or number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         return "lost", f"ended by {signal.Signals(number).name} at step {step}"
     words = last_words(a.job.out_dir / "train.log", a.log_start)
     return "failed", words if code else f"it ended at step {step} of {a.job.max_iters}: {words}"
 
 
-def report(screen, jobs: list[Job], ends: dict[str, str], causes: dict[str, str]) -> int:
+def report(jobs: list[Job], ends: dict[str, tuple[str, str]]) -> int:
     """Name on stderr every job that has not finished, those with the same cause together; the exit status."""
-    status = 0
     groups: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
-        if ends[job.name] != "finished":
-            cause = causes.get(job.name) or f"at step {state(job)[1]}"
-            groups.setdefault((ends[job.name], cause), []).append(job)
-    for (end, cause), members in groups.items():
-        names = "; ".join(job.name for job in members)
+        how, cause = ends[job.name]
+        if how != "finished":
+            groups.setdefault((how, cause or f"at step {state(job)[1]}"), []).append(job)
+    for (how, cause), members in groups.items():
         log = members[0].out_dir / "train.log"
-        where = f" (all of it: {log})" if log.exists() else ""
-        if end == "diverged":
-            status = status or DIVERGED
-            text = f"{names} diverged {cause}{where}: the loss was not finite; delete the folder to train it anew"
-        else:
-            status = 1
-            text = f"{names} {'failed' if end == 'failed' else 'was ' + end}: {cause}{where}"
-        screen.error(text)
-    return status
+        verb = how if how in ("diverged", "failed") else f"was {how}"
+        text = f"{'; '.join(job.name for job in members)} {verb}{':' * (how != 'diverged')} {cause}"
+        text += f" (all of it: {log})" if log.exists() else ""
+        advice = ": the loss was not finite; delete the folder to train it anew"
+        print(f"error: {text}{advice * (how == 'diverged')}", file=sys.stderr, flush=True)
+    kinds = {how for how, _ in groups}
+    return 1 if kinds - {"diverged"} else DIVERGED if kinds else 0
 
 
 class Progress:
@@ -330,23 +310,21 @@ class Progress:
 
     def __init__(self, jobs: list[Job]):
         self.jobs = jobs
-        self.started, self.shown = time.monotonic(), time.monotonic()
+        self.started = self.shown = time.monotonic()
         self.at_start = self.steps_done()
 
     def steps_done(self) -> int:
-        return sum(
-            step if s == "unfinished" else job.max_iters for job in self.jobs for s, step in [state(job)]
-        )
+        states = [(job, *state(job)) for job in self.jobs]
+        return sum(step if how == "unfinished" else job.max_iters for job, how, step in states)
 
-    def show(self, screen: "Screen", running: list[tuple[str, Job]]) -> None:
+    def show(self, running: list[tuple[str, Job]]) -> None:
         now = time.monotonic()
-        if now - self.shown < (1 if screen.is_terminal else 10):
+        if now - self.shown < (1 if sys.stdout.isatty() else 10):
             return
         self.shown = now
         parts = []
         for name, job in running:
-            row = next((r for r in reversed(last_rows(job.out_dir)) if "train/loss" in r), None)
-            if row is not None:
+            if row := last(job, "train/loss"):
                 loss = "nan" if row["train/loss"] is None else f"{row['train/loss']:.3f}"
                 speed = row.get("tok_per_sec") or 0
                 parts.append(f"{name}: step {row['iter']}/{job.max_iters} loss {loss} {speed:,.0f} tok/s")
@@ -354,46 +332,35 @@ class Progress:
             return
         total, done = sum(job.max_iters for job in self.jobs), self.steps_done()
         if done > self.at_start:
-            left = int((now - self.started) * (total - done) / (done - self.at_start))
-            parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
-        screen.status(" | ".join(parts))
+            left = (now - self.started) * (total - done) / (done - self.at_start)
+            parts.append(f"{datetime.timedelta(seconds=int(left))} left")
+        show_status(" | ".join(parts))
 
 
-class Screen:
-    """What is printed, on a terminal or elsewhere; a reader that has gone away costs the printing, never the work."""
-
-    def __init__(self):
-        self.out, self.err = Tolerant(sys.stdout), Tolerant(sys.stderr)
-        self.is_terminal = sys.stdout.isatty()
-
-    def say(self, line: str) -> None:
-        print(("\r\033[K" if self.is_terminal else "") + line, file=self.out, flush=True)
-
-    def status(self, line: str) -> None:
-        """A line that the next one replaces on a terminal."""
-        if self.is_terminal:
-            line = "\r\033[K" + line[: os.get_terminal_size().columns - 1]
-        print(line, end="" if self.is_terminal else "\n", file=self.out, flush=True)
-
-    def error(self, sentence: str) -> None:
-        print(f"error: {sentence}", file=self.err, flush=True)
+def say(line: str) -> None:
+    """A line that stays, over the one of `show_status`."""
+    print(("\r\033[K" if sys.stdout.isatty() else "") + line, flush=True)
 
 
-class Signals:
-    """Collects SIGINT, SIGTERM and SIGHUP instead of dying of them; as a context it gives back the old handlers."""
+def show_status(line: str) -> None:
+    """A line that the next one replaces on a terminal."""
+    if sys.stdout.isatty():
+        print("\r\033[K" + line[: os.get_terminal_size().columns - 1], end="", flush=True)
+    else:
+        print(line, flush=True)
 
-    def __init__(self):
-        self.got: list[int] = []
 
-    def __enter__(self):
-        names = [s for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
-        numbers = [getattr(signal, name) for name in names]
-        # nohup ignores SIGHUP, and means it
-        self.old = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-        for n in self.old:
-            signal.signal(n, lambda number, frame: self.got.append(number))
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.old.items():
+@contextmanager
+def collected_signals():
+    """SIGINT, SIGTERM and SIGHUP go into the list that this gives, instead of ending the process."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # nohup ignores SIGHUP, and means it
+    old = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    got: list[int] = []
+    for number in old:
+        signal.signal(number, lambda number, frame: got.append(number))
+    try:
+        yield got
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)

@@ -27,23 +27,19 @@ class OnRay:
     at_a_time: runs that Ray may have at a time (0: all, and it keeps the queue).
     """
 
-    def __init__(
-        self, address: str = "", ranks: int = 1, gpus: bool | None = None, at_a_time: int = 0, nice: int = 0
-    ):
+    def __init__(self, address="", ranks=1, gpus: bool | None = None, at_a_time: int = 0, nice: int = 0):
         self.ray = connect(address)
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         most = max(int(node.get("GPU", 0)) for node in nodes)
         gpus = most > 0 if gpus is None else gpus
         if 0 < most < ranks and gpus:
-            raise RunError(
-                f"a run on {ranks} GPUs needs more than the {most} of the cluster's largest node: lower --gpus_per_run"
-            )
+            there = f"the {most} of the cluster's largest node: lower --gpus_per_run"
+            raise RunError(f"a run on {ranks} GPUs needs more than {there}")
         self.summary = f"{len(nodes)} Ray node{'s' * (len(nodes) > 1)}"
         self.summary += f", {int(self.ray.cluster_resources().get('GPU', 0))} GPUs" if gpus else ""
         # no retries of Ray's own: pool.run counts and names them
-        self.task = self.ray.remote(train_here).options(
-            num_cpus=ranks, num_gpus=ranks if gpus else 0, max_retries=0
-        )
+        wants = {"num_cpus": ranks, "num_gpus": ranks if gpus else 0, "max_retries": 0}
+        self.task = self.ray.remote(train_here).options(**wants)
         self.room, self.nice = at_a_time or math.inf, nice
 
     def __str__(self) -> str:
@@ -81,23 +77,18 @@ def connect(address: str):
     except ImportError:
         raise RunError("--engine=ray needs Ray: pip install ray") from None
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():  # Ray itself would try for a minute
-        try:
+    try:
+        if host and port.isdigit():  # Ray itself would try for a minute
             socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as e:
-            raise RunError(
-                f"no Ray cluster answers at {address} ({e.strerror or e}): check --ray_address"
-            ) from None
+    except OSError as e:
+        why = f"no Ray cluster answers at {address} ({e.strerror or e})"
+        raise RunError(f"{why}: check --ray_address") from None
     # tasks unpickle what they run from this project's modules
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        ray.init(
-            address=address or None,
-            runtime_env={"env_vars": {"PYTHONPATH": paths}},
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        ray.init(address or None, runtime_env={"env_vars": {"PYTHONPATH": paths}}, **quiet)
     except (OSError, ValueError, RuntimeError) as e:
         sentence = " ".join(str(e).split())[:200]
         raise RunError(f"no Ray cluster at --ray_address={address or 'local'}: {sentence}") from None
@@ -115,17 +106,16 @@ def train_here(job: pool.Job, folder: str, nice: int) -> int | str:
     wait_until_free(job.out_dir)
     node = ray.get_runtime_context().get_node_id()[:8]
     child = pool.start_child(job, nice=nice, place=f"{socket.gethostname()}, Ray node {node}")
-    asked = None
+    asked = math.inf  # when Ray asked it to stop
     while True:
         try:
-            if asked is not None and time.monotonic() - asked > pool.GRACE:
+            if time.monotonic() - asked > pool.GRACE:
                 os.killpg(child.pid, signal.SIGKILL)
-            code = child.poll()
-            if code is not None:
-                return code
+            if child.poll() is not None:
+                return child.returncode
             time.sleep(0.1)
         except KeyboardInterrupt:
-            asked = asked or time.monotonic()
+            asked = min(asked, time.monotonic())
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGTERM)
 

@@ -1,10 +1,13 @@
 """scripts/analysis/runs.py: what makes a folder or a wandb run a Run, and which runs match."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 from runs_on_disk import load, write_demo, write_run
 
+import configurator
 from data import DataError
 from engine import contract
 from engine.errors import RunError
@@ -124,3 +127,64 @@ def test_records_of_another_shape_are_one_sentence(tmp_path, file, content, told
 def test_a_run_that_was_given_up_is_said_to_have_diverged(tmp_path):
     folder = write_run(tmp_path, "kronecker", 1, 3.8, upto=50, info={"diverged": 57})
     assert runs.load_folder(folder).state == "diverged: given up at iter 57"
+
+
+def run_of(arm: str, *more: str) -> SimpleNamespace:
+    config = configurator.load(["config/demo.py", f"config/arms/{arm}.py", *more], quiet=True)
+    keys = {key: getattr(config, key) for key in configurator.KEYS}
+    keys["wte_init_rms"] = keys["wte_init_rms"] or (
+        1.0 if keys["wte"] == "kronecker" else 0.02
+    )  # as train.py does
+    return SimpleNamespace(arm=arm, config=keys)
+
+
+@pytest.mark.parametrize("arm", sorted(p.stem for p in (ROOT / "config/arms").glob("*.py")))
+def test_a_run_of_an_arms_file_keeps_its_name(arm):
+    mine = [run_of(arm), run_of(arm, "--seed=5", "--learning_rate=0.5", "--batch_size=2")]
+    runs.distinguish(mine)
+    assert [r.arm for r in mine] == [arm, arm]
+
+
+def test_runs_of_one_name_with_other_keys_are_other_arms():
+    mine = [
+        run_of("kronecker"),
+        run_of("kronecker", "--wte_rank=16"),
+        run_of("kronecker", "--wte_lr_mult=4", "--wte_norm=rms"),
+    ]
+    mine += [
+        run_of("bpe_untied", "--wte_init_rms=1.0"),
+        run_of("kronecker_rank16", "--wte_rank=0"),
+        run_of("bpe_tied"),
+    ]
+    runs.distinguish(mine)
+    assert [r.arm for r in mine] == [
+        "kronecker",
+        "kronecker[wte_rank=16]",
+        "kronecker[wte_lr_mult=4.0, wte_norm=rms]",
+        "bpe_untied[wte_init_rms=1.0]",
+        "kronecker_rank16[wte_rank=0]",
+        "bpe_tied",
+    ]
+
+
+def test_what_a_recipe_sets_for_all_makes_no_arm_of_its_own():
+    mine = [run_of("kronecker", "--pos_dim=8"), run_of("kronecker", "--pos_dim=8", "--seed=2")]
+    runs.distinguish(mine)
+    assert [r.arm for r in mine] == ["kronecker"] * 2
+    mine = [run_of("kronecker", "--pos_dim=8"), run_of("kronecker", "--pos_dim=4")]
+    runs.distinguish(mine)
+    assert [r.arm for r in mine] == ["kronecker", "kronecker[pos_dim=4]"]
+
+
+def test_names_without_a_file_are_told_apart_too():
+    mine = [run_of("kronecker"), run_of("kronecker", "--wte_ngrams=8")]
+    for r in mine:
+        r.arm = "mine"
+    runs.distinguish(mine)
+    assert [r.arm for r in mine] == ["mine", "mine[wte_ngrams=8]"]
+
+
+def test_the_usual_scale_of_an_older_record_is_no_key():
+    older = run_of("kronecker")
+    del older.config["wte_init_rms"], older.config["wte_norm"]
+    assert runs.arm_keys(older.config) == {"wte": "kronecker", "tie_weights": False}

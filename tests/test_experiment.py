@@ -178,7 +178,7 @@ def test_settings_that_say_what_the_arm_is_anyway_have_one_name():
         ('"length": "long"', '"length": "longer"', "names the length 'longer'"),
         ('"arm": "kronecker"', '"arm": "codec"', "no config/arms/codec.py"),
         ('"bpe_*": [1, 4], ', "", "0 patterns of kronecker\\* fit the arm bpe_untied"),
-        ('["shared", "best"]', '["best", "worst"]', "only 'shared' and 'best'"),
+        ('["shared", "best"]', '["best", "worst"]', "final.0.settings.1 is .*'shared' or 'best'"),
         ('"seeds": [5, 6]', '"seeds": [1, 6]', "uses seed 1 to tune and in final runs"),
         (
             '"eval_skip_tokens": 256',
@@ -186,7 +186,8 @@ def test_settings_that_say_what_the_arm_is_anyway_have_one_name():
             "tunes on validation windows that final runs read",
         ),
         ("min_lr_ratio = 0.1", 'min_lr_ratio = "0.1"', "min_lr_ratio is"),
-        ("min_lr_ratio = 0.1", "min_lr_ratio = 0.1; grid = 3", "unknown name grid"),
+        ("min_lr_ratio = 0.1", "min_lr_ratio = 0.1; grid = 3", "grid is 3: Extra inputs"),
+        ('"extend": 0', '"extned": 0', "tuning.extned is 0: Extra inputs"),
         ("min_lr_ratio = 0.1", "", "it has no min_lr_ratio"),
         ("smallest_difference", "import os; raise ValueError; smallest_difference", "does not run"),
     ],

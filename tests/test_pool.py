@@ -138,10 +138,12 @@ PARENT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
+from data.console import sentences
 from scripts import pool
 jobs = [pool.Job(n, [sys.executable, {child!r}, str(Path({out!r}) / n), "100000", "slow"], Path({out!r}) / n, 100000)
         for n in ("a", "b")]
-sys.exit(pool.run(jobs, pool.Local([(), ()])))
+with sentences():
+    sys.exit(pool.run(jobs, pool.Local([(), ()])))
 """
 
 

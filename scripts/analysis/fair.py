@@ -12,8 +12,7 @@ import numpy as np
 
 from engine import contract
 from scripts import experiment
-from scripts.analysis import stats
-from scripts.analysis.numbers import gain_by_frequency
+from scripts.analysis.numbers import gain_by_frequency, paired_gain
 
 # One question each: (arm, over, what the gain of the one over the other says).
 QUESTIONS = (
@@ -30,18 +29,23 @@ BUDGET = 0.15  # of the table's input parameters, for an arm that would win the 
 def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord], resamples=2000) -> dict:
     """Everything that the report shows. RunError where a record differs from the file or runs do not match."""
     plan = experiment.Plan(exp, experiment.losses_of(records))
-    known = [run for run in plan.runs if run.name in records]
-    for run in known:
-        experiment.check_record(exp, run, records[run.name])
-    every = [(final, which) for final in exp.final for which in final.settings]
-    cells = [c for final, which in every if (c := cell(exp, plan, records, final, which))]
+    known = [(run, records[run.name]) for run in plan.runs if run.name in records]
+    for run, record in known:
+        experiment.check_record(exp, run, record)
+    asked = [
+        (place_of(exp, final, which), plan.final_runs(final, which))
+        for final in exp.final
+        for which in final.settings
+    ]
+    cells = [x for place, runs in asked if (x := cell(exp, records, place, runs))]
+    finals = sum(run.stage == "final" for run, _ in known)
     return {
         "experiment": exp.name,
         "smallest_difference": exp.smallest_difference,
         "arms": exp.arms,
         "about": {arm: experiment.about(arm) for arm in exp.arms},
-        "rungs": rungs(exp, known, records),
-        "validation": validation(known, records),
+        "rungs": rungs(exp, known),
+        "validation": validation(known),
         "shared": exp.shared,
         "tuning": {"tokens": experiment.tokens_of(exp, exp.tuning), "seeds": len(exp.tuning.seeds)},
         "complete": plan.complete,
@@ -51,39 +55,47 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
         ],
         "curves": tuning_curves(plan),
         "cells": cells,
-        "missing": [m for final, which in every if (m := missing(exp, plan, records, final, which))],
-        "diverged": [vars(run) | {"setting": dict(run.setting)} for run in known if records[run.name].state != "finished"],
+        "missing": [x for place, runs in asked if (x := missing(records, place, runs))],
+        "diverged": [
+            vars(run) | {"setting": dict(run.setting)} for run, record in known if record.state != "finished"
+        ],
         "gap": gap(exp, cells, resamples),
         "prize": prize(exp, cells),
         "runs": {
-            "tuning": sum(run.stage != "final" for run in known),
-            "final": sum(run.stage == "final" for run in known),
-            **{k: sorted({str(r.run.get(k)) for r in records.values()}) for k in ("commit", "torch", "device")},
+            "tuning": len(known) - finals,
+            "final": finals,
+            **{
+                k: sorted({str(r.run.get(k)) for r in records.values()})
+                for k in ("commit", "torch", "device")
+            },
             "days": sorted({r.run["started"][:10] for r in records.values() if r.run.get("started")}),
         },
-    }  # fmt: skip
+    }
 
 
-def rungs(exp: experiment.Experiment, known: list[experiment.Run], records: dict) -> dict:
+def place_of(exp, final: experiment.Final, which: str) -> dict:
+    """A rung, a length and a way of setting the arms, of final runs."""
+    tokens = experiment.tokens_of(exp, final)
+    return {"rung": final.rung, "length": final.length, "which": which, "tokens": tokens}
+
+
+def rungs(exp: experiment.Experiment, known: list[tuple]) -> dict:
     """{rung: its shape and sizes, and the rung on which its best settings were chosen}, of rungs that have a record."""
     result = {}
-    for rung in exp.rungs:
-        record = next((records[run.name] for run in known if run.rung == rung), None)
-        if record is not None:
-            shape = {k: record.config[k] for k in ("n_layer", "n_embd", "block_size") if k in record.config}
-            sizes = {"body": record.run["params"]["body"], "table": record.run["params"]["stock_table"]}
-            result[rung] = shape | sizes | {"tuned_on": experiment.tuned_on(exp, rung)}
+    first = {run.rung: record for run, record in reversed(known)}
+    for rung in (rung for rung in exp.rungs if rung in first):
+        config, params = first[rung].config, first[rung].run["params"]
+        shape = {k: config[k] for k in ("n_layer", "n_embd", "block_size") if k in config}
+        sizes = {"body": params["body"], "table": params["stock_table"]}
+        result[rung] = shape | sizes | {"tuned_on": experiment.tuned_on(exp, rung)}
     return result
 
 
-def validation(known: list[experiment.Run], records: dict) -> dict:
+def validation(known: list[tuple]) -> dict:
     """{stage: the data set, and the tokens of its validation shard that were read: so many after those skipped}."""
-    result = {}
-    for run in known:
-        config = records[run.name].config
-        result.setdefault(
-            run.stage, {k: config.get(k) for k in ("dataset", "eval_skip_tokens", "eval_tokens")}
-        )
+    keys, result = ("dataset", "eval_skip_tokens", "eval_tokens"), {}
+    for run, record in known:
+        result.setdefault(run.stage, {k: record.config.get(k) for k in keys})
     return result
 
 
@@ -97,104 +109,83 @@ def tuning_curves(plan: experiment.Plan) -> list[dict]:
     tuned = [run for run in plan.runs if run.stage != "final" and run.name in plan.losses]
     for (stage, rung, arm, setting), runs in groupby(sorted(tuned, key=point), point):
         losses = [plan.losses[run.name] for run in runs]
-        keys = {k: v for k, v in experiment.own_keys(arm).items() if k in ("wte_lr_mult", "wte_init_rms")}
         mean = sum(losses) / len(losses)
-        place = {"stage": stage, "rung": rung, "arm": arm}
-        points.append(place | keys | dict(setting) | {"loss": mean if math.isfinite(mean) else None})
+        keys = {k: v for k, v in experiment.own_keys(arm).items() if k in ("wte_lr_mult", "wte_init_rms")}
+        where = {"stage": stage, "rung": rung, "arm": arm}
+        points.append(where | keys | dict(setting) | {"loss": mean if math.isfinite(mean) else None})
     return points
 
 
-def cell(exp, plan: experiment.Plan, records: dict, final: experiment.Final, which: str) -> dict | None:
-    """One rung, length and way of setting the arms: losses by arm and seed, gains over the reference, questions."""
+def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
+    """One place's losses by arm and seed, gains over the reference, questions. runs: see Plan.final_runs."""
     found: dict[str, dict[int, experiment.RunRecord]] = {}
-    settings = {}
-    for arm, seed, run in plan.final_runs(final, which):
+    settings, members = {}, []
+    for arm, seed, run in runs:
         record = run and records.get(run.name)
         if record and record.state == "finished":
             found.setdefault(arm, {})[seed] = record
             settings[arm] = dict(run.setting)
+            members.append(contract.Member(record.name, arm, seed, record.config, record.run))
     if not found:
         return None
-    every = [(arm, seed, record) for arm, by_seed in found.items() for seed, record in by_seed.items()]
-    members = [contract.Member(r.name, arm, seed, r.config, r.run) for arm, seed, r in every]
     contract.check_match(members, swept=("learning_rate", "min_lr"))
-    any_of = {arm: next(iter(by_seed.values())).run for arm, by_seed in found.items()}
-    first, over = every[0][2], exp.gap.over
-    loss = {arm: {str(s): last(r)["val/loss"] for s, r in by_seed.items()} for arm, by_seed in found.items()}
-    asked = [(arm, other, what) for arm, other, what in QUESTIONS if arm in found and other in found]
-    shared = {
-        arm: [s for s in found[arm] if s in found[over]] for arm in found if arm != over and over in found
-    }
-    return {
-        "rung": final.rung,
-        "length": final.length,
-        "which": which,
-        "tokens": int(first.run["tokens_per_step"]) * int(first.config["max_iters"]),
-        "body": first.run["params"]["body"],
+    params = {arm: next(iter(by_seed.values())).run["params"] for arm, by_seed in found.items()}
+    last = {arm: {str(s): last_row(r) for s, r in by_seed.items()} for arm, by_seed in found.items()}
+    loss = {arm: {s: row["val/loss"] for s, row in rows.items()} for arm, rows in last.items()}
+    over, shared = exp.gap.over, {}  # of each arm the pairs of rows, its own and the reference's
+    for arm in last if over in last else []:
+        if arm != over:
+            shared[arm] = [(row, last[over][s]) for s, row in last[arm].items() if s in last[over]]
+    asked = [(arm, other, what, gain(exp, loss, arm, other)) for arm, other, what in QUESTIONS]
+    return place | {
+        "body": params[next(iter(found))]["body"],
         "settings": settings,
         "loss": loss,
-        "bpb": {arm: mean_bpb(by_seed.values()) for arm, by_seed in found.items()},
-        "input_share": {arm: r["params"]["input"] / r["params"]["stock_table"] for arm, r in any_of.items()},
+        "bpb": {arm: mean_bpb(rows.values()) for arm, rows in last.items()},
+        "input_share": {arm: p["input"] / p["stock_table"] for arm, p in params.items()},
         "gains": {arm: gain(exp, loss, arm, over) for arm in shared},
-        "questions": [
-            {"arm": arm, "over": other, "what": what} | g
-            for arm, other, what in asked
-            if (g := gain(exp, loss, arm, other))
-        ],
+        "questions": [{"arm": arm, "over": other, "what": what} | g for arm, other, what, g in asked if g],
         "frequency": {
-            side: {
-                arm: gain_by_frequency([(last(found[arm][s]), last(found[over][s])) for s in seeds], side)
-                for arm, seeds in shared.items()
-                if seeds
-            }
+            side: {arm: gain_by_frequency(pairs, side) for arm, pairs in shared.items() if pairs}
             for side in ("input", "target")
         },
     }
 
 
-def last(record: experiment.RunRecord) -> dict:
+def last_row(record: experiment.RunRecord) -> dict:
     """The last evaluation's row."""
     return next(row for row in reversed(record.rows) if "val/loss" in row)
 
 
-def mean_bpb(records) -> float | None:
+def mean_bpb(rows) -> float | None:
     """Bits per byte, mean over the runs; None where one of them lacks it."""
-    values = [last(r).get("val/bpb") for r in records]
+    values = [row.get("val/bpb") for row in rows]
     return None if None in values else float(np.mean(values))
 
 
 def gain(exp: experiment.Experiment, loss: dict, arm: str, over: str) -> dict | None:
     """The gain of an arm over another by shared seeds: its interval, and whether the rule calls it a difference."""
-    by_seed = {s: loss[over][s] - x for s, x in loss[arm].items() if s in loss[over]}
-    if not by_seed:
+    result = paired_gain(loss.get(arm, {}), loss.get(over, {}))
+    if not result:
         return None
-    result = stats.interval(by_seed.values()) | {"by_seed": by_seed}
     sure = result["low"] is not None and (result["low"] > 0 or result["high"] < 0)
     return result | {"called": bool(sure and abs(result["mean"]) >= exp.smallest_difference)}
 
 
-def missing(exp, plan: experiment.Plan, records: dict, final: experiment.Final, which: str) -> dict | None:
-    """How many and which of the final runs that the file asks for have no record; None where all have one."""
-    wanted = plan.final_runs(final, which)
+def missing(records: dict, place: dict, runs: list[tuple]) -> dict | None:
+    """How many and which of a place's final runs have no record; None where all have one."""
     lacking: dict[str, list[int]] = {}
-    for arm, seed, run in wanted:
+    for arm, seed, run in runs:
         if run is None or run.name not in records:
             lacking.setdefault(arm, []).append(seed)
     if not lacking:
         return None
-    place = {
-        "rung": final.rung,
-        "length": final.length,
-        "tokens": experiment.tokens_of(exp, final),
-        "which": which,
-    }
-    arms = len({arm for arm, *_ in wanted})
-    return place | {
-        "arms": arms,
-        "runs": len(wanted),
+    counts = {
+        "arms": len({arm for arm, *_ in runs}),
+        "runs": len(runs),
         "missing": sum(map(len, lacking.values())),
-        "seeds": lacking,
     }
+    return place | counts | {"seeds": lacking}
 
 
 # ---- the gap as a function of tokens and size
@@ -225,8 +216,8 @@ def gap(exp: experiment.Experiment, cells: list[dict], resamples: int) -> dict:
     }
     terms = [key for key in ("tokens", "body") if len({p[key] for p in known}) > 1]
 
-    def design(of: dict) -> list[float]:
-        return [1.0, *(math.log(of[key]) for key in terms)]
+    def design(of: dict) -> np.ndarray:
+        return np.array([1.0, *(math.log(of[key]) for key in terms)])
 
     x = np.array([design(p) for p in known])
     if not terms or np.linalg.matrix_rank(x) <= len(terms):
@@ -238,8 +229,7 @@ def gap(exp: experiment.Experiment, cells: list[dict], resamples: int) -> dict:
     draws = np.linalg.lstsq(x, [redrawn_means(p, resamples, rng) for p in known], rcond=None)[0].T
 
     def fitted(of: dict) -> dict:
-        row = np.array(design(of))
-        return {"mean": float(row @ best)} | quantiles(draws @ row)
+        return {"mean": float(design(of) @ best)} | quantiles(draws @ design(of))
 
     result["fit"] = {
         name: {"mean": float(best[i])} | quantiles(draws[:, i])
@@ -254,27 +244,23 @@ def gap(exp: experiment.Experiment, cells: list[dict], resamples: int) -> dict:
         predicted = fitted(p)
         off = {"mean": p["mean"] - predicted["mean"], "low": None, "high": None}
         if len(p["by_seed"]) > 1:
-            off |= quantiles(redrawn_means(p, resamples, rng) - draws @ np.array(design(p)))
-        result["held_out"] = {k: p[k] for k in ("rung", "length", "tokens")} | {
-            "predicted": predicted,
-            "measured": {k: p[k] for k in ("mean", "low", "high")},
-            "off": off,
-        }
+            off |= quantiles(redrawn_means(p, resamples, rng) - draws @ design(p))
+        measured = {k: p[k] for k in ("mean", "low", "high")}
+        where = {k: p[k] for k in ("rung", "length", "tokens")}
+        result["held_out"] = where | {"predicted": predicted, "measured": measured, "off": off}
     for rung in dict.fromkeys(p["rung"] for p in points) if "tokens" in terms else []:
-        ends = sorted((p for p in points if p["rung"] == rung), key=lambda p: p["tokens"])
-        low, high = ends[0], ends[-1]
+        of_rung = sorted((p for p in points if p["rung"] == rung), key=lambda p: p["tokens"])
+        low, high = of_rung[0], of_rung[-1]
         if low is high:
             continue
         # ln(tokens) where a + b ln(tokens) + c ln(body) is zero, of the fit and of every draw
-        at = [
-            -(w @ np.array(design(low | {"tokens": 1.0}))) / w[1] if w[1] else math.inf
-            for w in (best, *draws)
-        ]
+        without = design(low | {"tokens": 1.0})
+        at = [-(w @ without) / w[1] if w[1] else math.inf for w in (best, *draws)]
         at = np.exp(np.clip(at, -700, 700))
         inside = low["tokens"] < at[0] < high["tokens"]
-        found = {"tokens": float(at[0])} | quantiles(at[1:]) if inside else {"tokens": None}
         ends = {"from": low["tokens"], "to": high["tokens"], "at_from": fitted(low), "at_to": fitted(high)}
-        result["crossings"].append({"rung": rung} | ends | found)
+        zero = {"tokens": float(at[0])} | quantiles(at[1:]) if inside else {"tokens": None}
+        result["crossings"].append({"rung": rung} | ends | zero)
     return result
 
 
@@ -304,20 +290,21 @@ def prize(exp: experiment.Experiment, cells: list[dict]) -> list[dict]:
     result = []
     for rung in exp.rungs:
         planned = [experiment.tokens_of(exp, f) for f in exp.final if f.rung == rung and "best" in f.settings]
-        found = []
+        found = []  # (tokens, length, the small arms' gains)
         for c in cells:
             if (c["rung"], c["which"]) == (rung, "best"):
-                small = {arm: g for arm, g in c["gains"].items() if g and c["input_share"][arm] <= BUDGET}
-                if any(g["n"] > 1 for g in small.values()):
-                    found.append((c, small))
-        if not found:
-            continue
-        c, small = max(found, key=lambda pair: pair[0]["tokens"])
-        arms = {
-            arm: {k: g[k] for k in ("n", "mean", "low", "high", "called")} | {"share": c["input_share"][arm]}
-            for arm, g in small.items()
-        }
-        winners = [arm for arm, g in arms.items() if g["called"] and g["mean"] > 0]
-        place = {"rung": rung, "length": c["length"], "tokens": c["tokens"], "planned": max(planned)}
-        result.append(place | {"arms": arms, "winners": winners})
+                shares = {arm: c["input_share"][arm] for arm, g in c["gains"].items() if g}
+                kept = ("n", "mean", "low", "high", "called")
+                arms = {
+                    arm: {k: c["gains"][arm][k] for k in kept} | {"share": share}
+                    for arm, share in shares.items()
+                    if share <= BUDGET
+                }
+                if any(g["n"] > 1 for g in arms.values()):
+                    found.append((c["tokens"], c["length"], arms))
+        if found:
+            tokens, length, arms = max(found, key=lambda x: x[0])
+            winners = [arm for arm, g in arms.items() if g["called"] and g["mean"] > 0]
+            place = {"rung": rung, "length": length, "tokens": tokens, "planned": max(planned)}
+            result.append(place | {"arms": arms, "winners": winners})
     return result

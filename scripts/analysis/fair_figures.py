@@ -22,28 +22,40 @@ def draw(c: dict, folder: Path) -> dict[str, str]:
     seeds = "One seed" if c["tuning"]["seeds"] == 1 else f"Means over {c['tuning']['seeds']} seeds"
     with plt.rc_context(STYLE):
         for name, make, caption in (
-            ("gap", draw_gap, f"Gain over {c['gap']['over']}, each arm at its own best setting: mean and 95% interval over "
-             "seeds, none where there is one seed." + dotted),
+            ("gap", draw_gap, f"Gain over {g['over']}, each arm at its own best setting: mean and 95% interval over seeds, "
+             "none where there is one seed." + dotted),
             ("learning_rates", draw_tuning, "The tuning: loss by learning rate at each arm's own defaults, by the input side's "
              "multiplier at the best learning rate and scale, and by learning rate once more on larger rungs. Stars: each "
              f"arm's lowest. {seeds}; what diverged or lies far above is not shown."),
-            ("frequency", draw_frequency, f"Where the gain over {c['gap']['over']} sits: by training count of the token read "
-             "and of the token predicted, mean over seeds, at the longest length of each rung. The axis is logarithmic beyond "
-             f"0.5 either way; buckets of fewer than {FEW} validation tokens are left out."),
+            ("frequency", draw_frequency, f"Where the gain over {g['over']} sits: by training count of the token read and of "
+             "the token predicted, mean over seeds, at the longest length of each rung. The axis is logarithmic beyond 0.5 "
+             f"either way; buckets of fewer than {FEW} validation tokens are left out."),
         ):  # fmt: skip
             figure = make(c)
             if figure is not None:
+                legend_below(figure)
                 save(figure, folder / name)
                 drawn[name] = caption
     return drawn
 
 
+def legend_below(figure) -> None:
+    """The names of all arms below the panels, where they hide no curve."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    columns = max(2, min(5, int(figure.get_figwidth() / 1.9)))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9)
+
+
+def at_best(c: dict) -> list[dict]:
+    """The cells of the arms' best settings that have gains."""
+    return [cell for cell in c["cells"] if cell["which"] == "best" and any(cell["gains"].values())]
+
+
 def longest(c: dict) -> list[dict]:
     """For each rung the cell of the longest length at the arms' best settings, of those with gains."""
     best: dict[str, dict] = {}
-    for cell in c["cells"]:
-        if cell["which"] == "best" and any(cell["gains"].values()):
-            best[cell["rung"]] = max(best.get(cell["rung"], cell), cell, key=lambda x: x["tokens"])
+    for cell in at_best(c):
+        best[cell["rung"]] = max(best.get(cell["rung"], cell), cell, key=lambda x: x["tokens"])
     return list(best.values())
 
 
@@ -62,8 +74,7 @@ def draw_tuning(c: dict):
     if not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), squeeze=False)
-    axes = axes[0]
-    for ax, (key, title, mine, choose) in zip(axes, panels, strict=True):
+    for ax, (key, title, mine, choose) in zip(axes[0], panels, strict=True):
         lowest = []
         for arm in sorted({p["arm"] for p in mine}, key=arm_sort_key):
             line = sorted(choose([p for p in mine if p["arm"] == arm]), key=lambda p: p[key])
@@ -83,8 +94,7 @@ def draw_tuning(c: dict):
         low, high = min(p["loss"] for p in mine), max(p["loss"] for p in mine)
         top = max(1.0 + low, 0.1 + max(lowest))  # far from all optima nothing is read
         ax.set_ylim(low - 0.03, min(top, high + 0.03))
-    axes[0].set_ylabel("validation loss (nats/token)")
-    legend_below(figure, axes[0])
+    axes[0][0].set_ylabel("validation loss (nats/token)")
     return figure
 
 
@@ -102,35 +112,27 @@ def beside_the_best(points: list[dict]) -> list[dict]:
 
 def draw_gap(c: dict):
     """Gain over the reference by tokens, an arm a colour, a rung a panel."""
-    best = [cell for cell in c["cells"] if cell["which"] == "best" and any(cell["gains"].values())]
+    best, g = at_best(c), c["gap"]
     if not best:
         return None
     names = [rung for rung in c["rungs"] if any(cell["rung"] == rung for cell in best)]
-    arms = sorted({arm for cell in best for arm, g in cell["gains"].items() if g}, key=arm_sort_key)
-    shift = {
-        arm: 1.03 ** (k - (len(arms) - 1) / 2) for k, arm in enumerate(arms)
-    }  # no interval hides another
+    arms = sorted({arm for cell in best for arm, gain in cell["gains"].items() if gain}, key=arm_sort_key)
+    # no interval hides another
+    shift = {arm: 1.03 ** (k - (len(arms) - 1) / 2) for k, arm in enumerate(arms)}
     size = (3 + 3.2 * len(names), 4.6)
     figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharex=True, sharey=True)
-    pair, fit, held = c["gap"]["arm"], c["gap"]["fit"], c["gap"]["held_out"]
+    colour, fit, held = arm_style(g["arm"], c["arms"])["color"], g["fit"], g["held_out"]
     for ax, rung in zip(axes[0], names, strict=True):
         of_rung = sorted((cell for cell in best if cell["rung"] == rung), key=lambda cell: cell["tokens"])
         for arm in arms:
-            style = arm_style(arm, c["arms"])
-            seen = [
-                (cell["tokens"] * shift[arm], cell["gains"][arm])
-                for cell in of_rung
-                if cell["gains"].get(arm)
-            ]
-            half = [0 if g["low"] is None else g["high"] - g["mean"] for _, g in seen]
-            x, y = [t for t, _ in seen], [g["mean"] for _, g in seen]
-            ax.errorbar(
-                x, y, half, marker="o", markersize=4, capsize=2, linewidth=1, label=label(arm), **style
-            )
-        colour = arm_style(pair, c["arms"])["color"]
+            seen = [(cell["tokens"], gain) for cell in of_rung if (gain := cell["gains"].get(arm))]
+            half = [0 if gain["low"] is None else gain["high"] - gain["mean"] for _, gain in seen]
+            x, y = [t * shift[arm] for t, _ in seen], [gain["mean"] for _, gain in seen]
+            style = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1}
+            ax.errorbar(x, y, half, label=label(arm), **style, **arm_style(arm, c["arms"]))
         if held and held["rung"] == rung:
             mark = {"markersize": 6, "zorder": 5, "markerfacecolor": "white", "color": colour}
-            ax.plot(held["tokens"] * shift[pair], held["measured"]["mean"], "o", **mark)
+            ax.plot(held["tokens"] * shift[g["arm"]], held["measured"]["mean"], "o", **mark)
         if fit and "ln_tokens" in fit:
             t = np.geomspace(of_rung[0]["tokens"], of_rung[-1]["tokens"])
             body = fit["ln_body"]["mean"] * np.log(of_rung[0]["body"]) if "ln_body" in fit else 0.0
@@ -144,8 +146,7 @@ def draw_gap(c: dict):
     ax.set_xticks(lengths, [count(t) for t in lengths])
     ax.xaxis.set_minor_locator(plt.NullLocator())
     ax.set_xlim(lengths[0] / 1.6, lengths[-1] * 1.6)
-    axes[0][0].set_ylabel(f"gain over {c['gap']['over']} (nats, up is better)")
-    legend_below(figure, axes[0][0])
+    axes[0][0].set_ylabel(f"gain over {g['over']} (nats, up is better)")
     return figure
 
 
@@ -159,8 +160,8 @@ def draw_frequency(c: dict):
     for row, cell in zip(axes, cells, strict=True):
         for ax, (side, arms) in zip(row, cell["frequency"].items(), strict=True):
             for arm in sorted((a for a in arms if arms[a]), key=arm_sort_key):
-                told = [b for b in arms[arm] if b["count"] > 0 and b["tokens"] >= FEW]
-                x, y = [b["count"] for b in told], [b["mean"] for b in told]
+                known = [b for b in arms[arm] if b["count"] > 0 and b["tokens"] >= FEW]
+                x, y = [b["count"] for b in known], [b["mean"] for b in known]
                 ax.plot(x, y, marker="o", markersize=3, label=label(arm), **arm_style(arm, c["arms"]))
             ax.axhline(0, linewidth=1, color=AXIS)
             ax.set_xscale("log", base=4)
@@ -168,16 +169,7 @@ def draw_frequency(c: dict):
             ax.set_yscale("symlog", linthresh=0.5, base=2)
             ax.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
             ax.set_title(f"Rung {cell['rung']}, {count(cell['tokens'])} tokens, by the token {SIDES[side]}")
+        row[0].set_ylabel(f"gain over {c['gap']['over']} (nats)")
     for ax, side in zip(axes[-1], SIDES, strict=True):
         ax.set_xlabel(f"training count of the token {SIDES[side]} (from)")
-    for ax in axes[:, 0]:
-        ax.set_ylabel(f"gain over {c['gap']['over']} (nats)")
-    legend_below(figure, axes[0][0])
     return figure
-
-
-def legend_below(figure, ax) -> None:
-    """The names of all arms below the panels, where they hide no curve."""
-    handles, names = ax.get_legend_handles_labels()
-    columns = max(2, min(5, int(figure.get_figwidth() / 1.9)))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9)

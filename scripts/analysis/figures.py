@@ -97,10 +97,8 @@ def save(figure, base: Path) -> None:
     """Write `base`.svg and `base`.png, and close the figure."""
     base.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None, "Creator": "kronecker-nanogpt"}
-    for suffix, options in (
-        (".svg", {"metadata": metadata, "transparent": True}),
-        (".png", {"dpi": 160, "facecolor": "white"}),
-    ):
+    svg, png = {"metadata": metadata, "transparent": True}, {"dpi": 160, "facecolor": "white"}
+    for suffix, options in ((".svg", svg), (".png", png)):
         content = io.BytesIO()
         with plt.rc_context(STYLE):  # text and ids of an SVG are made while it is saved
             figure.savefig(content, format=suffix[1:], **options)
@@ -113,11 +111,7 @@ def save(figure, base: Path) -> None:
 
 def draw_val(ax, c: dict, runs: list[Run]) -> None:
     """Validation loss by tokens, an arm a line."""
-    curves = {}
-    for arm in c["arms"]:
-        mine = [r for r in runs if r.arm == arm]
-        iters = shared_iters(mine, upto=c["at_iter"])
-        curves[arm] = iters, [[r.series()[i] for i in iters] for r in mine]
+    curves = {arm: [r.series(upto=c["at_iter"]) for r in runs if r.arm == arm] for arm in c["arms"]}
     bands(ax, c, curves, begin=0.15)
     ax.set_title("Validation loss (nats/token)")
     ax.legend()
@@ -125,45 +119,45 @@ def draw_val(ax, c: dict, runs: list[Run]) -> None:
 
 def draw_gain(ax, c: dict, runs: list[Run]) -> None:
     """Gain of every arm over the baseline by tokens, paired by seed."""
-    by = {(r.arm, r.seed): r for r in runs}
-    base, curves = c["baseline"], {}
-    ax.axhline(0, linewidth=1.2, **arm_style(base, c["arms"]))
-    for arm in (a for a in c["arms"] if a != base):
-        pairs = [(by[arm, s], by[base, s]) for s in c["seeds"] if (arm, s) in by and (base, s) in by]
-        if pairs:
-            iters = shared_iters([r for pair in pairs for r in pair], upto=c["at_iter"])
-            curves[arm] = iters, [[b.series()[i] - a.series()[i] for i in iters] for a, b in pairs]
+    base, curves = {r.seed: r.series(upto=c["at_iter"]) for r in runs if r.arm == c["baseline"]}, {}
+    for r in runs:
+        if r.arm != c["baseline"] and r.seed in base:
+            other = base[r.seed]
+            gains = {i: other[i] - x for i, x in r.series().items() if i in other}
+            curves.setdefault(r.arm, []).append(gains)
+    ax.axhline(0, linewidth=1.2, **arm_style(c["baseline"], c["arms"]))
     bands(ax, c, curves, begin=0.1, pad=0.08, also=[0.0])
-    ax.set_title(f"Gain over {visible(base)} (nats, up is better)")
+    ax.set_title(f"Gain over {visible(c['baseline'])} (nats, up is better)")
     if len(c["arms"]) > 1:
         ax.legend()
 
 
 def draw_train(ax, c: dict, runs: list[Run]) -> None:
     """Training loss by tokens as a running mean, an arm a line."""
-    curves = {}
-    for arm in c["arms"]:
-        mine = [r for r in runs if r.arm == arm and r.train]
-        iters = shared_iters(mine, "train/loss") if mine else []
-        if iters:
-            window = max(3, len(iters) // 25)
-            curves[arm] = (
-                iters,
-                [stats.smooth([r.series("train/loss")[i] for i in iters], window) for r in mine],
-            )
-    bands(ax, c, curves, begin=0.15, alpha=0.15, linewidth=1.4)
+    curves = {arm: [r.series("train/loss") for r in runs if r.arm == arm and r.train] for arm in c["arms"]}
+    bands(ax, c, curves, begin=0.15, smooth=True, alpha=0.15, linewidth=1.4)
     ax.set_title("Training loss, running mean (nats/token)")
 
 
-def bands(ax, c: dict, curves: dict, begin: float, pad: float = 0.05, also=(), **style) -> None:
+def bands(ax, c: dict, curves: dict, begin: float, pad=0.05, also=(), smooth=False, **style) -> None:
     """A band an arm over training tokens, the axis on what they do from that share of the training on.
 
-    curves: {arm: (T iters, S x T values)}; pad, also: see focus.
+    curves: {arm: [{iter: value} of each run]}, drawn where all runs of an arm have one; pad, also: see focus.
     """
-    drawn = [(np.array(iters) * c["tokens_per_step"], np.array(y)) for iters, y in curves.values()]
-    for arm, (x, y) in zip(curves, drawn, strict=True):
-        band(ax, x, y, arm, **arm_style(arm, c["arms"]), **style)
+    drawn = []
+    for arm in c["arms"]:
+        iters = shared_iters(curves.get(arm, []))
+        if iters:
+            y = [[run[i] for i in iters] for run in curves[arm]]
+            if smooth:
+                y = [stats.smooth(values, max(3, len(iters) // 25)) for values in y]
+            drawn.append((np.array(iters) * c["tokens_per_step"], np.array(y)))
+            band(ax, *drawn[-1], arm, **arm_style(arm, c["arms"]), **style)
     focus(ax, drawn, begin * c["tokens"], pad, also)
+    ax.set_xlim(0, max(1, c["tokens"]))
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    ax.xaxis.set_major_formatter(lambda v, _: count(v) if v else "0")
+    ax.set_xlabel("training tokens")
 
 
 PANELS = {"val": draw_val, "gain": draw_gain, "train": draw_train}
@@ -175,20 +169,10 @@ def draw_curves(c: dict, runs: list[Run], folder: Path) -> list[dict]:
         figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.0))
         for ax, panel in zip(axes, PANELS.values(), strict=True):
             panel(ax, c, runs)
-            token_axis(ax, c["tokens"])
         save(figure, folder / "curves")
         for name, panel in PANELS.items():
             figure, ax = plt.subplots(figsize=(5.4, 3.7))
             panel(ax, c, runs)
-            token_axis(ax, c["tokens"])
             save(figure, folder / "panels" / name)
     caption = "Line: mean over seeds; band: lowest to highest seed." if len(c["seeds"]) > 1 else "One seed."
     return [{"figures": [f"panels/{name}.svg" for name in PANELS], "caption": caption}]
-
-
-def token_axis(ax, tokens: int) -> None:
-    """Label the x axis in training tokens, from none to all."""
-    ax.set_xlim(0, max(1, tokens))
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-    ax.xaxis.set_major_formatter(lambda v, _: count(v) if v else "0")
-    ax.set_xlabel("training tokens")

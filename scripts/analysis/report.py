@@ -42,18 +42,9 @@ SPARE_COLOURS = ["#009E73", "#E69F00", "#7F7F7F", "#8C564B", "#17BECF", "#9467BD
 ARM_ORDER = list(ARM_STYLE)
 INK, INK_ON_DARK = "#3b4252", "#e4e7ec"  # text and axes of the figures, on paper and on a dark page
 
-tabulate.MIN_PADDING = 0  # the formats below bring the space between columns
-PLAIN = tabulate.TableFormat(
-    lineabove=None,
-    linebelowheader=tabulate.Line("", "-", "--", ""),
-    linebetweenrows=None,
-    linebelow=None,
-    headerrow=tabulate.DataRow("", "  ", ""),
-    datarow=tabulate.DataRow("", "  ", ""),
-    padding=0,
-    with_header_hide=None,
-)
-PIPES = tabulate.DataRow("| ", " | ", " |")
+tabulate.MIN_PADDING = 0  # the format below brings the space between columns
+ROW, RULE = tabulate.DataRow("", "  ", ""), tabulate.Line("", "-", "--", "")
+PLAIN = tabulate.TableFormat(None, RULE, None, None, ROW, ROW, padding=0, with_header_hide=None)
 
 
 def arm_sort_key(arm: str):
@@ -129,10 +120,9 @@ class Table:
     def markdown(self) -> str:
         """The same with a heading, for a page."""
         header, *rows = self._cells(lambda cell: escaped(cell).replace("|", "\\|"))
-        rule = "| " + " | ".join("---" if i < self.left else "---:" for i in range(len(header))) + " |"
-        form = PLAIN._replace(linebelowheader=lambda widths, aligns: rule, headerrow=PIPES, datarow=PIPES)
-        body = tabulate.tabulate(rows, header, form, stralign=None, numalign=None, disable_numparse=True)
-        return "\n\n".join(p for p in (f"## {escaped(self.title)}", body, escaped(self.note)) if p)
+        rule = ["---" if i < self.left else "---:" for i in range(len(header))]
+        body = "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+        return "\n\n".join(filter(None, (f"## {escaped(self.title)}", body, escaped(self.note))))
 
     def block(self) -> dict:
         """The table as a block of a section."""

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import configurator
 from data import DataError
 from data.records import Record, validated
 from engine import contract
@@ -12,6 +13,8 @@ from engine.metrics import read_metrics
 from engine.runs import Run as RunRecord
 from engine.runs import read_run
 from engine.tracker import first_line
+from model import USUAL_RMS
+from scripts.experiment import arm_file
 
 
 class Config(Record):
@@ -35,18 +38,18 @@ class Run:
     def max_iters(self) -> int:
         return int(self.config["max_iters"])
 
-    def series(self, key: str = "val/loss") -> dict[int, float]:
+    def series(self, key: str = "val/loss", upto: float = math.inf) -> dict[int, float]:
         """{iter: value} of a metric, rising by iter."""
         rows = sorted(self.train + self.val, key=lambda r: r["iter"])
-        return {r["iter"]: r[key] for r in rows if is_number(r.get(key))}
+        return {r["iter"]: r[key] for r in rows if is_number(r.get(key)) and r["iter"] <= upto}
 
     def last_row(self, it: int) -> dict:
-        """All figures of the evaluation at one iter."""
-        return next(r for r in self.val if r["iter"] == it)
+        """All figures of the evaluation at one iter, {} where there was none."""
+        return next((r for r in self.val if r["iter"] == it), {})
 
     def val_at(self, it: int, key: str = "val/loss") -> float | None:
         """A metric of the evaluation at one iter, or None."""
-        return next((r.get(key) for r in self.val if r["iter"] == it), None)
+        return self.last_row(it).get(key)
 
 
 def is_number(value) -> bool:
@@ -54,9 +57,9 @@ def is_number(value) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def shared_iters(runs: list[Run], key: str = "val/loss", upto: float = math.inf) -> list[int]:
-    """The iters at which all the runs have a metric, rising."""
-    return sorted(i for i in set.intersection(*(set(r.series(key)) for r in runs)) if i <= upto)
+def shared_iters(curves: list[dict]) -> list[int]:
+    """The iters that all the curves {iter: value} have, rising."""
+    return sorted(set.intersection(*map(set, curves))) if curves else []
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -70,9 +73,8 @@ def find_run_folders(paths) -> list[Path]:
             raise RunError(f"there is no folder {path}; give a run's folder or one that holds runs")
         found.update(p.parent for p in path.rglob("run.json"))
     if not found:
-        raise RunError(
-            f"no run.json at or below {', '.join(map(str, paths))}; train first (scripts/matched.py)"
-        )
+        where = ", ".join(map(str, paths))
+        raise RunError(f"no run.json at or below {where}; train first (scripts/matched.py)")
     return sorted(found)
 
 
@@ -95,10 +97,10 @@ def make_run(name: str, config: dict, info: dict, rows: list[dict]) -> Run:
     info = validated(info, RunRecord, f"run.json of {name}", "a run's record").model_dump()
     train, val = rows_with(rows, "train/loss"), rows_with(rows, "val/loss")
     run = Run(name, info["arm"], info["seed"], config, info, [r for r in train if is_number(r["train/loss"])])
-    bad = next((r["iter"] for r in val if not is_number(r["val/loss"])), None)
-    run.val = [r for r in val if bad is None or r["iter"] < bad]
+    bad = next((r["iter"] for r in val if not is_number(r["val/loss"])), math.inf)
+    run.val = [r for r in val if r["iter"] < bad]
     reached = run.val[-1]["iter"] if run.val else 0
-    if bad is not None:
+    if bad < math.inf:
         run.state = f"diverged: val/loss is not finite at iter {bad}"
     elif reached < run.max_iters and info["diverged"] is not None:
         run.state = f"diverged: given up at iter {info['diverged']:,}"
@@ -123,17 +125,14 @@ def load_wandb(project: str, group: str | None = None) -> list[Run]:
     """Runs of a wandb project (`entity/project`)."""
     if project.count("/") != 1 or not all(project.split("/")):
         raise RunError(f"--wandb wants entity/project, got {project!r}")
-    api = wandb_api()
-    runs = []
+    api, runs = wandb_api(), []
     try:
         for w in api.runs(project, filters={"group": group} if group else None):
             config = dict(w.config)
-            info = config.pop("run", None)
-            if not info:
-                continue  # another run of the same project, not made by this one
-            rows = [{k: v for k, v in row.items() if v is not None} for row in w.scan_history()]
-            rows = [{k: math.nan if v == "NaN" else v for k, v in row.items()} for row in rows]
-            runs.append(make_run(f"{project}/{w.name}", config, info, rows))
+            if info := config.pop("run", None):  # else another run of the project, not made by this one
+                rows = [{k: v for k, v in row.items() if v is not None} for row in w.scan_history()]
+                rows = [{k: math.nan if v == "NaN" else v for k, v in row.items()} for row in rows]
+                runs.append(make_run(f"{project}/{w.name}", config, info, rows))
     except (RunError, DataError):
         raise
     except Exception as e:  # wandb raises its own errors, and requests'
@@ -158,6 +157,43 @@ def wandb_api():
     raise RunError("wandb is not logged in; run `wandb login` or set WANDB_API_KEY")
 
 
+# ---------------------------------------------------------------------------------------------- what an arm is
+
+RECIPE = ("pos_dim", "char_dim")  # an arm's keys that come from the recipe
+KEYS = [key for key in contract.CONTRACT["arm"][1].split() if key != "arm"]
+
+
+def arm_keys(config: dict) -> dict:
+    """The keys of a run's config, among those that make an arm, that are not at their defaults."""
+    found = {}
+    for key in KEYS:
+        default = configurator.KEYS[key].default
+        value = config.get(key, default)
+        usual = {default, USUAL_RMS.get(config.get("wte"))} if key == "wte_init_rms" else {default}
+        if value not in usual:
+            found[key] = value
+    return found
+
+
+def distinguish(runs) -> None:
+    """Give runs of one arm's name that differ in an arm's keys names of their own, e.g. `kronecker[wte_rank=16]`.
+
+    The plain name stays with the runs that have the keys of config/arms/NAME.py, or, where there is no such file, with
+    the first of them. RECIPE's keys count only where runs of one name differ in them.
+    """
+    for arm in {run.arm for run in runs}:
+        mine = [run for run in runs if run.arm == arm]
+        plain, file = arm_keys(mine[0].config), arm_file(arm)
+        if file.is_file():
+            recipe = {k: plain[k] for k in RECIPE if k in plain}
+            plain = arm_keys(configurator.read_file(str(file))) | recipe
+        for run in mine:
+            keys = arm_keys(run.config)
+            other = [k for k in KEYS if k in run.config and keys.get(k) != plain.get(k)]
+            if other:
+                run.arm += "[" + ", ".join(f"{k}={run.config.get(k)}" for k in other) + "]"
+
+
 # ---------------------------------------------------------------------------------------------- matching
 
 
@@ -167,9 +203,8 @@ def refuse_twins(runs: list[Run]) -> None:
     for run in runs:
         other = seen.setdefault((run.arm, run.seed), run)
         if other is not run:
-            raise RunError(
-                f"{other.name} and {run.name} are both arm {run.arm}, seed {run.seed}; give only one of them"
-            )
+            both = f"{other.name} and {run.name} are both arm {run.arm}, seed {run.seed}"
+            raise RunError(f"{both}; give only one of them")
 
 
 def check_match(runs: list[Run]) -> None:
