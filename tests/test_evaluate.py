@@ -126,9 +126,8 @@ def test_arms_are_paired_by_item_and_seed(looked):
 
 def test_arms_with_other_items_are_paired_on_what_both_have():
     found = {
-        ("a", 1): {"t": {"id": [1, 2, 3], "bpb": [0.1, 0.2, 0.3]}},
-        ("b", 1): {"t": {"id": [4, 3, 2], "bpb": [4.0, 3.0, 2.0]}},
-        ("b", 2): {"t": {"id": [1], "bpb": [9.0]}},
+        "a": {1: {"t": {"id": [1, 2, 3], "bpb": [0.1, 0.2, 0.3]}}},
+        "b": {1: {"t": {"id": [4, 3, 2], "bpb": [4.0, 3.0, 2.0]}}, 2: {"t": {"id": [1], "bpb": [9.0]}}},
     }
     seeds, mine, theirs = evaluate.paired(found, "a", "b", "t", "bpb")
     assert seeds == [1] and mine.tolist() == [[0.2, 0.3]] and theirs.tolist() == [[2.0, 3.0]]
@@ -252,5 +251,5 @@ def test_mistakes_are_one_sentence(gpt2_runs, tmp_path, capsys):
 
 
 def test_a_wandb_that_fails_costs_the_evaluation_nothing(tmp_path, capsys):
-    evaluate.to_wandb(Run(str(tmp_path / "gone"), "kronecker", 1, {}, {}), {}, {}, tmp_path)
+    evaluate.to_wandb(Run(str(tmp_path / "gone"), "kronecker", 1, {}, {}), {}, tmp_path)
     assert f"wandb has not got {tmp_path / 'gone'} (" in capsys.readouterr().err

@@ -165,7 +165,7 @@ def test_nothing_is_overwritten_or_left_behind(trained, tmp_path, monkeypatch):
         export_hf.main([str(trained("bpe_tied")), str(tmp_path / "full")])
     with pytest.raises(SystemExit, match="error: "):
         export_hf.main([str(tmp_path / "no_run"), str(tmp_path / "new")])
-    monkeypatch.setattr(export_hf, "largest_difference", lambda *_: float("nan"))
+    monkeypatch.setattr(export_hf, "TOLERANCE", float("nan"))
     with pytest.raises(SystemExit, match="differ from the run's"):
         export_hf.main([str(trained("bpe_tied")), str(tmp_path / "new")])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]

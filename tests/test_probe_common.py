@@ -44,11 +44,11 @@ def test_records_have_the_published_keys(shared_dir, probed_runs):
     assert set(theirs["kron"]["agg"]["overall"]) == set(spelling.summarise([ours]))
     theirs, _ = published(shared_dir, "generation_probe_results.json")
     prompts = generation.read_prompts(common.DATA / "generation_prompts.json")[0][:3]
-    ours = generation.measure(net, tokenizer, run, prompts, args_for())[0]
+    ours = generation.measure(run, net, tokenizer, prompts, args_for())[0]
     assert set(theirs["results"][0]) <= set(ours)
     theirs, _ = published(shared_dir, "layered_probe_results.json")
     families = word_families()
-    ours = layers.measure(net, tokenizer, run, families, False, args_for(batch_size=500))
+    ours = layers.measure(run, net, tokenizer, families, False, args_for(batch_size=500))
     assert set(theirs["kron"]) <= set(ours)
     assert set(theirs["kron"]["sanity_checks"]) <= set(ours["sanity_checks"])
     probe = theirs["kron"]["probes"]["run"]["per_probe"][0]

@@ -35,7 +35,7 @@ def test_layer_neighbours_against_a_plain_search(probed_runs):
     net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
     families = word_families()
     run = Run("x", "kronecker", 1337, {}, {})
-    result = layers.measure(net, tokenizer, run, families, False, args_for(batch_size=100))
+    result = layers.measure(run, net, tokenizer, families, False, args_for(batch_size=100))
     assert result["sanity_checks"]["self_retrieval_pass"] and result["sanity_checks"]["probe_in_vocab_pass"]
     n = tokenizer.n_vocab
     t = net.transformer

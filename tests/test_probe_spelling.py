@@ -47,7 +47,7 @@ def test_spelling_aggregates_as_published(shared_dir):
         assert set(ours["by_category"]) == set(theirs["by_category"])
         for c in theirs["by_category"]:
             assert ours["by_category"][c] == pytest.approx(theirs["by_category"][c])
-    by_run = {(a, 1): content[a]["per_prompt"] for a in ("bpe", "kron")}
+    by_run = {a: {1: content[a]["per_prompt"]} for a in ("bpe", "kron")}
     c = spelling.compare_arms(by_run, "kron", "bpe", 0)
     assert c["kl_percent"] == pytest.approx(-7.56, abs=0.01)  # the paper's 7.6%
     assert c["top1_difference"]["mean"] == pytest.approx(0.0818, abs=1e-4)  # its 8.2 points

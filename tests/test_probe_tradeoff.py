@@ -10,7 +10,7 @@ from scripts.probes import common, tradeoff
 def test_tradeoff_cosines(probed_runs):
     net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
     pairs = tradeoff.read_pairs(common.DATA / "tradeoff_pairs.json", 0)
-    result = tradeoff.measure(net, tokenizer, pairs, "")
+    result = tradeoff.measure(None, net, tokenizer, pairs, "")
     assert result["levels"] == ["embedding", "block 0", "block 1"]
     words = sorted({w for p in pairs.values() for pair in p for w in pair})
     table = net.wte_table().detach()

@@ -64,7 +64,7 @@ def test_a_command_starts_and_knows_the_flags_that_the_pages_give_it(script, mon
     }
     if script.endswith(".py"):
         monkeypatch.setattr(sys, "argv", [str(path), "--help"])
-        monkeypatch.setattr(sys, "path", ["in place of the script's folder", *sys.path])
+        monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
         monkeypatch.setattr(signal, "signal", lambda *_: None)  # a command would change this process's
         with pytest.raises(SystemExit) as leaving:
             runpy.run_path(str(path), run_name="__main__")

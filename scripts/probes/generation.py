@@ -15,21 +15,21 @@ word comes back five times or more (this rule gives the published flag of all 88
 
 import math
 import re
-import sys
 from collections import Counter
 from difflib import SequenceMatcher
+from itertools import chain, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
-if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import scripts.by_path  # noqa: F401 - Ctrl-C
+if not __package__:
+    import by_path  # noqa: F401
 
 import numpy as np
 import torch
 
 from data.records import Record, read_record
-from engine.errors import RunError, sentences
+from engine.errors import RunError
 from engine.prompts import SLOT, parse_prompt
 from scripts.analysis import figures, report
 from scripts.analysis.report import Table
@@ -38,6 +38,7 @@ from scripts.probes import common
 
 CONDITIONS = ("normal", "misspelled", "forced_oov")
 RATES = ("echo", "partial_echo", "gibberish_flag")
+SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")
 GREEDY = {key: "greedy_" + key.removesuffix("_flag") for key in RATES}  # the same of greedy continuations
 
 
@@ -95,13 +96,13 @@ def read_prompts(path: Path) -> tuple[list[dict], dict]:
             "targets": targets,
             "oov_target": slots[0] if slots else None,
         }
-    rates = {}
+    judged = {}
     for r in published:
-        judged = judge(prompts[r.prompt_id, r.condition]["targets"], r.completion)
-        rates.setdefault(r.condition, {}).setdefault(r.arm, []).append(judged)
+        found = judge(prompts[r.prompt_id, r.condition]["targets"], r.completion)
+        judged.setdefault(r.condition, {}).setdefault(r.arm, []).append([found[k] for k in RATES])
     return list(prompts.values()), {
-        condition: {arm: {k: float(np.mean([x[k] for x in of])) for k in RATES} for arm, of in by_arm.items()}
-        for condition, by_arm in rates.items()
+        condition: {arm: dict(zip(RATES, np.mean(of, 0).tolist(), strict=True)) for arm, of in by_arm.items()}
+        for condition, by_arm in judged.items()
     }
 
 
@@ -144,14 +145,13 @@ def complete(model, prompts: list[tuple], args, greedy: bool) -> list[list[int]]
     return result
 
 
-def measure(model, tokenizer, run, prompts: list[dict], args) -> list[dict]:
+def measure(run, model, tokenizer, prompts: list[dict], args) -> list[dict]:
     """One record a prompt and sample, with the keys of the published results and ours behind them."""
     kronecker = model.config.wte == "kronecker"
     texts = [p["text" if kronecker else "prompt_text"] for p in prompts]
     encoded = [parse_prompt(text, tokenizer, model.config.vocab_size) for text in texts]
     greedy = complete(model, encoded, args, True)
     sampled = complete(model, encoded * args.samples, args, False)
-    settings = {k: getattr(args, k) for k in ("temperature", "top_p", "max_new_tokens", "seed")}
     records = []
     for i, (p, (ids, _)) in enumerate(zip(prompts, encoded, strict=True)):
         greedy_text = tokenizer.decode(greedy[i])
@@ -161,7 +161,7 @@ def measure(model, tokenizer, run, prompts: list[dict], args) -> list[dict]:
             "bpe_oov_equivalence_flag": p["condition"] == "forced_oov" and not kronecker,
             "input_token_count": len(ids),
             "input_tokens": ids,
-            "settings": settings,
+            "settings": {k: getattr(args, k) for k in SETTINGS},
             "greedy_completion": greedy_text,
             **{GREEDY[k]: x for k, x in judge(p["targets"], greedy_text).items()},
         }
@@ -178,29 +178,27 @@ def sanity(model, tokenizer) -> dict:
     return {"top5_after_The": [tokenizer.decode([i]) for i in logits[0].topk(5).indices.tolist()]}
 
 
-def rates(by_run: dict, arms: list[str], baseline: str) -> dict:
+def rates(by_run: dict, baseline: str) -> dict:
     """{condition: {rate: {arm: over seeds}}}, of sampled continuations and (greedy_...) greedy ones."""
+    found = {}
+    for condition, key in product(CONDITIONS, (*RATES, *GREEDY.values())):
 
-    def of_runs(condition: str, key: str) -> dict:
-        return {
-            run: float(np.mean([r[key] for r in records if r["condition"] == condition]))
-            for run, records in by_run.items()
-        }
+        def mean(records, condition=condition, key=key) -> float | None:
+            values = [r[key] for r in records if r["condition"] == condition]
+            return float(np.mean(values)) if values else None
 
-    conditions = dict.fromkeys(r["condition"] for r in next(iter(by_run.values())))
-    keys = (*RATES, *GREEDY.values())
-    return {c: {k: common.over_seeds(of_runs(c, k), arms, baseline) for k in keys} for c in conditions}
+        found.setdefault(condition, {})[key] = common.over_seeds(common.each(by_run, mean), baseline)
+    return {c: by_rate for c, by_rate in found.items() if by_rate["echo"][baseline]}
 
 
-def make_tables(found: dict, arms: list[str], baseline: str, published: dict, n: int) -> list[Table]:
+def make_tables(found: dict, baseline: str, published: dict, n: int) -> list[Table]:
     """Echo and gibberish in per cent, by condition and arm."""
     rows = []
     for condition, by_rate in found.items():
-        for arm in arms:
+        for arm, partial in by_rate["partial_echo"].items():
             keys = (*RATES, "greedy_echo", "greedy_gibberish")
             cells = [common.cell(by_rate[k][arm], 1, 100) for k in keys]
-            less = common.interval_cell(by_rate["partial_echo"][arm]["difference"], 1, 100)
-            rows.append([condition, arm, *cells, less])
+            rows.append([condition, arm, *cells, common.interval_cell(partial["difference"], 1, 100)])
         for arm, of in published.get(condition, {}).items():
             rows.append([condition, f"paper: {arm}", *(f"{100 * of[k]:.1f}" for k in RATES), "-", "-", ""])
     title = f"Echo of the novel or misspelled word, in per cent ({n} continuations a condition and run)"
@@ -215,77 +213,74 @@ def make_tables(found: dict, arms: list[str], baseline: str, published: dict, n:
 def draw(found: dict, arms: list[str]):
     """Echo and gibberish as bars by condition, seeds as points."""
     titles = {"partial_echo": "Echo, whole or in part (%)", "gibberish_flag": "Gibberish (%)"}
-    with figures.plt.rc_context(figures.STYLE):
-        figure, axes = figures.plt.subplots(1, 2, figsize=(10.0, 3.6))
-        for ax, (key, title) in zip(axes, titles.items(), strict=True):
-            for k, arm in enumerate(arms):
-                x = np.arange(len(found)) + 0.8 / len(arms) * (k - (len(arms) - 1) / 2)
-                entries = [by_rate[key][arm] for by_rate in found.values()]
-                style = {"color": report.arm_style(arm, arms)["color"], "label": figures.label(arm)}
-                ax.bar(x, [100 * e["mean"] for e in entries], 0.74 / len(arms), **style)
-                for at, e in zip(x, entries, strict=True):
-                    points = [100 * v for v in e["by_seed"].values()]
-                    ax.plot([at] * len(points), points, ".", color=report.INK, markersize=4)
-            ax.set_xticks(range(len(found)), [c.replace("_", " ") for c in found])
-            ax.grid(axis="x", visible=False)
-            ax.set_title(title)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
+    figure, axes = figures.plt.subplots(1, 2, figsize=(10.0, 3.6))
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        for k, arm in enumerate(arms):
+            x = np.arange(len(found)) + 0.8 / len(arms) * (k - (len(arms) - 1) / 2)
+            entries = [by_rate[key][arm] for by_rate in found.values()]
+            style = {"color": report.arm_style(arm, arms)["color"], "label": figures.label(arm)}
+            ax.bar(x, [100 * e["mean"] for e in entries], 0.74 / len(arms), **style)
+            for at, e in zip(x, entries, strict=True):
+                points = [100 * v for v in e["by_seed"].values()]
+                ax.plot([at] * len(points), points, ".", color=report.INK, markersize=4)
+        ax.set_xticks(range(len(found)), [c.replace("_", " ") for c in found])
+        ax.grid(axis="x", visible=False)
+        ax.set_title(title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
     return figure
 
 
-def examples(by_run: dict, arms: list[str]) -> list[dict]:
+def examples(by_run: dict) -> list[dict]:
     """A few continuations as blocks of the page: the first run of each arm, the first sample."""
-    first = [by_run[min(run for run in by_run if run[0] == arm)] for arm in arms]
-    with_slot = {r["prompt_id"] for r in first[0] if r["condition"] == "forced_oov"}
-    wanted = sorted(with_slot or {r["prompt_id"] for r in first[0]})[:4]
-    shown = [r for of_run in first for r in of_run if r["prompt_id"] in wanted and r["sample"] == 0]
+    shown = [r for mine in by_run.values() for r in mine[min(mine)] if r["sample"] == 0]
+    with_slot = [r["prompt_id"] for r in shown if r["condition"] == "forced_oov"]
+    wanted = sorted(set(with_slot or [r["prompt_id"] for r in shown]))[:4]
+    shown = [r for r in shown if r["prompt_id"] in wanted]
     shown.sort(key=lambda r: (r["prompt_id"], CONDITIONS.index(r["condition"])))
-    quotes = []
-    for r in shown:
-        what = f"{r['prompt_text']} ({r['condition'].replace('_', ' ')}, {r['arm']})"
-        quotes.append([what, r["completion"]])
+    quotes = [
+        [f"{r['prompt_text']} ({r['condition'].replace('_', ' ')}, {r['arm']})", r["completion"]]
+        for r in shown
+    ]
     return [{"details": "Some continuations", "blocks": [{"quotes": quotes}]}]
 
 
-def main(argv=None) -> None:
-    parser = common.parser(__doc__)
-    add = parser.add_argument
+def arguments(add) -> None:
     add("--prompts", default=str(common.DATA / "generation_prompts.json"), help="prompts (default: our 20)")
     add("--samples", type=whole(1, 10_000), default=4, help="sampled continuations a prompt (%(default)s)")
     add("--max_new_tokens", type=whole(1, 100_000), default=30, help="tokens of a continuation (%(default)s)")
     add("--temperature", type=number(1e-4, 100), default=0.7, help="of sampling (%(default)s)")
     add("--top_p", type=number(0, 1, above=True), default=0.9, help="of sampling (%(default)s)")
     add("--batch_size", type=whole(1), default=256, help="continuations at a time (%(default)s)")
-    args = parser.parse_args(argv)
-    with sentences():
-        prompts, published = read_prompts(Path(args.prompts))
-        checks = {}
 
-        def measure_one(run, model, tokenizer, _) -> list[dict]:
-            checks[f"{run.arm}_s{run.seed}"] = sanity(model, tokenizer)
-            return measure(model, tokenizer, run, prompts, args)
 
-        by_run, arms, baseline = common.measure_runs(args, "generation", measure_one)
-        records = [r for of_run in by_run.values() for r in of_run]
-        found = rates(by_run, arms, baseline)
-        result = {
-            "results": records,
-            "sanity": checks,
-            "settings": records[0]["settings"] | {"samples": args.samples},
-            "rates": found,
-            "published_rates": published,
-        }
-        n = sum(p["condition"] == "normal" for p in prompts) * args.samples
-        common.finish(
-            __file__, argv, args,
-            "generation_published" if published else "generation",
-            "Generation" + (", the paper's prompts" if published else ""), 30 + bool(published),
-            result, {}, make_tables(found, arms, baseline, published, n), draw(found, arms),
-            "Bars: mean over seeds of sampled continuations; points: seeds.",
-            "Does a misspelled or made-up word of the prompt come back in what the model writes?",
-            examples(by_run, arms),
-        )  # fmt: skip
+def probe(args) -> common.Finding:
+    prompts, published = read_prompts(Path(args.prompts))
 
+    def measure_both(run, model, tokenizer) -> tuple[list[dict], dict]:
+        return measure(run, model, tokenizer, prompts, args), sanity(model, tokenizer)
+
+    measured, baseline = common.measure_runs(args, "generation", measure_both)
+    by_run, checks = (common.each(measured, itemgetter(k)) for k in (0, 1))
+    found = rates(by_run, baseline)
+    result = {
+        "results": list(chain(*common.by_name(by_run).values())),
+        "sanity": common.by_name(checks),
+        "settings": {k: getattr(args, k) for k in (*SETTINGS, "samples")},
+        "rates": found,
+        "published_rates": published,
+    }
+    n = sum(p["condition"] == "normal" for p in prompts) * args.samples
+    return common.Finding(
+        "generation_published" if published else "generation",
+        "Generation" + (", the paper's prompts" if published else ""), 30 + bool(published), result, {},
+        make_tables(found, baseline, published, n), draw(found, list(by_run)),
+        "Bars: mean over seeds of sampled continuations; points: seeds.",
+        "Does a misspelled or made-up word of the prompt come back in what the model writes?",
+        examples(by_run),
+    )  # fmt: skip
+
+
+main = common.command(__doc__, __file__, probe, arguments)
 
 if __name__ == "__main__":
     main()

@@ -15,18 +15,17 @@ The published results take the first token of a word that is several; here a wor
 token (with or without a space before it), and the summary over whole words stands beside the one over all.
 """
 
-import sys
+from itertools import product
 from pathlib import Path
 
-if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import scripts.by_path  # noqa: F401 - Ctrl-C
+if not __package__:
+    import by_path  # noqa: F401
 
 import numpy as np
 import torch
 
 from data.records import Record, read_record, validated
-from engine.errors import RunError, sentences
+from engine.errors import RunError
 from scripts.analysis import figures, report
 from scripts.analysis.report import Table
 from scripts.arguments import whole
@@ -34,6 +33,10 @@ from scripts.probes import common
 
 LEVELS = ("E_raw", "E_post", "L0", "L1")
 NEIGHBOURS = 10
+NOTE = (
+    "Mean ± SD over seeds. loose: not the probe in another case or spacing; root: contains the "
+    "family's root; strict: a word of the family."
+)
 
 
 class Family(Record):
@@ -110,10 +113,9 @@ def vocabulary_states(model, ids: np.ndarray, batch_size: int) -> dict[str, torc
     return {level: x - x.mean(0) for level, x in rows.items()}
 
 
-def measure(model, tokenizer, run, families: list[dict], bare: bool, args) -> dict:
+def measure(run, model, tokenizer, families: list[dict], bare: bool, args) -> dict:
     """One run in the published schema; `whole` on each probe and the *_whole aggregates are ours."""
     ids = np.nonzero(tokenizer.byte_lengths()[: model.config.vocab_size])[0].astype(np.int64)
-    row_of = {int(i): r for r, i in enumerate(ids)}
     centred = vocabulary_states(model, ids, args.batch_size)
     states = {level: torch.nn.functional.normalize(x, dim=1) for level, x in centred.items()}
     i, j = np.random.default_rng(args.seed).integers(0, len(ids), (2, 4000))
@@ -124,10 +126,10 @@ def measure(model, tokenizer, run, families: list[dict], bare: bool, args) -> di
         entries = []
         for word in family["probes"]:
             token, whole = probe_token(word, tokenizer, bare)
-            if token not in row_of:
+            if token not in ids:
                 in_vocab = False
                 continue
-            row, text = row_of[token], tokenizer.decode([token])
+            row, text = int(np.searchsorted(ids, token)), tokenizer.decode([token])
             entry = {"probe": word, "first_token_id": token, "first_token_decoded": text, "whole": whole}
             for level, x in states.items():
                 cosines = x @ x[row]
@@ -143,9 +145,8 @@ def measure(model, tokenizer, run, families: list[dict], bare: bool, args) -> di
                     **scores(strings, word, family["family_root"], family["exact_family"]),
                 }
             entries.append(entry)
-        probes[family["family"]] = {k: family[k] for k in ("family_root", "exact_family")} | {
-            "per_probe": entries
-        }
+        kept = {k: family[k] for k in ("family_root", "exact_family")}
+        probes[family["family"]] = kept | {"per_probe": entries}
     return {
         "model_info": {
             "checkpoint_path": run.name,
@@ -171,15 +172,13 @@ def measure(model, tokenizer, run, families: list[dict], bare: bool, args) -> di
 def means(entries: list[dict], suffix: str = "", of_change: str = "") -> dict:
     """{level: {score: mean}} of some probes, and by how much a level has more than the one before it."""
     levels = [level for level in LEVELS if any(level in e for e in entries)]
-    by_level = {x: {s: round(float(np.mean([e[x][s] for e in entries])), 4) for s in "LMS"} for x in levels}
-    changes = {
-        f"delta_{high}_minus_{low.replace('_', '')}{of_change}": {
-            s: round(by_level[high][s] - by_level[low][s], 4) for s in "LMS"
-        }
-        for low, high in (("E_raw", "L0"), ("L0", "L1"))
-        if high in levels
-    }
-    return {x: {s + suffix: v for s, v in of.items()} for x, of in by_level.items()} | changes
+    found = {x: {s: round(float(np.mean([e[x][s] for e in entries])), 4) for s in "LMS"} for x in levels}
+    changes = {}
+    for low, high in (("E_raw", "L0"), ("L0", "L1")):
+        if high in levels:
+            name = f"delta_{high}_minus_{low.replace('_', '')}{of_change}"
+            changes[name] = {s: round(found[high][s] - found[low][s], 4) for s in "LMS"}
+    return {x: {s + suffix: v for s, v in of.items()} for x, of in found.items()} | changes
 
 
 def aggregate(probes: dict) -> dict:
@@ -196,51 +195,41 @@ def aggregate(probes: dict) -> dict:
     }
 
 
-def make_tables(by_run: dict, arms: list[str], baseline: str, published: dict) -> list[Table]:
+def make_tables(by_run: dict, levels: list[str], baseline: str, published: dict) -> list[Table]:
     """Scores over all probes and over those that are one token, and the sanity checks."""
-    levels = levels_of(by_run)
-    first = next(iter(by_run.values()))
-    kinds = {"overall_aggregate": f"all {first['all_probes']} probes"}
-    if first["whole_probes"] < first["all_probes"] and all(r["overall_whole"] for r in by_run.values()):
-        kinds["overall_whole"] = f"the {first['whole_probes']} probes that are one token"
-    note = (
-        "Mean ± SD over seeds. loose: not the probe in another case or spacing; root: contains the "
-        "family's root; strict: a word of the family."
-    )
+    runs = [r for mine in by_run.values() for r in mine.values()]
+    n, n_whole = (runs[0][k] for k in ("all_probes", "whole_probes"))
+    kinds = {"overall_aggregate": f"all {n} probes"}
+    if n_whole < n and all(r["overall_whole"] for r in runs):
+        kinds["overall_whole"] = f"the {n_whole} probes that are one token"
+    header = ["arm", "level", "loose", "root", "strict", f"strict less {baseline}'s (95%)"]
     tables = []
     for kind, words in kinds.items():
+        found = {}  # {(level, score): {arm: over seeds}}
+        for level, s in product(levels, "LMS"):
+            values = common.each(by_run, lambda r, where=(kind, level, s): r[where[0]][where[1]][where[2]])
+            found[level, s] = common.over_seeds(values, baseline)
         rows = []
-        for arm in arms:
-            for level in levels:
-                of = {s: {run: r[kind][level][s] for run, r in by_run.items()} for s in "LMS"}
-                cells = [common.arm_cell(of[s], arm, 1, 100) for s in "LMS"]
-                less = common.over_seeds(of["S"], arms, baseline)[arm]["difference"]
-                cells.append(common.interval_cell(less, 1, 100))
-                rows.append([arm if level == "E_raw" else "", level, *cells])
+        for arm, level in product(by_run, levels):
+            cells = [common.cell(found[level, s][arm], 1, 100) for s in "LMS"]
+            less = common.interval_cell(found[level, "S"][arm]["difference"], 1, 100)
+            rows.append([arm if level == "E_raw" else "", level, *cells, less])
         for arm, overall in published.items() if kind == "overall_aggregate" else ():
             for level in [x for x in levels if x in overall]:
                 cells = [f"{100 * overall[level][s]:.1f}" for s in "LMS"]
                 rows.append([f"paper: {arm}" if level == "E_raw" else "", level, *cells, ""])
-        title = f"Of the 10 nearest tokens, per cent: {words}"
-        header = ["arm", "level", "loose", "root", "strict", f"strict less {baseline}'s (95%)"]
-        tables.append(Table(title, header, rows, left=2, note=note))
-    return [*tables, sanity_table(by_run, arms, levels)]
+        tables.append(Table(f"Of the 10 nearest tokens, per cent: {words}", header, rows, left=2, note=NOTE))
+    return [*tables, sanity_table(by_run, levels)]
 
 
-def levels_of(by_run: dict) -> list[str]:
-    """The levels that all runs have and that differ: centred, E_post is E_raw; a model of one block has no L1."""
-    return [x for x in LEVELS if x != "E_post" and all(x in r["overall_aggregate"] for r in by_run.values())]
-
-
-def sanity_table(by_run: dict, arms: list[str], levels: list[str]) -> Table:
+def sanity_table(by_run: dict, levels: list[str]) -> Table:
     """Does every token find itself, and are random pairs at right angles? An arm a row."""
     rows = []
-    for arm in arms:
-        mine = [r for (a, _), r in by_run.items() if a == arm]
-        checks = [r["sanity_checks"] for r in mine]
+    for arm, mine in by_run.items():
+        checks, about = zip(*((r["sanity_checks"], r["model_info"]) for r in mine.values()), strict=True)
         found = "yes" if all(c["self_retrieval_pass"] for c in checks) else "NO"
         cosines = [max(abs(c[f"centered_random_pair_cos_{x}"]) for c in checks) for x in levels]
-        norms = [np.mean([r["model_info"][f"centered_norm_{x}"] for r in mine]) for x in levels]
+        norms = [np.mean([i[f"centered_norm_{x}"] for i in about]) for x in levels]
         rows.append([arm, found, *(f"{x:.4f}" for x in cosines), *(f"{x:.2f}" for x in norms)])
     title = "Sanity: each token finds itself, random pairs are at right angles"
     header = ["arm", "finds itself", *(f"cos {x}" for x in levels), *(f"norm {x}" for x in levels)]
@@ -250,52 +239,49 @@ def sanity_table(by_run: dict, arms: list[str], levels: list[str]) -> Table:
     return Table(title, header, rows, note=note)
 
 
-def draw(by_run: dict, arms: list[str]):
+def draw(by_run: dict, levels: list[str]):
     """The three scores by level, an arm a line."""
-    levels, titles = levels_of(by_run), {"L": "Loose (%)", "M": "Root-substring (%)", "S": "Strict (%)"}
-    with figures.plt.rc_context(figures.STYLE):
-        figure, axes = figures.plt.subplots(1, 3, figsize=(11.0, 3.4), sharey=False)
-        for ax, (score, title) in zip(axes, titles.items(), strict=True):
-            for arm in arms:
-                mine = [r["overall_aggregate"] for (a, _), r in by_run.items() if a == arm]
-                y = [[100 * r[x][score] for x in levels] for r in mine]
-                figures.band(ax, levels, y, arm, marker="o", **report.arm_style(arm, arms))
-            ax.set_title(title)
-            ax.margins(x=0.08)
-            low, high = ax.get_ylim()  # a flat line is no reason to show a hundredth of a per cent
-            ax.set_ylim((max(-3, low - 5), min(101, high + 5)) if score == "L" else (-0.5, max(10, high)))
-        axes[0].legend(fontsize=9)
+    titles = {"L": "Loose (%)", "M": "Root-substring (%)", "S": "Strict (%)"}
+    figure, axes = figures.plt.subplots(1, 3, figsize=(11.0, 3.4), sharey=False)
+    for ax, (score, title) in zip(axes, titles.items(), strict=True):
+        for arm, mine in by_run.items():
+            y = [[100 * r["overall_aggregate"][x][score] for x in levels] for r in mine.values()]
+            figures.band(ax, levels, y, arm, marker="o", **report.arm_style(arm, by_run))
+        ax.set_title(title)
+        ax.margins(x=0.08)
+        low, high = ax.get_ylim()  # a flat line is no reason to show a hundredth of a per cent
+        ax.set_ylim((max(-3, low - 5), min(101, high + 5)) if score == "L" else (-0.5, max(10, high)))
+    axes[0].legend(fontsize=9)
     return figure
 
 
-def main(argv=None) -> None:
-    parser = common.parser(__doc__)
-    add, ours = parser.add_argument, str(common.DATA / "word_families.json")
+def arguments(add) -> None:
+    ours = str(common.DATA / "word_families.json")
     add("--families", default=ours, help="word families (default: ours)")
     add("--batch_size", type=whole(1), default=4096, help="tokens at a time (%(default)s)")
-    args = parser.parse_args(argv)
-    with sentences():
-        families, published = read_families(Path(args.families))
 
-        def measure_one(run, model, tokenizer, _) -> dict:
-            return measure(model, tokenizer, run, families, bool(published), args)
 
-        by_run, arms, baseline = common.measure_runs(args, "layers", measure_one)
-        keep = ("sanity_checks", "per_family_aggregate", "overall_aggregate", "overall_whole", "whole_probes")
-        result = {
-            # in the published place: the first seed of each arm, neighbours and all
-            **{a: by_run[min(k for k in by_run if k[0] == a)] for a in arms},
-            "by_run": {f"{a}_s{s}": {k: r[k] for k in keep} for (a, s), r in by_run.items()},
-        }
-        common.finish(
-            __file__, argv, args,
-            "layers_published" if published else "layers",
-            "Nearest neighbours by layer" + (", the paper's families" if published else ""), 40 + bool(published),
-            result, {"seed": args.seed}, make_tables(by_run, arms, baseline, published), draw(by_run, arms),
-            "Line: mean over seeds; band: lowest to highest seed.",
-            "Which tokens lie nearest to a word, in the embedding and after the first two blocks? Strict kin near a "
-            "word means morphology in the geometry; variants of case and spacing mean typography.",
-        )  # fmt: skip
+def probe(args) -> common.Finding:
+    families, published = read_families(Path(args.families))
+    by_run, baseline = common.measure_runs(args, "layers", measure, families, bool(published), args)
+    runs = common.by_name(by_run)
+    # centred, E_post is E_raw; a model of one block has no L1
+    levels = [x for x in LEVELS if x != "E_post" and all(x in r["overall_aggregate"] for r in runs.values())]
+    keep = ("sanity_checks", "per_family_aggregate", "overall_aggregate", "overall_whole", "whole_probes")
+    # in the published place: the first seed of each arm, neighbours and all
+    result = {arm: mine[min(mine)] for arm, mine in by_run.items()}
+    result["by_run"] = {name: {k: r[k] for k in keep} for name, r in runs.items()}
+    tables, figure = make_tables(by_run, levels, baseline, published), draw(by_run, levels)
+    return common.Finding(
+        "layers_published" if published else "layers",
+        "Nearest neighbours by layer" + (", the paper's families" if published else ""),
+        40 + bool(published), result, {"seed": args.seed}, tables, figure, common.BANDS,
+        "Which tokens lie nearest to a word, in the embedding and after the first two blocks? Strict kin near a "
+        "word means morphology in the geometry; variants of case and spacing mean typography.",
+    )  # fmt: skip
+
+
+main = common.command(__doc__, __file__, probe, arguments)
 
 
 if __name__ == "__main__":

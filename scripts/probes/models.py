@@ -19,13 +19,11 @@ tokenizers.
 """
 
 import re
-import sys
 from itertools import combinations
 from pathlib import Path
 
-if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import scripts.by_path  # noqa: F401 - Ctrl-C
+if not __package__:
+    import by_path  # noqa: F401
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cpdist
 from scipy.stats import spearmanr
 
-from engine.errors import RunError, sentences
+from engine.errors import RunError
 from kronecker import token_bytes
 from scripts.analysis import figures
 from scripts.analysis.report import Table
@@ -47,9 +45,6 @@ KINDS = ("typographic", "kin", "other")
 DISTANCES = [str(d) for d in range(1, 8)]  # of two words, in edits; 7 stands for 7 and more
 
 
-# ---------------------------------------------------------------------------------------------- measures
-
-
 def canonical(token: bytes) -> str:
     """What is left of a token without case, spaces and marks: ' Run', 'RUN' and '.run' are all 'run'."""
     text = token.decode("utf-8", errors="replace").replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
@@ -58,8 +53,8 @@ def canonical(token: bytes) -> str:
 
 def find_words(words: list[str], row_of: dict) -> dict[str, int]:
     """{word: row} of those that are one token, with a space before it or without."""
-    forms = {w: [f for f in (b" " + w.encode(), w.encode()) if f in row_of] for w in words}
-    return {w: row_of[found[0]] for w, found in forms.items() if found}
+    rows = {w: row_of.get(b" " + w.encode(), row_of.get(w.encode())) for w in words}
+    return {w: row for w, row in rows.items() if row is not None}
 
 
 def nearest(cosines: np.ndarray, tokens: list[bytes]) -> list[list]:
@@ -174,13 +169,12 @@ def agreement(one: dict, other: dict, seed: int) -> dict:
     shared = thinned(one["_words"].keys() & other["_words"].keys(), 400, np.random.default_rng(seed))
     found = {"models": [one["model"], other["model"]], "shared_words": len(shared)}
     if len(shared) >= 10:
-
-        def cosines(model: dict, kind: str) -> np.ndarray:
-            rows = np.array([model["_words"][w] for w in shared])
-            i, j = np.triu_indices(len(shared), 1)
-            return model["_spaces"][kind].pairs(rows[i], rows[j])
-
-        found["rsa"] = {k: float(spearmanr(cosines(one, k), cosines(other, k)).statistic) for k in SPACES}
+        i, j = np.triu_indices(len(shared), 1)
+        rows = [np.array([m["_words"][w] for w in shared]) for m in (one, other)]
+        found["rsa"] = {}
+        for kind in SPACES:
+            of = [m["_spaces"][kind].pairs(at[i], at[j]) for m, at in zip((one, other), rows, strict=True)]
+            found["rsa"][kind] = float(spearmanr(*of).statistic)
     forms = {k: (one["_forms"][k], other["_forms"][k]) for k in SPACES}
     if probes := [w for w in forms["codec"][0] if w in forms["codec"][1]]:
         found["jaccard"] = {
@@ -191,22 +185,20 @@ def agreement(one: dict, other: dict, seed: int) -> dict:
     return found
 
 
-# ---------------------------------------------------------------------------------------------- output
-
-
-def mean(values) -> float | None:
-    """Mean of what is not None."""
-    values = [v for v in values if v is not None]
-    return float(np.mean(values)) if values else None
+def average(members: list[dict], kind: str) -> dict[str, float | None]:
+    """The figures of one kind of table, means over the models that have them."""
+    figures_of = []
+    for m in members:
+        space, by_distance = m["spaces"][kind], m["falloff"].get(kind, {})
+        cosines = {"in family": space["in_family_cosine"], "random pair": space["random_pair_cosine"]}
+        falls = {d: by_distance.get(d, {}).get("mean") for d in DISTANCES}
+        figures_of.append(cosines | space["neighbours_at_5"] | falls)
+    values = {key: [of[key] for of in figures_of if of[key] is not None] for key in figures_of[0]}
+    return {key: float(np.mean(x)) if x else None for key, x in values.items()}
 
 
 def figure_cell(value: float | None, form: str = "{:+.3f}") -> str:
     return "-" if value is None else form.format(value)
-
-
-def falls(members: list[dict], kind: str) -> list[float | None]:
-    """Mean cosine over models at every edit distance."""
-    return [mean(m["falloff"].get(kind, {}).get(d, {}).get("mean") for m in members) for d in DISTANCES]
 
 
 def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Table]:
@@ -214,13 +206,11 @@ def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Ta
     near, by_distance = [], []
     for name, members in groups.items():
         for kind in SPACES:
-            start = [name if kind == "trained" else "", kind]
-            spaces = [m["spaces"][kind] for m in members]
-            cosines = [mean(s[key] for s in spaces) for key in ("in_family_cosine", "random_pair_cosine")]
-            shares = [mean(s["neighbours_at_5"][k] for s in spaces) for k in KINDS]
-            shares = [figure_cell(x, "{:.0%}") for x in shares]
-            near.append([*start, *map(figure_cell, cosines), *shares, str(spaces[0]["probes_used"])])
-            by_distance.append([*start, *map(figure_cell, falls(members, kind))])
+            mean, start = average(members, kind), [name if kind == "trained" else "", kind]
+            cosines = [figure_cell(mean[k]) for k in ("in family", "random pair")]
+            shares = [figure_cell(mean[k], "{:.0%}") for k in KINDS]
+            near.append([*start, *cosines, *shares, str(members[0]["spaces"][kind]["probes_used"])])
+            by_distance.append([*start, *(figure_cell(mean[d]) for d in DISTANCES)])
     note = (
         "Cosines are centred. typographic, kin, other: share of the 5 nearest tokens that are the probe in another "
         "case or spacing, a word of its family, or neither (the paper counts all that is not typographic as "
@@ -248,92 +238,89 @@ def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Ta
     return [*found, Table(title, ["string", "nearest tokens"], rows, left=2)]
 
 
-def draw(groups: dict):
+def draw(results: list[dict], groups: dict):
     """What lies nearest, and the fall-off with edit distance."""
-    with figures.plt.rc_context(figures.STYLE):
-        size = (10.5, 0.5 * len(groups) + 3.4)
-        figure, (left, right) = figures.plt.subplots(1, 2, figsize=size, width_ratios=[1.1, 1])
-        for k, (kind, colour) in enumerate(SPACES.items()):
-            y, start = np.arange(len(groups)) + (k - 1) * 0.27, 0
-            of = [[m["spaces"][kind]["neighbours_at_5"] for m in members] for members in groups.values()]
-            for what, alpha in (("typographic", 1.0), ("kin", 0.55)):
-                share = np.array([100 * np.mean([near[what] or 0 for near in x]) for x in of])
-                style = {"color": colour, "alpha": alpha, "linewidth": 0, "label": f"{kind}: {what}"}
-                left.barh(y, share, 0.25, left=start, **style)
-                start = start + share
-        left.set_yticks(range(len(groups)), groups)
-        left.invert_yaxis()
-        left.grid(axis="y", visible=False)
-        left.set_xlabel("per cent of the 5 nearest tokens")
-        left.set_title("What lies nearest")
-        figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    size = (10.5, 0.5 * len(groups) + 3.4)
+    figure, (left, right) = figures.plt.subplots(1, 2, figsize=size, width_ratios=[1.1, 1])
 
-        def line(members: list[dict], kind: str, **style) -> None:
-            right.plot(range(1, 8), np.array(falls(members, kind), dtype=float), **style)
+    def line(members: list[dict], kind: str, **style) -> None:
+        mean = average(members, kind)
+        right.plot(range(1, 8), np.array([mean[d] for d in DISTANCES], dtype=float), **style)
 
-        everyone = [m for members in groups.values() for m in members]
-        for kind in ("codec", "random"):  # nearly the same for every vocabulary: one line
-            line(everyone, kind, color=SPACES[kind], linewidth=2, label=f"{kind}, all")
-        blues = figures.plt.get_cmap("Blues")(np.linspace(0.9, 0.4, len(groups)))
-        for (name, members), shade in zip(groups.items(), blues, strict=True):
-            line(members, "trained", color=shade, marker=".", linewidth=1.4, label=name)
-        right.set_xticks(range(1, 8), [*DISTANCES[:-1], "7+"])
-        right.set_xlabel("edit distance of two words")
-        right.set_title("Centred cosine")
-        right.legend()
+    for k, (kind, colour) in enumerate(SPACES.items()):
+        means = [average(members, kind) for members in groups.values()]
+        y, start = np.arange(len(groups)) + (k - 1) * 0.27, 0
+        for what, alpha in (("typographic", 1.0), ("kin", 0.55)):
+            share = np.array([100 * (mean[what] or 0) for mean in means])
+            style = {"color": colour, "alpha": alpha, "linewidth": 0, "label": f"{kind}: {what}"}
+            left.barh(y, share, 0.25, left=start, **style)
+            start = start + share
+        if kind != "trained":  # nearly the same for every vocabulary: one line
+            line(results, kind, color=colour, linewidth=2, label=f"{kind}, all")
+    left.set_yticks(range(len(groups)), groups)
+    left.invert_yaxis()
+    left.grid(axis="y", visible=False)
+    left.set_xlabel("per cent of the 5 nearest tokens")
+    left.set_title("What lies nearest")
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    blues = figures.plt.get_cmap("Blues")(np.linspace(0.9, 0.4, len(groups)))
+    for (name, members), shade in zip(groups.items(), blues, strict=True):
+        line(members, "trained", color=shade, marker=".", linewidth=1.4, label=name)
+    right.set_xticks(range(1, 8), [*DISTANCES[:-1], "7+"])
+    right.set_xlabel("edit distance of two words")
+    right.set_title("Centred cosine")
+    right.legend()
     return figure
 
 
-def main(argv=None) -> None:
-    parser = common.parser(__doc__, need_runs=False)
-    add = parser.add_argument
+def arguments(add) -> None:
     add("--models", nargs="+", default=[], help="model folders, or names on the hub (owner/name)")
     add("--tensor", help="the table's name, where it is an unusual one (for all --models)")
     add("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
     add("--cache", default="out/embeddings", help="where downloaded tables are kept (%(default)s)")
-    args = parser.parse_args(argv)
+
+
+def probe(args) -> common.Finding:
     if not args.models and not args.runs:
-        parser.error("give --models or --runs")
+        raise RunError("there is nothing to look at: give --models or --runs")
     args.out = args.out or (None if args.runs else "out/probe_models")
-    with sentences():
-        families, _ = read_families(common.DATA / "word_families.json")
-        prompts, _ = read_prompts(common.DATA / "generation_prompts.json")
-        asked = families, [p["oov_target"] for p in prompts if p["oov_target"]], args.seed
-        groups = {}
-        for name in args.models:
-            source = tables.open_model(name, args.revision, Path(args.cache))
-            info = tables.find_table(source, args.tensor)
-            tokens = tables.load_tokens(source)
-            result = measure_model(source.name, tables.load_table(source, info), tokens, *asked)
-            result["source"] = {"name": name, **info, "bytes_read": source.bytes_read}
-            groups.setdefault(result["model"], []).append(result)
-            read = f"{source.bytes_read / 2**20:,.1f} MiB read"
-            common.progress(f"{name}: {info['tensor']} {info['shape']}, {read}")
+    families, _ = read_families(common.DATA / "word_families.json")
+    prompts, _ = read_prompts(common.DATA / "generation_prompts.json")
+    asked = families, [p["oov_target"] for p in prompts if p["oov_target"]], args.seed
+    groups = {}
+    for name in args.models:
+        source = tables.open_model(name, args.revision, Path(args.cache))
+        info = tables.find_table(source, args.tensor)
+        tokens = tables.load_tokens(source)
+        result = measure_model(source.name, tables.load_table(source, info), tokens, *asked)
+        result["source"] = {"name": name, **info, "bytes_read": source.bytes_read}
+        groups.setdefault(result["model"], []).append(result)
+        common.progress(
+            f"{name}: {info['tensor']} {info['shape']}, {source.bytes_read / 2**20:,.1f} MiB read"
+        )
 
-        def measure_run(run, model, tokenizer, _) -> dict:
-            """Our own run as if it were a model."""
-            table, tokens = model.wte_table().detach().float().cpu(), token_bytes(tokenizer.backend)
-            return measure_model(f"{run.arm}_s{run.seed}", table, tokens, *asked)
+    def measure_run(run, model, tokenizer) -> dict:
+        """Our own run as if it were a model."""
+        table, tokens = model.wte_table().detach().float().cpu(), token_bytes(tokenizer.backend)
+        return measure_model(f"{run.arm}_s{run.seed}", table, tokens, *asked)
 
-        by_run = common.measure_runs(args, "table", measure_run)[0] if args.runs else {}
-        for (arm, _), result in by_run.items():
-            groups.setdefault(arm, []).append(result)
-        results = [m for members in groups.values() for m in members]
-        pairs = [agreement(a, b, args.seed) for a, b in combinations(results, 2)]
-        record = {
-            "models": [{k: v for k, v in r.items() if not k.startswith("_")} for r in results],
-            "agreement": pairs,
-        }
-        common.finish(
-            __file__, argv, args,
-            "models", "Across models", 50, record, {"seed": args.seed, "pos_dim": POS_DIM},
-            make_tables(results, pairs if args.models else [], groups), draw(groups),
-            "Left: share of the 5 nearest tokens that are typographic variants (full colour) or kin (pale). "
-            "Right: mean centred cosine of word pairs by edit distance; blue: each trained table.",
-            "What lies near what in the input embedding: the trained table, the untrained codec of the same "
-            "vocabulary, and a random table of the same shape. Our own runs appear as arms, means over seeds.",
-        )  # fmt: skip
+    for arm, mine in common.measure_runs(args, "table", measure_run)[0].items() if args.runs else ():
+        groups.setdefault(arm, []).extend(mine.values())
+    results = [m for members in groups.values() for m in members]
+    pairs = [agreement(a, b, args.seed) for a, b in combinations(results, 2)]
+    models = [{k: v for k, v in r.items() if not k.startswith("_")} for r in results]
+    return common.Finding(
+        "models", "Across models", 50, {"models": models, "agreement": pairs},
+        {"seed": args.seed, "pos_dim": POS_DIM},
+        make_tables(results, pairs if args.models else [], groups), draw(results, groups),
+        "Left: share of the 5 nearest tokens that are typographic variants (full colour) or kin (pale). "
+        "Right: mean centred cosine of word pairs by edit distance; blue: each trained table.",
+        "What lies near what in the input embedding: the trained table, the untrained codec of the same "
+        "vocabulary, and a random table of the same shape. Our own runs appear as arms, means over seeds.",
+    )  # fmt: skip
 
+
+main = common.command(__doc__, __file__, probe, arguments, needs_runs=False)
 
 if __name__ == "__main__":
     main()

@@ -15,17 +15,16 @@ nothing loses nothing by a typo, but has nothing to lose. The report says what d
 """
 
 import math
-import sys
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
-if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import scripts.by_path  # noqa: F401 - Ctrl-C
+if not __package__:
+    import by_path  # noqa: F401
 
 import numpy as np
 import torch
 
-from engine.errors import sentences
 from kronecker import build_byte_buffer
 from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
@@ -49,15 +48,13 @@ STRATA = {  # name: (key of a pair or record, its values in their order)
     "tokens added": ("added", ("none", "1", "2 and more")),
     "frequency": ("frequency", tuple(typos.FREQUENCIES)),
 }
+PANELS = {"top1_match_rate": "Top-1 kept", "mean_kl": "KL (nats)", "mean_bpb_cost": "Cost (bits per byte)"}
 TEXTS = ("clean", "typo", "top5_clean", "top5_typo", "top1_clean_str", "top1_typo_str")
 TITLES = {  # in the order of their places on the page
     "spelling": "Spelling robustness",
     "spelling_generated": "Spelling robustness, misspellings in held-out text",
     "spelling_published": "Spelling robustness, the paper's pairs",
 }
-
-
-# ---------------------------------------------------------------------------------------------- measuring
 
 
 def measure(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> list[dict]:
@@ -96,8 +93,7 @@ def add_costs(model, tokenizer, pairs: list[dict], records: list[dict]) -> None:
     follows = [tokenizer.encode(p["continuation"])[:longest] for p in pairs]
     for side in ("clean", "typo"):
         texts = [(tokenizer.encode(p[side]), tokens) for p, tokens in zip(pairs, follows, strict=True)]
-        nats, _ = score(model, texts)
-        for r, x, tokens in zip(records, nats, follows, strict=True):
+        for r, x, (_, tokens) in zip(records, score(model, texts)[0], texts, strict=True):
             r[f"bpb_{side}"] = float(x.sum() / math.log(2) / n_bytes_of[tokens].sum())
     for r in records:
         r["bpb_cost"] = r["bpb_typo"] - r["bpb_clean"]
@@ -114,15 +110,18 @@ def untrained_twin(model, tokenizer, config: dict, seed: int):
     return fresh.to(model.transformer.wpe.weight.device).eval()
 
 
+def with_twin(run, model, tokenizer, *given) -> tuple[list[dict], list[dict]]:
+    """(records of a run, of its untrained twin)."""
+    twin = untrained_twin(model, tokenizer, run.config, run.seed)
+    return measure(model, tokenizer, *given), measure(twin, tokenizer, *given)
+
+
 def summarise(records: list[dict]) -> dict:
     """The published aggregate of some records."""
-
-    def of(key: str) -> list:
-        return [r[key] for r in records]
-
-    means = {m: float(np.mean(of(key))) for m, (key, *_) in METRICS.items() if key in records[0]}
-    added = np.subtract(of("n_tokens_typo"), of("n_tokens_clean"))
-    kl = float(np.median(of("kl_clean_to_typo")))
+    of = {key: [r[key] for r in records] for key in records[0]}
+    means = {m: float(np.mean(of[key])) for m, (key, *_) in METRICS.items() if key in of}
+    added = np.subtract(of["n_tokens_typo"], of["n_tokens_clean"])
+    kl = float(np.median(of["kl_clean_to_typo"]))
     return {"n": len(records)} | means | {"median_kl": kl, "mean_token_inflation": float(added.mean())}
 
 
@@ -133,19 +132,19 @@ def aggregate(arm: str, records: list[dict]) -> dict:
     return {"arm": arm, "overall": summarise(records), "by_category": by_category}
 
 
-def columns(by_run: dict, arm: str, seeds: list, key: str) -> np.ndarray:
+def columns(by_run: dict, arm: str, seeds, key: str) -> np.ndarray:
     """(seeds, pairs) of one figure of an arm's records."""
-    return np.array([[r[key] for r in by_run[arm, s]] for s in seeds], dtype=float)
+    return np.array([[r[key] for r in by_run[arm][s]] for s in seeds], dtype=float)
 
 
 def compare_arms(by_run: dict, arm: str, over: str, seed: int) -> dict | None:
     """arm over another on the same prompts, with what so many prompts could have shown at all."""
-    seeds = [s for a, s in by_run if a == arm and (over, s) in by_run]
+    seeds = [s for s in by_run[arm] if s in by_run[over]]
     if not seeds:
         return None
     kept, other_kept = (columns(by_run, a, seeds, "top1_matches") for a in (arm, over))
     kl, other_kl = (columns(by_run, a, seeds, "kl_clean_to_typo") for a in (arm, over))
-    of = np.array([r["category"] for r in by_run[arm, seeds[0]]])
+    of = np.array([r["category"] for r in by_run[arm][seeds[0]]])
     won = [bool(kept[:, of == c].mean() >= other_kept[:, of == c].mean()) for c in dict.fromkeys(of)]
     n, discordant = kept.shape[1], float((kept != other_kept).mean())
 
@@ -171,7 +170,7 @@ def compare_arms(by_run: dict, arm: str, over: str, seed: int) -> dict | None:
             "kl": detectable(kl.mean(0) - other_kl.mean(0)),
         },
     }
-    if "bpb_cost" in by_run[arm, seeds[0]][0]:
+    if "bpb_cost" in by_run[arm][seeds[0]][0]:
         cost = columns(by_run, arm, seeds, "bpb_cost") - columns(by_run, over, seeds, "bpb_cost")
         found["cost_difference"] = stats.interval(cost.mean(0))
         found["cost_difference_over_seeds"] = stats.interval(cost.mean(1))
@@ -184,50 +183,44 @@ def stratified(by_run: dict, pairs: list[dict], comparisons: list[dict]) -> list
 
     Pairs from a file have their categories, generated ones several strata, and the difference of costs in each.
     """
-    first = next(iter(by_run.values()))
+    first = next(iter(next(iter(by_run.values())).values()))
     cost = "bpb_cost" in first[0]
     strata = {"all": (None, ())} | (STRATA if cost else {"category": ("category", ())})
     keys = {m: METRICS[m][0] for m in CONTINUED if METRICS[m][0] in first[0]}
-    seeds = {arm: [s for a, s in by_run if a == arm] for arm, _ in by_run}
-    values = {a: {m: columns(by_run, a, seeds[a], key) for m, key in keys.items()} for a in seeds}
-    more = {}
+    values = {a: {m: columns(by_run, a, mine, key) for m, key in keys.items()} for a, mine in by_run.items()}
+    over = {}
     for c in comparisons if cost else ():
         mine, other = (columns(by_run, a, c["seeds"], "bpb_cost") for a in (c["arm"], c["over"]))
-        more[f"{c['arm']} over {c['over']}"] = (mine - other).mean(0)
+        over[f"{c['arm']} over {c['over']}"] = (mine - other).mean(0)
     rows = []
     for stratum, (key, order) in strata.items():
         of = np.array([(r | p).get(key, "all") for p, r in zip(pairs, first, strict=True)])
         for value in [v for v in order or dict.fromkeys(of.tolist()) if v in of]:
-            row = {"stratum": stratum, "value": value, "pairs": int((of == value).sum())}
-            row["arms"] = {
-                a: {m: x[:, of == value].mean(1).tolist() for m, x in by_key.items()}
-                for a, by_key in values.items()
+            here = of == value
+            arms = {
+                a: {m: x[:, here].mean(1).tolist() for m, x in found.items()} for a, found in values.items()
             }
-            row["over"] = {name: stats.interval(x[of == value]) for name, x in more.items()}
-            rows.append(row)
+            differences = {name: stats.interval(x[here]) for name, x in over.items()}
+            row = {"stratum": stratum, "value": value, "pairs": int(here.sum())}
+            rows.append(row | {"arms": arms, "over": differences})
     return rows
-
-
-# ---------------------------------------------------------------------------------------------- output
 
 
 def main_table(by_run: dict, untrained: dict, result: dict, what: str, shown: list[str]) -> Table:
     """Arms, their untrained twins and what was published, a row each."""
-
-    def last(overall):
-        return [f"{overall['median_kl']:.3f}", f"{overall['mean_token_inflation']:+.2f}"]
-
     rows = []
     for label, source in (("", by_run), (", untrained", untrained)):
-        summary = {run: summarise(records) for run, records in source.items()}
-        for arm in dict.fromkeys(a for a, _ in source):
-            of = {m: {run: s[m] for run, s in summary.items()} for m in shown}
-            cells = [common.arm_cell(of[m], arm, *METRICS[m][2:]) for m in shown]
-            agg = result["untrained"][arm] if label else result[arm]["agg"]
-            rows.append([arm + label, *cells, *last(agg["overall"])])
+        for arm, mine in source.items():
+            found = [summarise(records) for records in mine.values()]
+            cells = [common.mean_cell([x[m] for x in found], *METRICS[m][2:]) for m in shown]
+            overall = (result["untrained"][arm] if label else result[arm]["agg"])["overall"]
+            rows.append([arm + label, *cells, overall])
     for arm, agg in result["published"].items():
-        cells = [f"{agg['overall'][m] * METRICS[m][3]:.{METRICS[m][2]}f}" for m in shown]
-        rows.append([f"paper: {arm}", *cells, *last(agg["overall"])])
+        cells = [
+            f"{agg['overall'][m] * scale:.{digits}f}" for m in shown for *_, digits, scale in [METRICS[m]]
+        ]
+        rows.append([f"paper: {arm}", *cells, agg["overall"]])
+    rows = [[*row, f"{x['median_kl']:.3f}", f"{x['mean_token_inflation']:+.2f}"] for *row, x in rows]
     note = (
         "Mean ± SD over seeds. KL(clean || typo) at the last position; lower is more robust. untrained: the same "
         "architecture before its first step, which knows no words: what an arm keeps there it owes to its "
@@ -289,7 +282,7 @@ def kind_tables(strata: list[dict]) -> list[Table]:
     rows, differences = [], []
     for r in strata:
         start = [r["stratum"], r["value"], f"{r['pairs']:,}"]
-        means = [{m: np.mean(x) for m, x in r["arms"][a].items()} for a in arms]
+        means = [{m: np.mean(x) for m, x in of.items()} for of in r["arms"].values()]
         rows.append([*start, *(f"{100 * m['top1_match_rate']:.0f}%  {m[last]:{form}}" for m in means)])
         differences.append([*start, *(common.interval_cell(r["over"][o], 4) for o in over)])
     tables = [Table(f"By kind: top-1 kept, {name}", ["", "", "pairs", *arms], rows, left=2)]
@@ -304,85 +297,73 @@ def kind_tables(strata: list[dict]) -> list[Table]:
 
 
 def draw(strata: list[dict]):
-    """Top-1 kept, KL and cost, by category or stratum, an arm a colour."""
-    titles = {
-        "top1_match_rate": "Top-1 kept",
-        "mean_kl": "KL (nats)",
-        "mean_bpb_cost": "Cost (bits per byte)",
-    }
-    plain = ("all", "category")
-    rows = [r["value"] if r["stratum"] in plain else f"{r['stratum']}: {r['value']}" for r in strata]
+    alone = ("all", "category")
+    rows = [("" if r["stratum"] in alone else f"{r['stratum']}: ") + r["value"] for r in strata]
     arms = strata[0]["arms"]
-    shown = [k for k in titles if k in next(iter(arms.values()))]
-    panels = [(titles[k], {a: [r["arms"][a][k] for r in strata] for a in arms}) for k in shown]
+    shown = {k: title for k, title in PANELS.items() if k in next(iter(arms.values()))}
+    panels = [(title, {a: [r["arms"][a][k] for r in strata] for a in arms}) for k, title in shown.items()]
     return figures.dot_figure(rows, panels)
 
 
-def main(argv=None) -> None:
-    parser = common.parser(__doc__)
-    add, sources = parser.add_argument, ",".join(typos.SOURCES)
+def arguments(add) -> None:
     add("--pairs", default=str(common.DATA / "spelling_pairs.json"), help="typo pairs (default: our 110)")
     add("--generate", type=whole(1, 100_000), metavar="N", help="N misspellings in held-out text instead")
+    sources = ",".join(typos.SOURCES)
     add("--sources", type=some_of(typos.SOURCES), default=sources, help="in equal parts (%(default)s)")
     add("--text", metavar="FILE", help="held-out text for --generate: txt, jsonl or parquet, packed or not")
     add("--batch_size", type=whole(1), default=64, help="prompts at a time (%(default)s)")
-    args = parser.parse_args(argv)
-    with sentences():
-        if args.generate:
-            text = typos.held_out_text(args, common.finished_runs(args)[0])
-            pairs, published = typos.draw_pairs(text, args.generate, args.seed, args.sources), {}
-            what, name = f"{len(pairs):,} misspellings in held-out text", "spelling_generated"
-        else:
-            pairs, published = typos.read_pairs(Path(args.pairs))
-            what, name = f"{len(pairs)} pairs", "spelling_published" if published else "spelling"
-        untrained = {}
 
-        def measure_one(run, model, tokenizer, config) -> list[dict]:
-            fresh = untrained_twin(model, tokenizer, config, run.seed)
-            untrained[run.arm, run.seed] = measure(fresh, tokenizer, pairs, args.batch_size)
-            return measure(model, tokenizer, pairs, args.batch_size)
 
-        by_run, arms, baseline = common.measure_runs(args, "spelling", measure_one)
-        wanted = common.pairs_to_compare(arms, baseline)
-        comparisons = [c for a, b in wanted if (c := compare_arms(by_run, a, b, args.seed))]
-        theirs = {(f"paper: {a}", 1337): x["per_prompt"] for a, x in published.items()}
-        strata = stratified(by_run | theirs, pairs, comparisons)
-        if {"bpe", "kron"} <= set(published):  # the same tests on the paper's own records, one seed
-            comparisons.append(compare_arms(theirs, "paper: kron", "paper: bpe", args.seed))
+def probe(args) -> common.Finding:
+    if args.generate:
+        text = typos.held_out_text(args, common.finished_runs(args)[0])
+        pairs, published = typos.draw_pairs(text, args.generate, args.seed, args.sources), {}
+        what, name = f"{len(pairs):,} misspellings in held-out text", "spelling_generated"
+    else:
+        pairs, published = typos.read_pairs(Path(args.pairs))
+        what, name = f"{len(pairs)} pairs", "spelling_published" if published else "spelling"
+    measured, baseline = common.measure_runs(args, "spelling", with_twin, pairs, args.batch_size)
+    by_run, untrained = (common.each(measured, itemgetter(k)) for k in (0, 1))
+    wanted = common.pairs_to_compare(by_run, baseline)
+    comparisons = [c for a, b in wanted if (c := compare_arms(by_run, a, b, args.seed))]
+    theirs = {f"paper: {a}": {1337: x["per_prompt"]} for a, x in published.items()}
+    strata = stratified(by_run | theirs, pairs, comparisons)
+    if {"bpe", "kron"} <= set(published):  # the same tests on the paper's own records, one seed
+        comparisons.append(compare_arms(theirs, "paper: kron", "paper: bpe", args.seed))
 
-        def of_arm(source: dict, arm: str) -> list[dict]:
-            return [{**r, "seed": s} for (a, s), records in source.items() if a == arm for r in records]
-
-        per_prompt = {arm: of_arm(by_run, arm) for arm in arms}
-        by_seed = {a: {str(s): summarise(x) for (b, s), x in by_run.items() if b == a} for a in arms}
-        result = {
-            **{a: {"agg": aggregate(a, rs) | {"by_seed": by_seed[a]}} for a, rs in per_prompt.items()},
-            "untrained": {a: aggregate(a, of_arm(untrained, a)) for a in arms},
-            "comparisons": comparisons,
-            "strata": strata,
-            "published": {a: x["agg"] for a, x in published.items()},
+    result = {}
+    for arm, mine in by_run.items():
+        agg = aggregate(arm, [*chain(*mine.values())]) | {
+            "by_seed": {s: summarise(x) for s, x in mine.items()}
         }
-        if (
-            args.generate
-        ):  # other people's text, and very many records: kept beside the figures, not among them
-            lean = {a: [{k: r[k] for k in r if k not in TEXTS} for r in rs] for a, rs in per_prompt.items()}
-            items = {"prompt_pairs": pairs, "per_prompt": lean}
-        else:
-            items = None
-            result["prompt_pairs"] = pairs
-            for arm, records in per_prompt.items():
-                result[arm]["per_prompt"] = records
-        common.finish(
-            __file__, argv, args, name, TITLES[name], 20 + list(TITLES).index(name), result,
-            {"seed": args.seed, "generate": args.generate, "sources": args.sources if args.generate else None},
-            [main_table(by_run, untrained, result, what, CONTINUED if args.generate else PLAIN),
-             *comparison_tables(comparisons), *kind_tables(strata)],
-            draw(strata), "Large points: means over seeds; small points: seeds.",
-            "A word of the prompt is misspelled; how far does the prediction of what follows move? A model that "
-            "predicts little is moved little, so the figures of weak models say less than they seem to.",
-            items=items,
-        )  # fmt: skip
+        result[arm] = {"agg": agg, "per_prompt": [r | {"seed": s} for s, x in mine.items() for r in x]}
+    result |= {
+        "untrained": {arm: aggregate(arm, [*chain(*mine.values())]) for arm, mine in untrained.items()},
+        "comparisons": comparisons,
+        "strata": strata,
+        "published": {a: x["agg"] for a, x in published.items()},
+        "prompt_pairs": pairs,
+    }
+    items = None
+    if args.generate:  # other people's text, and very many records: kept beside the figures, not among them
+        items = {"prompt_pairs": result.pop("prompt_pairs"), "per_prompt": {}}
+        for arm in by_run:
+            records = result[arm].pop("per_prompt")
+            items["per_prompt"][arm] = [{k: r[k] for k in r if k not in TEXTS} for r in records]
+    shown = CONTINUED if args.generate else PLAIN
+    tables = [main_table(by_run, untrained, result, what, shown), *comparison_tables(comparisons)]
+    sources = args.sources if args.generate else None
+    return common.Finding(
+        name, TITLES[name], 20 + list(TITLES).index(name), result,
+        {"seed": args.seed, "generate": args.generate, "sources": sources},
+        [*tables, *kind_tables(strata)], draw(strata), common.POINTS,
+        "A word of the prompt is misspelled; how far does the prediction of what follows move? A model that "
+        "predicts little is moved little, so the figures of weak models say less than they seem to.",
+        items=items,
+    )  # fmt: skip
 
+
+main = common.command(__doc__, __file__, probe, arguments)
 
 if __name__ == "__main__":
     main()

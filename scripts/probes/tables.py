@@ -14,7 +14,6 @@ import torch
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import HfFileSystem
-from huggingface_hub.errors import RepositoryNotFoundError
 from pydantic import Field
 from tokenizers import Tokenizer
 
@@ -33,11 +32,13 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The input table's name in the families of models, best first, and the head's.
 TABLE_NAMES = "embed_tokens wte tok_embeddings embed_in word_embeddings shared (token_)?embeddings?".split()
 HEAD_NAMES = "lm_head embed_out output".split()
 OTHERS = r"position|token_type|segment|vision|visual|audio"  # tables of these are no input tables
 CHUNK = 32 * 2**20  # bytes of one request
+HELP = "check the name; a gated or private model needs its licence accepted and HF_TOKEN, a local folder no network"
 
 
 class TensorEntry(Record):
@@ -74,20 +75,30 @@ class Source:
             with self.files.open(f"{self.root}/{file}", "rb", cache_type="none") as f:
                 f.seek(start)
                 data = f.read(-1 if end is None else end - start)
-        except RepositoryNotFoundError:
-            why = f"there is no {self.name} on the hub, or it is private: check the name, set HF_TOKEN"
-            raise RunError(why) from None
         except FileNotFoundError:
             return None
         except Exception as e:  # the hub's client passes on errors of several packages
-            why = f"cannot read {file} of {self.name} ({first_line(e)}); a local folder needs no network"
-            if getattr(getattr(e, "response", None), "status_code", None) in (401, 403):
-                why = f"{self.name} is gated: accept its licence on its page and set HF_TOKEN"
-            raise RunError(why) from None
+            raise RunError(f"cannot read {file} of {self.name} ({first_line(e)}): {HELP}") from None
         if end is not None and len(data) != end - start:
             raise RunError(f"{file} of {self.name} is damaged: bytes {start:,} to {end:,} are not all there")
         self.bytes_read += len(data)
         return data
+
+    def json(self, file: str, schema, start: int = 0, end: int | None = None):
+        """A JSON file, or part of a file, as a schema describes it; None where there is no such file."""
+        content, where = self.read(file, start, end), f"{file} of {self.name}"
+        if content is None:
+            return None
+        value = parsed(content.decode("utf-8", "surrogateescape"), where)
+        return validated(value, schema, where, "what a model has there")
+
+    def header(self, file: str) -> tuple[dict, int]:
+        """Header of a safetensors file and where its data begin; ({}, 0) where there is no such file."""
+        size = self.read(file, 0, 8)
+        n = int.from_bytes(size or b"", "little")
+        if size and not 2 <= n <= 100_000_000:
+            raise RunError(f"{file} of {self.name} is not a safetensors file")
+        return (self.json(file, dict, 8, 8 + n), 8 + n) if size else ({}, 0)
 
     def matrix(self, info: dict) -> tuple[Path, int]:
         """(file on disk, where in it the tensor begins); a download that broke off goes on where it stopped."""
@@ -119,56 +130,33 @@ def open_model(name: str, revision: str, cache: Path) -> Source:
     return Source(hub, f"{name}@{revision}", name.split("/")[-1], cache)
 
 
-def read_header(source: Source, file: str) -> tuple[dict, int] | None:
-    """Header of a safetensors file and where its data begin; None where there is no such file."""
-    size = source.read(file, 0, 8)
-    if size is None:
-        return None
-    n = int.from_bytes(size, "little")
-    if not 2 <= n <= 100_000_000:
-        raise RunError(f"{file} of {source.name} is not a safetensors file")
-    return of_json(source, file, dict, 8, 8 + n), 8 + n
-
-
-def of_json(source: Source, file: str, schema, start: int = 0, end: int | None = None):
-    """A JSON file of a model as a schema describes it; None where there is no such file."""
-    content, where = source.read(file, start, end), f"{file} of {source.name}"
-    if content is None:
-        return None
-    value = parsed(content.decode("utf-8", "surrogateescape"), where)
-    return validated(value, schema, where, "what a model has there")
-
-
 def find_table(source: Source, tensor: str | None = None) -> dict:
     """Where the input embedding lies: {"file", "tensor", "dtype", "shape", "start", "length"} (bytes)."""
-    index = of_json(source, "model.safetensors.index.json", Index)
-    weight_map, headers = dict(index.weight_map) if index else {}, {}
-    if not weight_map:
-        found = headers["model.safetensors"] = read_header(source, "model.safetensors")
-        weight_map = dict.fromkeys(found[0], "model.safetensors") if found else {}
-        weight_map.pop("__metadata__", None)
+    index, header = source.json(INDEX, Index), None
+    if index is None:
+        header = source.header(SINGLE)
+    weight_map = index.weight_map if index else dict.fromkeys(header[0].keys() - {"__metadata__"}, SINGLE)
     if not weight_map:
         raise RunError(
-            f"{source.name} has no model.safetensors and no index; convert its weights to safetensors first"
+            f"{source.name} has no {SINGLE} and no index; convert its weights to safetensors first"
         )
     name = tensor or choose_table(source, weight_map)
     if name not in weight_map:
         near = ", ".join(sorted(n for n in weight_map if "emb" in n or "wte" in n)[:6])
-        raise RunError(f"{source.name} has no tensor {name}" + (f"; there are {near}" if near else ""))
+        raise RunError(f"{source.name} has no tensor {name}; its embeddings: {near or 'none'}")
     file = weight_map[name]
-    found = headers.get(file) or read_header(source, file)
-    if found is None or name not in found[0]:
-        raise RunError(f"{source.name}: the index names {name} in {file}, which is missing or lacks it")
-    header, data_start = found
-    entry = validated(header[name], TensorEntry, f"{name} in {file} of {source.name}", "a tensor's entry")
+    where = f"{name} in {file} of {source.name}"
+    entries, begin = header or source.header(file)
+    if name not in entries:
+        raise RunError(f"there is no {where}, where the index says it is")
+    entry = validated(entries[name], TensorEntry, where, "a tensor's entry")
     first, last = entry.data_offsets
     if entry.dtype not in DTYPES or len(entry.shape) != 2:
-        raise RunError(
-            f"{name} of {source.name} is {entry.dtype} {entry.shape}, not a matrix of floats; name another tensor (--tensor)"
-        )
+        what = f"{entry.dtype} {entry.shape}, not a matrix of floats"
+        raise RunError(f"{where} is {what}; name another tensor (--tensor)")
     if first < 0 or last - first != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
-        raise RunError(f"{name} in {file} of {source.name} is damaged: its bytes are not those of its shape")
-    place = {"start": data_start + first, "length": last - first}
+        raise RunError(f"{where} is damaged: its bytes are not those of its shape")
+    place = {"start": begin + first, "length": last - first}
     return {"file": file, "tensor": name, "dtype": entry.dtype, "shape": entry.shape} | place
 
 
@@ -177,15 +165,14 @@ def choose_table(source: Source, weight_map: dict) -> str:
     for name in (*TABLE_NAMES, *HEAD_NAMES):
         form = re.compile(rf"(.*\.)?{name}\.weight", re.DOTALL)
         found = [n for n in weight_map if form.fullmatch(n) and not re.search(OTHERS, n)]
-        if not found:
-            continue
-        if name in HEAD_NAMES:
-            config = of_json(source, "config.json", ModelConfig) or ModelConfig()
-            if (config.text_config or {}).get("tie_word_embeddings", config.tie_word_embeddings) is False:
-                raise RunError(
-                    f"{source.name} has a head but no input table of a known name; give it with --tensor"
-                )
-        return min(found, key=lambda n: (n.count("."), n))
+        config = found and name in HEAD_NAMES and source.json("config.json", ModelConfig)
+        if (
+            config
+            and (config.text_config or {}).get("tie_word_embeddings", config.tie_word_embeddings) is False
+        ):
+            break  # a head of its own is no input table
+        if found:
+            return min(found, key=lambda n: (n.count("."), n))
     raise RunError(f"no embedding table under a known name in {source.name}; give its name with --tensor")
 
 
@@ -200,13 +187,11 @@ def load_table(source: Source, info: dict) -> torch.Tensor:
 
 def load_tokens(source: Source) -> list[bytes]:
     """True bytes of every token, from the model's tokenizer.json."""
-    content = source.read("tokenizer.json")
+    content, what = source.read("tokenizer.json"), f"tokenizer.json of {source.name}"
     if content is None:
-        raise RunError(
-            f"{source.name} has no tokenizer.json; save its tokenizer there in the fast format "
-            "(transformers' AutoTokenizer(...).save_pretrained)"
-        )
+        how = "save its tokenizer there in the fast format (transformers' AutoTokenizer(...).save_pretrained)"
+        raise RunError(f"there is no {what}; {how}")
     try:
         return token_bytes(Tokenizer.from_buffer(content))
     except Exception as e:  # tokenizers raises nothing narrower
-        raise RunError(f"tokenizer.json of {source.name} cannot be read ({first_line(e)})") from None
+        raise RunError(f"{what} cannot be read ({first_line(e)})") from None

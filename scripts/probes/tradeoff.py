@@ -8,27 +8,25 @@ model by itself (or after --prefix); its vector at a level is the mean over its 
 probe's words. `separation` is the cosine of kin less that of the byte-alike: above 0, kin are nearer.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
-if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import scripts.by_path  # noqa: F401 - Ctrl-C
+if not __package__:
+    import by_path  # noqa: F401
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from data.records import Record, read_record
-from engine.errors import RunError, sentences
+from engine.errors import RunError
 from scripts.analysis import figures, report
 from scripts.analysis.report import Table
 from scripts.probes import common
 
 KINDS = {"byte_similar": "alike in bytes", "kin": "kin", "synonyms": "synonyms", "random": "random"}
+COLOURS = ("#D55E00", "#009E73", "#0072B2", "#7F7F7F")
 EXAMPLES = ("compute/commute", "nation/notion")
-
 
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
 
@@ -50,8 +48,8 @@ def read_pairs(path: Path, seed: int) -> dict[str, list]:
     return kinds | {"random": random}
 
 
-def word_states(model, tokenizer, words: list[str], prefix: str) -> tuple[torch.Tensor, set[str]]:
-    """((levels, words, n_embd), centred over the words; words that are one token)."""
+def word_states(model, tokenizer, words: list[str], prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """((levels, words, n_embd), centred over the words; (words,), whether a word is one token)."""
     before = tokenizer.encode(prefix) if prefix else []
     ids = [before + tokenizer.encode(" " + w) for w in words]
     longest = max(map(len, ids))
@@ -64,21 +62,18 @@ def word_states(model, tokenizer, words: list[str], prefix: str) -> tuple[torch.
         for k, i in enumerate(batch):
             rows[i] = means[:, k]
     levels = torch.stack(rows, dim=1)
-    return levels - levels.mean(1, keepdim=True), {
-        w for w, x in zip(words, ids, strict=True) if len(x) == len(before) + 1
-    }
+    return levels - levels.mean(1, keepdim=True), torch.tensor([len(x) == len(before) + 1 for x in ids])
 
 
-def measure(model, tokenizer, pairs: dict, prefix: str) -> dict:
+def measure(run, model, tokenizer, pairs: dict, prefix: str) -> dict:
     """Cosines of one run by kind of pair and level, of all pairs and of those that are single tokens."""
-    words = sorted({w for p in pairs.values() for pair in p for w in pair})
-    at = {w: i for i, w in enumerate(words)}
+    words = sorted({w for members in pairs.values() for pair in members for w in pair})
     levels, single = word_states(model, tokenizer, words, prefix)
     cosine, of_single, n, each = {}, {}, {}, {}
     for kind, members in pairs.items():
-        i, j = torch.tensor([[at[w] for w in pair] for pair in members]).T
+        i, j = torch.tensor([[words.index(w) for w in pair] for pair in members]).T
         cosines = torch.nn.functional.cosine_similarity(levels[:, i], levels[:, j], dim=-1).T.contiguous()
-        one = torch.tensor([set(pair) <= single for pair in members])
+        one = single[i] & single[j]
         cosine[kind] = cosines.mean(0).tolist()
         of_single[kind] = cosines[one].mean(0).tolist() if one.any() else None
         n[kind] = {"pairs": len(members), "single_token": int(one.sum())}
@@ -95,79 +90,63 @@ def measure(model, tokenizer, pairs: dict, prefix: str) -> dict:
     }
 
 
-def make_tables(by_run: dict, arms: list[str]) -> list[Table]:
-    """Cosines by kind and level, and the paper's two examples."""
-    levels = min((r["levels"] for r in by_run.values()), key=len)
-
-    def at_level(k: int) -> list[dict]:
-        """{run: figure} of every kind of pair, and of the separation."""
-        kinds = [{run: r["cosine"][kind][k] for run, r in by_run.items()} for kind in KINDS]
-        return [*kinds, {run: r["separation"][k] for run, r in by_run.items()}]
-
-    rows = [
-        [arm if k == 0 else "", level, *(common.arm_cell(of, arm) for of in at_level(k))]
-        for arm in arms
-        for k, level in enumerate(levels)
-    ]
-    n = next(iter(by_run.values()))["n"]
+def make_tables(by_run: dict, levels: list[str]) -> list[Table]:
+    rows, examples = [], []
+    for arm, mine in by_run.items():
+        for k, level in enumerate(levels):
+            found = [[r["cosine"][kind][k] for r in mine.values()] for kind in KINDS]
+            found.append([r["separation"][k] for r in mine.values()])
+            rows.append([arm if k == 0 else "", level, *map(common.mean_cell, found)])
+    first = next(iter(mine.values()))
+    for pair in [p for p in EXAMPLES if p in first["pairs"]["byte_similar"]]:
+        for number, (arm, mine) in enumerate(by_run.items()):
+            by_level = list(zip(*(r["pairs"]["byte_similar"][pair] for r in mine.values()), strict=False))
+            cells = map(common.mean_cell, by_level[: len(levels)])
+            examples.append(["" if number else pair, arm, *cells])
     counted = ", ".join(
-        f"{n[k]['pairs']} pairs {KINDS[k]} ({n[k]['single_token']} of single tokens)" for k in KINDS
+        f"{n['pairs']} pairs {KINDS[kind]} ({n['single_token']} of single tokens)"
+        for kind, n in first["n"].items()
     )
     note = f"Mean ± SD over seeds; {counted}. separation: kin less alike in bytes."
     header = ["arm", "level", *KINDS.values(), "separation"]
     tables = [Table("Cosine of word pairs, centred, by level", header, rows, left=2, note=note)]
-    rows = []
-    for pair in EXAMPLES:
-        found = {run: r["pairs"]["byte_similar"].get(pair, [None] * len(levels)) for run, r in by_run.items()}
-        for arm in arms:
-            cells = [
-                common.arm_cell({run: x[k] for run, x in found.items()}, arm) for k in range(len(levels))
-            ]
-            rows.append([pair if arm == arms[0] else "", arm, *cells])
-    return [*tables, Table("The paper's two examples", ["pair", "arm", *levels], rows, left=2)]
+    return [*tables, Table("The paper's two examples", ["pair", "arm", *levels], examples, left=2)]
 
 
-def draw(by_run: dict, arms: list[str]):
-    """Mean cosine of every kind of pair by level, an arm a panel."""
-    colours = {"byte_similar": "#D55E00", "kin": "#009E73", "synonyms": "#0072B2", "random": "#7F7F7F"}
-    levels = min((r["levels"] for r in by_run.values()), key=len)
-    short = ["emb", *(str(k) for k in range(len(levels) - 1))]
-    with figures.plt.rc_context(figures.STYLE):
-        size = (2.9 * len(arms) + 1.6, 3.5)
-        figure, axes = figures.plt.subplots(1, len(arms), figsize=size, sharey=True, squeeze=False)
-        for ax, arm in zip(axes[0], arms, strict=True):
-            for kind, words in KINDS.items():
-                y = [r["cosine"][kind][: len(levels)] for (a, _), r in by_run.items() if a == arm]
-                figures.band(ax, short, y, words, color=colours[kind], marker="o", markersize=4)
-            ax.set_title(report.visible(arm))
-            ax.set_xlabel("after block")
-            ax.margins(x=0.08)
-        axes[0][0].set_ylabel("cosine, centred")
-        axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+def draw(by_run: dict, levels: list[str]):
+    short, size = ["emb", *map(str, range(len(levels) - 1))], (2.9 * len(by_run) + 1.6, 3.5)
+    figure, axes = figures.plt.subplots(1, len(by_run), figsize=size, sharey=True, squeeze=False)
+    for ax, (arm, mine) in zip(axes[0], by_run.items(), strict=True):
+        for (kind, words), colour in zip(KINDS.items(), COLOURS, strict=True):
+            y = [r["cosine"][kind][: len(levels)] for r in mine.values()]
+            figures.band(ax, short, y, words, color=colour, marker="o", markersize=4)
+        ax.set_title(report.visible(arm))
+        ax.set_xlabel("after block")
+        ax.margins(x=0.08)
+    axes[0][0].set_ylabel("cosine, centred")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def main(argv=None) -> None:
-    parser = common.parser(__doc__)
-    add, ours = parser.add_argument, str(common.DATA / "tradeoff_pairs.json")
-    add("--pairs", default=ours, help="word pairs (default: ours)")
+def arguments(add) -> None:
+    add("--pairs", default=str(common.DATA / "tradeoff_pairs.json"), help="word pairs (default: ours)")
     add("--prefix", default="", help="text before the word, for instance 'The word'")
-    args = parser.parse_args(argv)
-    with sentences():
-        pairs = read_pairs(Path(args.pairs), args.seed)
 
-        def measure_one(run, model, tokenizer, _) -> dict:
-            return measure(model, tokenizer, pairs, args.prefix)
 
-        by_run, arms, _ = common.measure_runs(args, "trade-off", measure_one)
-        common.finish(
-            __file__, argv, args, "tradeoff", "Alike in bytes, not in meaning", 45,
-            {"by_run": {f"{a}_s{s}": r for (a, s), r in by_run.items()}},
-            {"seed": args.seed, "prefix": args.prefix}, make_tables(by_run, arms), draw(by_run, arms),
-            "Line: mean over seeds; band: lowest to highest seed.",
-            "A codec of bytes cannot know that compute and commute mean different things; the blocks have to pull "
-            "such pairs apart. In the pictures the orange line should fall and the green one stay.",
-        )  # fmt: skip
+def probe(args) -> common.Finding:
+    pairs = read_pairs(Path(args.pairs), args.seed)
+    by_run, _ = common.measure_runs(args, "trade-off", measure, pairs, args.prefix)
+    runs = common.by_name(by_run)
+    levels = min((r["levels"] for r in runs.values()), key=len)
+    return common.Finding(
+        "tradeoff", "Alike in bytes, not in meaning", 45, {"by_run": runs},
+        {"seed": args.seed, "prefix": args.prefix}, make_tables(by_run, levels), draw(by_run, levels), common.BANDS,
+        "A codec of bytes cannot know that compute and commute mean different things; the blocks have to pull "
+        "such pairs apart. In the pictures the orange line should fall and the green one stay.",
+    )  # fmt: skip
+
+
+main = common.command(__doc__, __file__, probe, arguments)
 
 
 if __name__ == "__main__":

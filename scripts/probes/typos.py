@@ -1,6 +1,5 @@
 """Clean and misspelled prompts: from a file, or drawn from running text with real misspellings and slips of the keyboard."""
 
-import importlib.util
 import random
 import re
 from collections import Counter
@@ -24,30 +23,17 @@ AFTER = 8  # words of the continuation
 MOST_TEXT = 20_000_000  # characters of --text
 
 
-# ---------------------------------------------------------------------------------------------- lists
-
-
-def installed_lines(package: str, path: str, pip_name: str) -> list[str]:
-    """Lines of a data file of an installed package, none of whose code is run."""
-    found = importlib.util.find_spec(package)
-    if found is None:
-        raise RunError(
-            f"the list of misspellings comes with the package {pip_name}, which is not installed: "
-            "pip install --no-deps -r requirements-eval.txt"
-        )
-    return (Path(found.origin).parent / path).read_text(encoding="utf-8").split("\n")
-
-
 def codespell() -> dict[str, list[str]]:
     """{word: misspellings} where codespell's dictionary of real mistakes knows one right word alone."""
-    lines = installed_lines("codespell_lib", "data/dictionary.txt", "codespell")
-    entries = (line.partition("->") for line in lines)
+    path = common.installed("codespell_lib", "data/dictionary.txt", "codespell")
+    entries = (line.partition("->") for line in path.read_text(encoding="utf-8").split("\n"))
     return gather((word, wrong) for wrong, _, word in entries if "," not in word)
 
 
 def nlpaug() -> dict[str, list[str]]:
     """{word: misspellings} of nlpaug's list, which was collected from people's writing."""
-    lines = map(str.split, installed_lines("nlpaug", "res/word/spelling/spelling_en.txt", "nlpaug"))
+    path = common.installed("nlpaug", "res/word/spelling/spelling_en.txt", "nlpaug")
+    lines = map(str.split, path.read_text(encoding="utf-8").split("\n"))
     return gather((line[0], wrong) for line in lines for wrong in line[1:])
 
 
@@ -94,9 +80,6 @@ def edit_of(word: str, wrong: str) -> str:
     if len(wrong) != len(word):
         return "insert" if len(wrong) > len(word) else "delete"
     return "substitute" if Hamming.distance(word, wrong) == 1 else "transpose"
-
-
-# ---------------------------------------------------------------------------------------------- pairs
 
 
 class TypoPair(Record):
@@ -200,9 +183,9 @@ def held_out_text(args, run) -> str:
             if size > MOST_TEXT:
                 break
         return "\n".join(texts)
-    _, tokenizer, config = common.load(run.name, args)
+    _, tokenizer = common.load(run.name, args)
     root = Path(__file__).resolve().parents[2]
-    folder = Path(config.get("data_dir") or root / "data" / str(config.get("dataset")))
+    folder = Path(run.config.get("data_dir") or root / "data" / str(run.config.get("dataset")))
     shards = find_shards(folder, "val") if folder.is_dir() else []
     if not shards:
         raise RunError(f"no validation shard in {folder}; give held-out text with --text FILE")
