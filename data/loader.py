@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from data.meta import read_complete
 from data.shards import Shard, find_shards, open_shard
 
 ROUNDS = 6  # of the Feistel network; four already make it look random, see tests
-MAX_OPEN = 256  # files kept open at most, or half of what the system allows a process
+MAX_OPEN = 100  # files kept open; macOS lets a process have 256 of all kinds
 
 
 class TrainBatches:
@@ -33,7 +34,7 @@ class TrainBatches:
     """
 
     def __init__(self, data_dir, block_size: int, global_batch: int, seed: int):
-        if block_size < 1 or global_batch < 1:
+        if min(block_size, global_batch) < 1:
             raise DataError(
                 f"block_size {block_size} and global_batch {global_batch} must both be at least 1"
             )
@@ -67,9 +68,8 @@ class TrainBatches:
         while done < len(ids):  # a batch may straddle the end of an epoch, or several
             epoch, index = divmod(position + done, self.n_windows)
             take = min(len(ids) - done, self.n_windows - index)
-            ids[done : done + take] = permute(
-                np.arange(index, index + take), self.n_windows, self.seed, epoch
-            )
+            ahead = np.arange(index, index + take)
+            ids[done : done + take] = permute(ahead, self.n_windows, self.seed, epoch)
             done += take
         return ids
 
@@ -108,10 +108,9 @@ class ValWindows:
     def sha256(self) -> str:
         """Identity of what is evaluated: the tokens of all windows and where they are cut."""
         digest = hashlib.sha256(f"{self.block_size} {self.n_windows} ".encode())
-        tokens = self._shard.tokens
-        end = self._start + self.n_windows * self.block_size + 1
-        for start in range(self._start, end, 1 << 20):
-            digest.update(tokens[start : min(end, start + (1 << 20))].astype("<u4").tobytes())
+        tokens = self._shard.tokens[self._start :][: self.n_windows * self.block_size + 1]
+        for start in range(0, len(tokens), 1 << 20):
+            digest.update(tokens[start : start + (1 << 20)].astype("<u4").tobytes())
         return digest.hexdigest()
 
 
@@ -124,9 +123,9 @@ class _Files:
     """
 
     def __init__(self, shards: list[Shard]):
-        self._shards = shards
-        self._open: dict[int, object] = {}
-        self._lock = threading.Lock()
+        self._shards, self._lock = shards, threading.Lock()
+        # what falls out of the cache closes when nobody reads it any more
+        self._file = lru_cache(MAX_OPEN)(lambda shard: open(shards[shard].path, "rb", buffering=0))  # noqa: SIM115
 
     def read(
         self, shards: np.ndarray, starts: np.ndarray, block_size: int
@@ -139,7 +138,7 @@ class _Files:
         return x, y
 
     def _read_into(self, shard: int, row: np.ndarray, offset: int) -> None:
-        file = self._open.get(shard) or self._open_file(shard)
+        file = self._file(shard)
         if hasattr(os, "preadv"):
             n = os.preadv(file.fileno(), [row], offset)
         else:  # Windows: no positional read, so seek and read belong together
@@ -148,23 +147,6 @@ class _Files:
                 n = file.readinto(row)
         if n != row.nbytes:
             raise DataError(f"{self._shards[shard].path} became shorter while it was read; prepare it again")
-
-    def _open_file(self, shard: int):
-        with self._lock:
-            while len(self._open) >= min(MAX_OPEN, _open_files_limit() // 2):
-                self._open.pop(next(iter(self._open)))  # the oldest; it closes when nobody reads it any more
-            file = self._open[shard] = open(self._shards[shard].path, "rb", buffering=0)  # noqa: SIM115
-        return file
-
-
-def _open_files_limit() -> int:
-    """How many files this process may have open at once (`ulimit -n`; 256 on macOS)."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 2 * MAX_OPEN
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 2 * MAX_OPEN if soft == resource.RLIM_INFINITY else max(4, soft)
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:

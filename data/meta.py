@@ -1,15 +1,6 @@
 """`meta.json`: what the shards beside it are, so that nobody has to be asked again.
 
-    {"format": 1, "dataset": "pydocs", "complete": true,
-     "tokenizer": {...}            what data.tokenizers.load_tokenizer takes
-     "vocab_size": 4096, "eot": 4095, "dtype": "uint16",
-     "documents": 16000, "tokens": {"train": n, "val": n},
-     "shards": [{"file", "split", "tokens", "documents", "sha256"}, ...],
-     "made": {...}                 source, options and versions that determine the bytes
-     "byte_lengths": [1, 1, ...]}  bytes of text behind each token id, 0 for special tokens
-
-`documents` of a shard are those that *start* in it. A set still being prepared says `"complete": false`
-and carries a "next" entry in each shard's record. Nothing in it depends on when, or on how many cores, it was made.
+Nothing in it depends on when, or on how many cores, it was made.
 """
 
 import io
@@ -42,7 +33,7 @@ class NextSchema(Record):
 
 
 class ShardSchema(Record):
-    """One shard in meta.json's list. next: None behind the last; absent where nobody goes on from here."""
+    """One shard in meta.json's list. documents: those that start in it. next: None behind the last; absent where nobody goes on."""
 
     file: PlainName
     split: Literal["train", "val"]
@@ -63,22 +54,22 @@ class TokenizerSchema(Record):
 
 
 class MetaSchema(Record):
-    """meta.json; the head of this file explains the keys."""
+    """meta.json."""
 
     format: int
     dataset: str = ""
-    complete: bool = True
+    complete: bool = True  # false while the set is being made
     tokenizer: TokenizerSchema | None
     vocab_size: Annotated[int, Field(ge=1)]
     eot: Count | None = None
     dtype: Literal["uint16", "uint32"] = "uint16"
     documents: Count = 0
-    tokens: dict[str, Count] = {}
-    skipped: dict[str, Count] = {}
-    made: dict = {}
+    tokens: dict[str, Count] = {}  # of each split
+    skipped: dict[str, Count] = {}  # rows of the source, by reason
+    made: dict = {}  # source and options, which determine the bytes
     versions: dict = {}
     shards: list[ShardSchema] = []
-    byte_lengths: list[Count] = []
+    byte_lengths: list[Count] = []  # bytes of text behind each token id, 0 for special tokens
 
 
 def read_meta(data_dir) -> dict | None:
@@ -135,12 +126,6 @@ def versions(*packages: str) -> dict[str, str | None]:
     """The versions of packages on which a set's bytes may depend, None for those that are not here."""
     installed = {name: list(metadata.distributions(name=name)) for name in packages}
     return {name: found[0].version if found else None for name, found in installed.items()}
-
-
-def mark_incomplete(data_dir, meta: dict) -> None:
-    """Say in meta.json that the folder is being made, before the first file of an older making is replaced."""
-    about = ("format", "dataset", "tokenizer", "vocab_size")
-    write_meta(data_dir, {key: meta[key] for key in about} | {"complete": False})
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -1,8 +1,8 @@
 """From blocks of text to a folder of shards: in parallel, resumable, the same bytes every time.
 
 The stream of tokens is defined by the documents' order alone. Threads encode blocks (the libraries that do it leave
-Python's lock); this one reads them, puts the results in order, cuts the stream into shards (number 0 has val_tokens,
-or all that the source holds out; the others shard_tokens) and renames each when it is whole. After each shard
+Python's lock); this one reads them, puts the results in order, and cuts the stream into shards (number 0 has val_tokens,
+or all that the source holds out; the others shard_tokens), each in memory until it is written in one go. After each shard
 meta.json says where the next one starts: the position of a block in the source, and how many of its tokens belong to
 shards before. A killed run is taken up there, so are shards that were lost later.
 """
@@ -13,15 +13,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from data import DataError, console
 from data.encoder import Encoder
-from data.files import flush, publish
 from data.identity import shard_record
 from data.meta import META_NAME, new_meta, read_meta, totals, versions, write_meta
 from data.progress import Progress, say
-from data.shards import MAX_TOKENS, header_bytes, is_whole
+from data.shards import MAX_TOKENS, is_whole, write_shard
 from data.sources import SKIP_REASONS, Block, read_block
 
 CHECK_ONE_IN = 100  # of the documents, beside all of the first block, see data.encoder
@@ -50,40 +47,6 @@ def in_order(blocks: Iterator[Block], work: Callable, workers: int) -> Iterator[
             yield first, future.result()
     finally:
         threads.shutdown(cancel_futures=True)
-
-
-class OpenShard:
-    """A shard being written beside its name; its tokens pass through and never pile up in memory."""
-
-    def __init__(self, path: Path, target: int, dtype: np.dtype):
-        self.path, self.target, self.dtype, self.n_tokens = path, target, dtype, 0
-        self.temporary = path.with_name(path.name + ".tmp")
-        self._file = open(self.temporary, "xb")  # noqa: SIM115
-        self._file.write(header_bytes(target, dtype))
-
-    def take(self, tokens: np.ndarray) -> int:
-        """Write as many of the tokens as there is room for; how many that was."""
-        piece = tokens[: self.target - self.n_tokens]
-        self._file.write(piece.data)
-        self.n_tokens += len(piece)
-        return len(piece)
-
-    def finish(self, split: str, eot: int) -> dict:
-        """Give the file its name, once it is whole on the disk; its record for meta.json, from what lies there."""
-        self._file.seek(0)
-        self._file.write(
-            header_bytes(self.n_tokens, self.dtype)
-        )  # the last shard has fewer than it had room for
-        self._file.close()
-        flush(self.temporary)
-        record = shard_record(self.temporary, split, eot) | {"file": self.path.name}
-        publish(self.temporary, self.path)
-        return record
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails again
-            self._file.close()
-        self.temporary.unlink(missing_ok=True)
 
 
 def prepare_shards(
@@ -215,21 +178,22 @@ def _make_shards(
     out_dir: Path, meta: dict, first: int, stop: int | None, encoded, progress: Progress
 ) -> None:
     """Make shards first, first + 1, ... up to stop (None: to the end of the source)."""
-    shards, made, eot = meta["shards"], meta["made"], meta["eot"]
-    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    shards, made = meta["shards"], meta["made"]
     start = shards[first - 1]["next"] if first else {"position": None, "tokens": 0, "skipped": {}}
-    skip, number, shard = start["tokens"], first, None
+    skip, number, pieces = start["tokens"], first, []
     skipped = Counter(dict.fromkeys(SKIP_REASONS, 0) | start["skipped"])  # before the block at hand
 
     def close(following: dict | None) -> bool:
-        """Record the shard that is full; whether it was the last one wanted."""
-        nonlocal number, shard
-        record = shard.finish("train" if number else "val", eot) | {"next": following}
-        shard = None
+        """Write and record the shard of which the pieces are here; whether it was the last one wanted."""
+        nonlocal number
+        path = out_dir / shard_name(meta["dataset"], number)
+        write_shard(path, *pieces)
+        pieces.clear()
+        record = shard_record(path, "train" if number else "val", meta["eot"]) | {"next": following}
         if number < len(shards) and shards[number]["sha256"] != record["sha256"]:
             raise DataError(
-                f"{record['file']} came out different from its first making, so the source has "
-                f"changed; delete {out_dir} and prepare it anew"
+                f"{path.name} came out different from its first making, so the source has changed; delete {out_dir} "
+                "and prepare it anew"
             )
         shards[number : number + 1] = [record]  # in its old place, or behind the last
         _record(out_dir, meta)
@@ -237,38 +201,34 @@ def _make_shards(
         return number == stop
 
     with contextlib.closing(encoded(start["position"])) as stream:
-        try:
-            for block, (tokens, block_skipped, documents, characters) in stream:
-                used = min(skip, len(tokens))
-                skip -= used
-                progress.block(block.done, documents, characters, len(tokens) - used)
-                here = {"position": block.position, "tokens": 0, "skipped": dict(+skipped)}  # what is not 0
-                if number == 0 and made["val_tokens"] is None and block.split == "train":
-                    if shard is None:
-                        raise DataError("the validation text has no document: give another")
-                    if close(here):
-                        return
-                while used < len(tokens):
-                    if shard is None:
-                        target = made["shard_tokens"] if number else made["val_tokens"] or MAX_TOKENS
-                        shard = OpenShard(out_dir / shard_name(meta["dataset"], number), target, dtype)
-                    used += shard.take(tokens[used:])
-                    if shard.n_tokens == shard.target and close(here | {"tokens": used}):
-                        return
-                skipped.update(block_skipped)
-                if not shards and shard is None and sum(skipped.values()) >= 1000:
-                    break  # not one document among the first thousand rows
-            if shard is not None:
-                close(None)
-            elif not shards:
-                raise DataError(_nothing_found(skipped))
-            elif number == len(shards):  # the source ended exactly with a shard
-                shards[-1]["next"] = None
-            else:
-                raise DataError(f"the source ended before {shards[number]['file']}, so it has changed")
-        finally:
-            if shard is not None:
-                shard.abandon()
+        for block, (tokens, block_skipped, documents, characters) in stream:
+            used = min(skip, len(tokens))
+            skip -= used
+            progress.block(block.done, documents, characters, len(tokens) - used)
+            here = {"position": block.position, "tokens": 0, "skipped": dict(+skipped)}  # what is not 0
+            if number == 0 and made["val_tokens"] is None and block.split == "train":
+                if not pieces:
+                    raise DataError("the validation text has no document: give another")
+                if close(here):
+                    return
+            while used < len(tokens):
+                target = made["shard_tokens"] if number else made["val_tokens"] or MAX_TOKENS
+                room = target - sum(map(len, pieces))
+                pieces.append(tokens[used : used + room])
+                used += len(pieces[-1])
+                if len(pieces[-1]) == room and close(here | {"tokens": used}):
+                    return
+            skipped.update(block_skipped)
+            if not shards and not pieces and sum(skipped.values()) >= 1000:
+                break  # not one document among the first thousand rows
+    if pieces:
+        close(None)
+    elif not shards:
+        raise DataError(_nothing_found(skipped))
+    elif number == len(shards):  # the source ended exactly with a shard
+        shards[-1]["next"] = None
+    else:
+        raise DataError(f"the source ended before {shards[number]['file']}, so it has changed")
     meta["skipped"] = dict(skipped)
     _record(out_dir, meta)
 

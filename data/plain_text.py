@@ -9,7 +9,7 @@ import numpy as np
 from data import DataError, console
 from data.files import expanded, folder_lock, write_atomic
 from data.identity import shard_record
-from data.meta import mark_incomplete, new_meta, write_meta
+from data.meta import new_meta, write_meta
 from data.sources import whole_text
 from data.tokenizers import CharTokenizer, load_tokenizer
 
@@ -46,7 +46,8 @@ def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
     meta = new_meta(name, tokenizer)
     parts = {"train": text[:cut], "val": text[cut:]}
     ids = {split: np.array(tokenizer.encode(part), "<u2") for split, part in parts.items()}
-    mark_incomplete(folder, meta)  # files of two makings must not pass for a set
+    about = {key: meta[key] for key in ("format", "dataset", "tokenizer", "vocab_size")}
+    write_meta(folder, about | {"complete": False})  # files of two makings must not pass for a set
     if characters:
         numbers = {c: i for i, c in enumerate(alphabet)}
         plain = {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": numbers}

@@ -32,26 +32,23 @@ class Record(BaseModel):
 
 def read_record(path, schema: type[T], what: str) -> T:
     """The JSON file at `path` as `schema` describes it. what: what it should be, e.g. "a run's record"."""
-    path = Path(path)
-    return validated(parsed(read_text(path, what), str(path)), schema, str(path), what)
+    return validated(parsed(read_text(Path(path), what), str(path)), schema, str(path), what)
 
 
 def read_rows(path, schema: type, what: str) -> list[dict]:
     """The lines of a JSONL file as they stand, once `schema` accepts each; a last line that a kill cut short is left out."""
-    lines = read_text(Path(path), what).split("\n")
-    rows = []
+    rows, lines = [], read_text(Path(path), what).split("\n")
     for number, line in enumerate(lines, 1):
         where = f"line {number} of {path}"
         if not line.strip():
             continue
         try:
-            value = parsed(line, where)
+            rows.append(parsed(line, where))  # as it stands: what is written again stays the same text
         except DataError:
-            if number == len(lines):  # no newline behind it
-                break
-            raise
-        validated(value, schema, where, what)
-        rows.append(value)  # its keys in their order: what is written again stays the same text
+            if number < len(lines):
+                raise
+        else:
+            validated(rows[-1], schema, where, what)
     return rows
 
 
@@ -73,8 +70,8 @@ def parsed(text: str, where: str):
         text.encode()  # finds what was no UTF-8
         return json.loads(text, parse_constant=lambda constant: None)
     except (ValueError, RecursionError) as error:
-        no_json = f"no JSON: {str(error) or 'nested too deeply'}"
-        why = "no UTF-8 text" if isinstance(error, UnicodeError) else no_json
+        kinds = {UnicodeEncodeError: "no UTF-8 text", RecursionError: "nested too deeply"}
+        why = kinds.get(type(error), f"no JSON: {error}")
         raise DataError(f"{where} is damaged ({why}); restore it, or make it again") from None
 
 

@@ -128,7 +128,7 @@ class _Tokenizer:
     _special_text: dict[int, bytes]
 
     @cached_property
-    def _token_bytes(self) -> list[bytes | None]:
+    def _pieces(self) -> list[bytes | None]:
         try:
             known = token_bytes(self.backend)
         except TypeError as error:
@@ -136,17 +136,15 @@ class _Tokenizer:
         return [None if not piece or i in self._special_text else piece for i, piece in enumerate(known)]
 
     def token_bytes(self) -> list[bytes | None]:
-        return self._token_bytes
+        return self._pieces
 
     def byte_lengths(self) -> np.ndarray:
-        return np.array([len(b or b"") for b in self._token_bytes], np.uint16)
+        return np.array([len(piece or b"") for piece in self._pieces], np.uint16)
 
     def decode(self, ids) -> str:
-        return b"".join(self._shown(int(i)) for i in ids).decode("utf-8", errors="replace")
-
-    def _shown(self, i: int) -> bytes:
-        known = self._token_bytes[i] if 0 <= i < self.n_vocab else None
-        return self._special_text.get(i, REPLACEMENT) if known is None else known
+        known = {i: self._pieces[i] for i in map(int, ids) if 0 <= i < self.n_vocab}
+        shown = (known.get(i) or self._special_text.get(i, REPLACEMENT) for i in map(int, ids))
+        return b"".join(shown).decode("utf-8", errors="replace")
 
     def save(self, folder) -> None:
         if self._path:
@@ -237,7 +235,7 @@ class CharTokenizer(_Tokenizer):
     def __init__(self, characters: list[str]):
         self.name, self.eot, self.n_vocab = "chars", None, len(characters)
         self.spec = {"kind": "chars", "itos": list(characters)}
-        self.backend = self._token_bytes = [c.encode("utf-8", "surrogatepass") for c in characters]
+        self.backend = [c.encode("utf-8", "surrogatepass") for c in characters]
         self._special_text: dict[int, bytes] = {}
         self._id = {c: i for i, c in enumerate(characters)}
 

@@ -26,7 +26,8 @@ import numpy as np
 
 from data.encoder import Encoder
 from data.files import expanded
-from data.pipeline import CHECK_ONE_IN, OpenShard
+from data.identity import shard_record
+from data.pipeline import CHECK_ONE_IN
 from data.shards import find_shards, open_shard, write_shard
 from data.sources import local_blocks, read_block
 from data.tokenizers import load_tokenizer
@@ -116,17 +117,19 @@ def stages(source: Path, packed: list[Path], scratch: Path) -> dict[str, float]:
         seconds[stage] += ms / 1e3
         return value
 
+    os.environ["RAYON_NUM_THREADS"] = "1"  # gigatoken's threads
     encoder = spent("start", lambda: Encoder(load_tokenizer("gpt2")))
-    shard = OpenShard(scratch / "stage.bin", 2**31 - 1, encoder.dtype)
+    shard, pieces = scratch / "stage.bin", []
     blocks, number = local_blocks([source], "text"), 0
     while (block := spent("reading", next, blocks, None)) is not None:
         texts, _ = spent("parsing", read_block, block, "text")
         ids, _ = spent("encoding", encoder.encode, texts)
         for text in texts[-37 * number % CHECK_ONE_IN :: CHECK_ONE_IN]:
             spent("checking", encoder.tokenizer.encode, text)
-        spent("writing", shard.take, ids)
+        pieces.append(ids)
         number += 1
-    spent("writing", shard.finish, "val", encoder.tokenizer.eot)
+    spent("writing", write_shard, shard, *pieces)
+    spent("writing", shard_record, shard, "val", encoder.tokenizer.eot)
     for path in packed:
         with lzma.open(path) as file:
             while spent("unpacking", file.read, 1 << 20):
