@@ -1,6 +1,7 @@
 """An experiment's numbers (fair.numbers) as tables, findings and limits: results/NAME/README.md."""
 
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from scripts import experiment
 from scripts.analysis.fair_figures import longest
 from scripts.analysis.numbers import count
 from scripts.analysis.report import Table, arm_sort_key, bullets, escaped, markdown_list
-from scripts.analysis.words import dash, frequency_table, span, with_sign
+from scripts.analysis.words import dash, frequency_table, span, with_sign, with_span
 
 WHICH = {"shared": "one shared setting for all", "best": "each arm at its own best setting"}
 READING = (
@@ -39,15 +40,10 @@ def setting(keys: dict) -> str:
     return ", ".join(f"{experiment.SHORT.get(k, k)} {v:g}" for k, v in keys.items())
 
 
-def with_span(g: dict) -> str:
-    """A difference and the ends of its interval."""
-    return f"{with_sign(g['mean'])} ({span(g)})"
-
-
 def measured(g: dict) -> str:
     """A gain with what it rests on."""
     if g["low"] is None:
-        return f"{with_sign(g['mean'])} (one seed, no interval)"
+        return with_span(g)
     verdict = "" if g["called"] else ", not called a difference"
     return f"{with_sign(g['mean'])} ({span(g)}, {g['n']} seeds{verdict})"
 
@@ -153,11 +149,9 @@ def question_findings(c: dict, which: str, pair: tuple | None = None) -> list[st
                 asked.setdefault((q["what"], q["arm"], q["over"]), []).append((cell, q))
     says = []
     for (what, arm, over), answers in asked.items():
-        verdicts = [
-            (("ahead" if q["mean"] > 0 else "behind") if q["called"] else "not called") for _, q in answers
-        ]
+        found = Counter(verdict_on(q) for _, q in answers)
         verdict = ", ".join(
-            f"{how} in {n}" for how in ("ahead", "behind", "not called") if (n := verdicts.count(how))
+            f"{how} in {found[how]}" for how in ("ahead", "behind", "not called") if found[how]
         )
         each = []
         for rung in c["rungs"]:
@@ -166,6 +160,10 @@ def question_findings(c: dict, which: str, pair: tuple | None = None) -> list[st
         of = f" of {len(answers)} cells" if len(answers) > 1 else " cell"
         says.append(f"{what} ({arm} over {over}): {verdict}{of}. In nats, by tokens: {'; '.join(each)}.")
     return says
+
+
+def verdict_on(g: dict) -> str:
+    return "not called" if not g["called"] else "ahead" if g["mean"] > 0 else "behind"
 
 
 def gap_findings(c: dict) -> list[str]:
@@ -187,10 +185,9 @@ def gap_findings(c: dict) -> list[str]:
         "Its intervals hold the chance of seeds, not of the form of the fit."
     ]
     if h := g["held_out"]:
-        off = with_sign(h["off"]["mean"]) + " (one seed, no interval)"
-        if h["off"]["low"] is not None:
-            sure = h["off"]["low"] > 0 or h["off"]["high"] < 0
-            off = f"{with_span(h['off'])}: {'the fit fails there' if sure else 'no miss beyond chance'}"
+        off, low, high = with_span(h["off"]), h["off"]["low"], h["off"]["high"]
+        if low is not None:
+            off += ": the fit fails there" if low > 0 or high < 0 else ": no miss beyond chance"
         says.append(
             f"For {place(h)}, which the fit has not seen, it predicts {with_span(h['predicted'])}; measured "
             f"{with_span(h['measured'])}; measured minus predicted {off}."
@@ -207,12 +204,10 @@ def crossing(x: dict) -> str:
     elif signs[0] == signs[1]:
         says = f"the fitted gap does not cross zero between {first} and {last} tokens"
     else:
-        says = (
-            f"the fitted gap is zero at {count(x['tokens'])} tokens ({count(x['low'])} to {count(x['high'])})"
-        )
-    return (
-        f"On rung {x['rung']} {says}: it is {with_span(start)} at {first} tokens, {with_span(end)} at {last}."
-    )
+        at = f"{count(x['tokens'])} tokens ({count(x['low'])} to {count(x['high'])})"
+        says = f"the fitted gap is zero at {at}"
+    it_is = f"{with_span(start)} at {first} tokens, {with_span(end)} at {last}"
+    return f"On rung {x['rung']} {says}: it is {it_is}."
 
 
 def prize_findings(c: dict) -> list[str]:
@@ -223,11 +218,9 @@ def prize_findings(c: dict) -> list[str]:
         where = f"At {place(p)}{short}"
         judged = [arm for arm, g in p["arms"].items() if g["low"] is not None]
         if p["winners"]:
-            won = [(arm, p["arms"][arm]) for arm in p["winners"]]
-            each = [
-                f"{arm} by {with_span(g)} with {100 * g['share']:.1f}% of its input parameters"
-                for arm, g in won
-            ]
+            won = {arm: p["arms"][arm] for arm in p["winners"]}
+            budget = {arm: f"{100 * g['share']:.1f}% of its input parameters" for arm, g in won.items()}
+            each = [f"{arm} by {with_span(g)} with {budget[arm]}" for arm, g in won.items()]
             says.append(f"{where} {over} is beaten by {'; '.join(each)}.")
         else:
             tried = f"the arms tried with at most 15% of the table's input parameters ({', '.join(judged)})"
@@ -252,9 +245,8 @@ def limits(c: dict) -> list[str]:
         says.append(
             f"Final runs have {bodies} parameters in the body and {lengths} training tokens: nothing here speaks of larger ones."
         )
-    lent = [
-        f"; rung {r} has those of rung {x['tuned_on']}" for r, x in c["rungs"].items() if x["tuned_on"] != r
-    ]
+    lent = {rung: x["tuned_on"] for rung, x in c["rungs"].items() if x["tuned_on"] != rung}
+    lent = [f"; rung {rung} has those of rung {other}" for rung, other in lent.items()]
     tuned = f"chosen in runs of {count(c['tuning']['tokens'])} tokens and kept for longer ones"
     says.append(f"Best settings were {tuned}{''.join(lent)}.")
     if {"tune", "final"} <= c["validation"].keys():
@@ -290,9 +282,8 @@ def not_run(missing: list[dict]) -> list[str]:
         for seeds, arms in arms_of.items():
             whose = "every arm" if len(arms) == m["arms"] else ", ".join(arms)
             each.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of {whose}")
-        says.append(
-            f"{m['missing']} of {m['runs']} final runs of {place_and_setting(m)} ({'; '.join(each)})."
-        )
+        of = f"{m['missing']} of {m['runs']} final runs of {place_and_setting(m)}"
+        says.append(f"{of} ({'; '.join(each)}).")
     says += [f"all final runs of {'; '.join(whole)}."] * bool(whole)
     return [f"Not run for want of time: {s}" for s in says]
 

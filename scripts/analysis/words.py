@@ -29,6 +29,11 @@ def span(interval: dict | None) -> str:
     return f"{with_sign(interval['low'])} to {with_sign(interval['high'])}"
 
 
+def with_span(g: dict) -> str:
+    """A difference with the ends of its interval."""
+    return f"{with_sign(g['mean'])} ({'one seed, no interval' if g['low'] is None else span(g)})"
+
+
 # ---------------------------------------------------------------------------------------------- tables
 
 
@@ -136,7 +141,7 @@ def findings(c: dict) -> list[str]:
     """The decomposition, the codec and the paper's figures as sentences."""
     says, p = [], c["paper"]
     if d := c["decomposition"]:
-        head, codec, total = (f"{with_sign(d[k]['mean'])} ({span(d[k])})" for k in ("head", "codec", "total"))
+        head, codec, total = (with_span(d[k]) for k in ("head", "codec", "total"))
         says.append(
             f"Where kronecker's gain over bpe_tied comes from: untying the head {head} nats, then the codec for the table "
             f"{codec}; together {total}."
