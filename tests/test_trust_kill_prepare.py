@@ -23,13 +23,14 @@ def test_two_kills_leave_no_trace(shared_dir, gpt2_encoding, tmp_path, capsys):
             f"--input={tmp_path / 'text.jsonl'}",
             "--kills=2",
             "--shard-size=9000",
-            f"--json={tmp_path / 'new' / 'a.json'}",
+            f"--report={tmp_path / 'new' / 'a'}",
         ]
     )
     found = json.loads((tmp_path / "new" / "a.json").read_text())
     assert found["kills"] == 2 == sum(found["killed_while"].values())
     assert found["sets_finished"] == found["sets_identical_to_the_uninterrupted_one"] >= 1
     assert found["runs"] >= 3 and found["shards_a_set"] >= 3
+    assert "- kills: 2\n" in (tmp_path / "new" / "a.md").read_text()
     assert found["command"].startswith("python scripts/trust/kill_prepare.py --input=text.jsonl --kills=2")
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL is not 
 def test_three_kills_leave_no_trace(tiny_data, tmp_path, capsys):
     """The 100 of results/trust/kill_train.md in small."""
     report = tmp_path / "report"
-    argv = ["--kills=3", "--per_run=3", "--seed=11", "--recipes=kronecker", f"--data_dir={tiny_data}"]
+    argv = ["--kills=3", "--seed=11", "--recipes=kronecker", f"--data_dir={tiny_data}"]
     assert kill_train.main([*argv, f"--out={tmp_path / 'out'}", f"--report={report}"]) == 0
     assert "3 of 3 kills passed" in capsys.readouterr().out
     found = json.loads(report.with_suffix(".json").read_text())
@@ -56,11 +56,9 @@ def test_a_write_is_seen_when_its_turn_and_its_file_have_come(tmp_path):
 
 def test_a_kill_passes_only_with_its_run():
     equal = {"rows_equal": True, "checkpoint_equal": True}
-    record = {"trouble": None, "end": {"weights_equal": True, "losses": 0}}
-    assert kill_train.passed(record, equal)
-    assert not kill_train.passed(record, equal | {"checkpoint_equal": False})
-    assert not kill_train.passed(record | {"end": {"weights_equal": False}}, equal)
-    assert not kill_train.passed({"trouble": "a start hung"}, equal)
+    assert kill_train.passed({"trouble": None}, equal)
+    assert not kill_train.passed({"trouble": None}, equal | {"checkpoint_equal": False})
+    assert not kill_train.passed({"trouble": "not weights_equal"}, equal)
 
 
 @pytest.mark.parametrize(
@@ -85,38 +83,69 @@ def test_a_twin_that_does_not_train_is_one_sentence(tiny_data, tmp_path):
         kill_train.main(argv)
 
 
-def test_runs_are_begun_until_there_are_enough_kills_or_trouble(tmp_path, monkeypatch):
-    """Runs that bring fewer kills than planned are made up for; a run with trouble is the last one."""
-    of_kill = {"in_write": True, "between_rename_and_pointer": False, "torn_row": False, "newest": None}
+class Start:
+    """A start that ends as it is said: at once with a status, or by its kill."""
 
-    def run(job):
-        args, count, wanted, _ = job
-        assert wanted <= 4
-        trouble = "it hung" if count == args.trouble_at else None
-        kills = [of_kill] * min(wanted, 2)
-        return {
-            "run": count,
-            "recipe": "bpe_tied",
-            "trouble": trouble,
-            "missed": 0,
-            "kills": kills,
-            "end": {"losses": 0},
-        }
+    def __init__(self, status):
+        self.status = status
+
+    def kill(self):
+        self.status = -9
+
+    def wait(self, patience=None):
+        return self.status
+
+
+@pytest.mark.parametrize(
+    ("starts", "ends", "trouble", "kills", "missed"),
+    [
+        ("kkc", ["equal"], None, 2, 0),
+        ("kckc", ["equal", "equal"], None, 2, 1),  # through before its second kill: run anew
+        ("ckkc", ["equal", "equal"], None, 2, 1),
+        ("kkc", ["other"], "not weights_equal", 2, 0),
+        ("kc", ["other"], "not weights_equal", 1, 1),
+        ("kf", [], "a start ended with status 3: it printed nothing", 1, 1),
+    ],
+)
+def test_a_run_suffers_its_kills_and_is_held_against_its_twin(
+    starts, ends, trouble, kills, missed, tmp_path, monkeypatch
+):
+    """k: a start that is killed, c: one that comes through, f: one that fails."""
+    begun, ends = [], iter(ends)
+
+    def begin(args, recipe, out_dir):
+        begun.append(starts[len(begun)])
+        out_dir.mkdir(exist_ok=True)
+        return Start({"k": 0, "c": 0, "f": 3}[begun[-1]])
+
+    monkeypatch.setattr(kill_train, "begin", begin)
+    monkeypatch.setattr(kill_train, "await_aim", lambda *a: begun[-1] == "k")
+    monkeypatch.setattr(kill_train.twin, "left", lambda *a: {"rows_equal": True})
+    compare = lambda *a: {"weights_equal": next(ends) == "equal", "losses": 7}  # noqa: E731
+    monkeypatch.setattr(kill_train.twin, "compare", compare)
+    args = kill_train.arguments([f"--out={tmp_path}"])
+    times = {"dir": tmp_path, "total": 1.0, "awake": 0.5, "write": 0.1}
+    job = {"run": 4, "recipe": "bpe_tied", "wanted": 2}
+    found = kill_train.killed_run(args, {"bpe_tied": times}, job)
+    assert "".join(begun) == starts and next(ends, None) is None
+    assert (found["trouble"], len(found["kills"]), found["missed"]) == (trouble, kills, missed)
+    assert found["losses"] == 7 * starts.count("c") and (tmp_path / "run_004").exists() == bool(trouble)
+
+
+def test_kills_are_shared_out_among_runs_and_recipes(tmp_path, monkeypatch):
+    def run(args, twins, job):
+        left = {"in_write": True, "between_rename_and_pointer": False, "torn_row": False, "newest": None}
+        kill = left | {"aim": {"kind": "any"}, "files_there": []}
+        return {"trouble": None, "missed": 0, "losses": 1, "kills": [kill] * job["wanted"]}
 
     monkeypatch.setattr(kill_train, "killed_run", run)
-    monkeypatch.setattr(kill_train, "make_twin", lambda job: {})
-    monkeypatch.setattr(kill_train.twin, "side_by_side", lambda function, jobs, count: map(function, jobs))
+    monkeypatch.setattr(kill_train, "make_twin", lambda args, recipe: {})
+    monkeypatch.setattr(kill_train, "SIDE_BY_SIDE", 1)
     monkeypatch.setattr(kill_train.twin, "prepared", lambda data_dir: data_dir)
-    argv = [f"--out={tmp_path}", "--kills=9", "--per_run=4", "--recipes=bpe_tied"]
-    for jobs, trouble_at, numbers in (
-        (1, None, [4, 5, 6, 7, 8]),
-        (1, 6, [4, 5, 6]),
-        (2, None, [4, 5, 6, 7, 8]),
-        (2, 4, [4, 5]),
-    ):
-        args = kill_train.arguments([*argv, f"--jobs={jobs}"])
-        args.trouble_at = trouble_at
-        records = [run((args, 3, 0, {}))]
-        kill_train.kill_runs(args, records)
-        assert [r["run"] for r in records[1:]] == numbers
-    assert json.loads((tmp_path / "records.json").read_text()) == records
+    assert kill_train.main([f"--out={tmp_path}", "--kills=12", "--recipes=bpe_tied,kronecker"]) == 0
+    records = json.loads((tmp_path / "records.json").read_text())
+    assert [(r["recipe"], r["wanted"]) for r in records] == [
+        ("bpe_tied", 5),
+        ("kronecker", 5),
+        ("bpe_tied", 2),
+    ]

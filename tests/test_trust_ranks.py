@@ -1,5 +1,6 @@
 """scripts/trust/ranks.py: its hands on processes, its cut runs and its tables; the runs themselves take an hour."""
 
+import functools
 import json
 import math
 import os
@@ -50,20 +51,6 @@ def test_an_agent_is_stopped_with_its_workers(agent):
     assert len(gone) == 2 and not alive
 
 
-@pytest.mark.parametrize("listening", [True, False])
-def test_who_listens_where(listening):
-    code = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); "
-    code += "s.listen(); " * listening + "print(s.getsockname()[1], flush=True); input()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        port = int(process.stdout.readline())
-        assert ranks.listens(process.pid, port) == listening
-        assert not ranks.listens(process.pid, port - 1)
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_a_launch_that_fails_says_why(tmp_path):
     code = "print('error: no such thing'); raise SystemExit(3)"
     process = ranks.twin.launch([sys.executable, "-c", code], tmp_path / "run")
@@ -85,25 +72,22 @@ def test_kept_rows_are_reported_and_a_nan_fails(tmp_path, tiny_data, monkeypatch
     """What an earlier start measured is not measured again, and null, a NaN in a file, is no small difference."""
     measured = []
 
-    def measure(args, arm, number):
+    def measure(number):
         measured.append(number)
         return {"val": number * 1e-7}
 
-    jobs = [("evaluation", "bpe_tied", f"{n} ranks", measure, n) for n in (2, 4)]
-    jobs += [("splits", "bpe_tied", "of no chosen part", measure, 8)]
-    monkeypatch.setattr(ranks, "jobs", lambda args: jobs)
+    found = {("evaluation", "bpe_tied", f"{n} ranks"): functools.partial(measure, n) for n in (2, 4)}
+    found["splits", "bpe_tied", "of no chosen part"] = functools.partial(measure, 8)
+    found["nodes", "kronecker", "two nodes"] = functools.partial(measure, 9)
+    monkeypatch.setattr(ranks, "measures", lambda args: found)
     node = {"kind": "nodes", "arm": "kronecker", "what": "two nodes", "train": 0.0, "val": 0.0, "norm": 0.0}
-    argv = [
-        "--parts=evaluation",
-        f"--data_dir={tiny_data}",
-        f"--out={tmp_path}",
-        f"--report={tmp_path / 'r'}",
-    ]
+    argv = [f"--data_dir={tiny_data}", f"--out={tmp_path}", f"--report={tmp_path / 'r'}"]
+    argv.append("--parts=evaluation,nodes")
     for val, status in ((0.0, 0), (None, 1)):
         known = {"kind": "evaluation", "arm": "bpe_tied", "what": "2 ranks", "val": 2e-7}
         made = {"commit": "abc", "date": "2026-01-02"}
         kept = [node | made | {"bit_identical": val == 0, "val": val, "peers_gone_s": 1.5}, known | made]
-        (tmp_path / "rows.json").write_text(json.dumps(kept))
+        (tmp_path / "records.json").write_text(json.dumps(kept))
         assert ranks.main(argv) == status and measured == [4]
         assert ranks.main(argv) == status and measured == [4]
         measured.clear()
@@ -115,15 +99,10 @@ def test_kept_rows_are_reported_and_a_nan_fails(tmp_path, tiny_data, monkeypatch
 
 
 def test_every_job_has_a_name_of_its_own_and_is_counted():
-    """8 splits, 6 resumes and 2 evaluations of each arm, and 6 jobs on nodes."""
-    args = ranks.twin.Parser("").parse_args([])
-    args.arms = ["bpe_tied", "kronecker"]
-    names = [job[:3] for job in ranks.jobs(args)]
-    assert len(set(names)) == len(names) == 2 * (8 + 6 + 2) + 6
+    """8 splits, 6 resumes and 2 evaluations of each of two arms, and 6 jobs on nodes."""
+    assert len(ranks.measures(None)) == 2 * (8 + 6 + 2) + 6
 
 
 def test_bad_arguments():
     with pytest.raises(SystemExit, match="error: argument --parts: there is no 'node': choose from splits"):
         ranks.main(["--parts=splits,node"])
-    with pytest.raises(SystemExit, match="error: argument --arms: there is no 'bpe'"):
-        ranks.main(["--arms=bpe"])

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import shutil
 import signal
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from conftest import TINY
 import configurator
 import train
 from engine import checkpoint
-from scripts.analysis.report import Table
 from scripts.trust import twin
 
 
@@ -190,7 +190,7 @@ def test_a_file_that_is_made_anew(tmp_path):
     for _ in range(2):
         renewed = twin.renewed(tmp_path / "file")
         assert not renewed() and not renewed()
-        twin.write_text(tmp_path / "file", "same")
+        twin.write_json(tmp_path / "file", "same")
         assert renewed() and renewed()
 
 
@@ -207,28 +207,39 @@ def test_forks_work_side_by_side_answer_in_order_and_leave():
     assert not multiprocessing.active_children()
 
 
-def test_the_clock_without_a_limit_never_rings():
-    assert not twin.clock(0)() and twin.clock(1e-9)() and not twin.clock(60)()
-
-
 def test_a_report_says_where_it_comes_from(tmp_path):
     records = [{"commit": "b", "date": "2026-01-02"}, {"commit": "a", "date": "2026-01-03"}]
-    table = Table("T", ["a"], [["b"]])
-    path, argv = tmp_path / "new" / "x", ["--report", "x"]
-    twin.report(None, twin.__file__, argv, records, {}, "Title", [])
-    twin.report(path, twin.__file__, argv, records, {"n": math.nan}, "Title", ["Words.", table])
+    argv, args = ["--report", "x"], Namespace(report=None)
+    twin.report(args, twin.__file__, argv, records, {}, "Title", [])
+    args.report = tmp_path / "new" / "x"
+    twin.report(args, twin.__file__, argv, records, {"n": math.nan}, "Title", ["Words."])
     found = json.loads((tmp_path / "new" / "x.json").read_text())
     assert found["n"] is None and list(found) == ["command", "commit", "machine", "date", "n"]
     assert (found["commit"], found["date"]) == ("a, b", "2026-01-03")
     text = (tmp_path / "new" / "x.md").read_text()
-    assert text.startswith("# Title\n\nWords.\n\n## T\n\n| a |\n")
-    assert "- command: `python scripts/trust/twin.py --report x`\n- commit: a, b\n- machine: " in text
+    assert (
+        text.startswith("# Title\n\n`python scripts/trust/twin.py --report x` at commit a, b, ")
+        and "Words." in text
+    )
 
 
-def test_records_are_kept_with_commit_and_date(tmp_path):
-    records = twin.kept(tmp_path / "records.json")
-    assert records == []
-    twin.keep(tmp_path / "records.json", records, {"a": 1})
-    twin.keep(tmp_path / "records.json", records, {"a": 2})
-    assert twin.kept(tmp_path / "records.json") == records
-    assert [r["a"] for r in records] == [1, 2] and set(records[0]) == {"a", "commit", "date"}
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_command_goes_on_from_its_records(count, tmp_path, capsys):
+    """The jobs that an earlier start has done are not done again; others' records stay."""
+    args, jobs = Namespace(out=tmp_path, minutes=1e-9), [{"n": n} for n in (4.0, 9.0, 25.0)]
+    (tmp_path / "records.json").write_text('[{"n": 16.0}, {"n": 9.0, "root": 3.0}]')
+    records, todo = twin.kept(args, jobs)
+    assert (records, todo) == ([{"n": 9.0, "root": 3.0}], [{"n": 4.0}, {"n": 25.0}])
+    twin.go_on(args, records, todo, root_of, count)
+    assert [r["root"] for r in records] == [3.0, 2.0] and set(records[1]) == {"n", "root", "commit", "date"}
+    assert "the same command goes on from here" in capsys.readouterr().out
+    args.minutes = 0  # no limit
+    records, todo = twin.kept(args, jobs)
+    assert todo == [{"n": 25.0}]
+    twin.go_on(args, records, todo, root_of, count)
+    assert "goes on" not in capsys.readouterr().out and twin.kept(args, jobs)[1] == []
+    assert [r["n"] for r in json.loads((tmp_path / "records.json").read_text())] == [16.0, 9.0, 4.0, 25.0]
+
+
+def root_of(job):
+    return {"root": math.sqrt(job["n"])}

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork must not inherit a thread pool
@@ -89,26 +90,24 @@ def begin(out: Path, scene: str, name: str) -> None:
         shutil.copytree(out / "torn", out / name)
 
 
-def kill_and_go_on(job) -> dict:
-    """The record of a run killed at line number `count` and started again."""
-    args, scene, count, line = job
-    name, trouble = f"{scene}_{count}", None
-    begin(args.out, scene, name)
-    killed = child(args, name, kill_at=count)
+def kill_and_go_on(args, job: dict) -> dict:
+    """The trouble, if any, with a run killed at line number job["number"] and started again."""
+    name = f"{job['scene']}_{job['number']}"
+    begin(args.out, job["scene"], name)
+    killed = child(args, name, kill_at=job["number"])
     if killed != -signal.SIGKILL:
-        trouble = f"it ended with status {killed} before its line came"
-    elif went_on := child(args, name):
-        trouble = f"the next start ended with status {went_on}"
-    elif wrong := twin.differences(twin.compare(args.out / name, args.out / "twin", KEYS["keep"])):
-        trouble = f"not {', '.join(wrong)}"
-    else:
-        shutil.rmtree(args.out / name)
-        (args.out / f"{name}.log").unlink()
-    return {"scene": scene, "number": count, "line": line, "trouble": trouble}
+        return {"trouble": f"it ended with status {killed} before its line came"}
+    if went_on := child(args, name):
+        return {"trouble": f"the next start ended with status {went_on}"}
+    if wrong := twin.differences(twin.compare(args.out / name, args.out / "twin", KEYS["keep"])):
+        return {"trouble": f"not {', '.join(wrong)}"}
+    shutil.rmtree(args.out / name)
+    (args.out / f"{name}.log").unlink()
+    return {"trouble": None}
 
 
-def prepare(args) -> list[tuple[str, int, str]]:
-    """Make data, the twin and what a kill in a write leaves; (scene, number, line) of every line executed."""
+def prepare(args) -> list[dict]:
+    """Make data, the twin and what a kill in a write leaves; {"scene", "number", "line"} of every line executed."""
     out, lines = args.out, []
     for name in ("twin", "torn", "data"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -117,9 +116,8 @@ def prepare(args) -> list[tuple[str, int, str]]:
     write_shard(out / "data" / "noise_val_000000.bin", tokens[:500])
     write_shard(out / "data" / "noise_train_000001.bin", tokens[500:])
     write_meta(out / "data", characters_meta("noise", list("\n abcdefghijklmnopqrstuvwxyz")))
-    time.sleep(
-        SETTLED_SECONDS + 0.1
-    )  # the twin remembers the shards' hashes, and all others execute the same lines
+    # so that the twin remembers the shards' hashes, and all others execute the same lines
+    time.sleep(SETTLED_SECONDS + 0.1)
     if child(args, "twin", keep=twin.ALL):
         raise RunError(f"the unkilled twin does not train: see {out / 'twin.log'}")
 
@@ -135,28 +133,27 @@ def prepare(args) -> list[tuple[str, int, str]]:
         if child(args, name, lines_to=out / f"{name}.lines"):
             raise RunError(f"an unkilled run fails under the trace function: see {out / f'{name}.log'}")
         executed = (out / f"{name}.lines").read_text().split()
-        lines += [(scene, count, line) for count, line in enumerate(executed, 1)]
+        lines += [{"scene": scene, "number": n, "line": line} for n, line in enumerate(executed, 1)]
     return lines
 
 
 def parts(records: list[dict], executed: dict) -> list:
     """The report's paragraphs and tables."""
 
-    def passed(part: list[dict]) -> str:
-        return f"{sum(r['trouble'] is None for r in part):,}"
+    def counts(part: list[dict]) -> list[str]:
+        return [f"{len(part):,}", f"{sum(r['trouble'] is None for r in part):,}"]
 
     scenes, files = [], []
     for scene in SCENES:
         part = [r for r in records if r["scene"] == scene]
-        different = len({r["line"] for r in part})
-        scenes.append([scene, f"{executed[scene]:,}", f"{len(part):,}", different, passed(part)])
+        scenes.append([scene, f"{executed[scene]:,}", len({r["line"] for r in part}), *counts(part)])
     for file in TRACED:
         if part := [r for r in records if r["line"].startswith(file + ":")]:
-            files.append([f"`{file}`", f"{len(part):,}", passed(part)])
-    header = ["run", "lines it executes", "killed at", "different lines of source", "passed"]
+            files.append([f"`{file}`", *counts(part)])
+    kills, passed = counts(records)
+    header = ["run", "lines it executes", "different lines of source", "killed at", "passed"]
     return [
-        f"**{passed(records)} of {len(records):,}** killed runs were finished by the next start and ended in the "
-        "twin's bits.",
+        f"**{passed} of {kills}** killed runs were finished by the next start and ended in the twin's bits.",
         Table("By run", header, scenes),
         Table("By file", ["file", "killed at", "passed"], files),
         "`fresh`: a run that begins. `resumed`: one that goes on from what a kill in the middle of a checkpoint "
@@ -168,43 +165,26 @@ def parts(records: list[dict], executed: dict) -> list:
 def main(argv=None) -> int:
     parser = twin.parser(__doc__, "out/kill_lines")
     add = parser.add_argument
-    add("--jobs", type=whole(1), default=2, help="runs side by side")
     add("--stride", type=whole(1), default=1, help="kill at every so many-th line")
-    add(
-        "--only", choices=TRACED, metavar="FILE", help="kill only at lines of FILE, e.g. engine/checkpoint.py"
-    )
+    only = "kill only at lines of FILE, e.g. engine/checkpoint.py"
+    add("--only", choices=TRACED, metavar="FILE", default="", help=only)
     args = parser.parse_args(argv)
     with sentences():
-        late, args.out = twin.clock(args.minutes), args.out.resolve()
+        args.out = args.out.resolve()
         args.out.mkdir(parents=True, exist_ok=True)
         lines = prepare(args)
-        executed = {scene: sum(line[0] == scene for line in lines) for scene in SCENES}
+        executed = {scene: sum(line["scene"] == scene for line in lines) for scene in SCENES}
+        lines = [line for line in lines if line["line"].startswith(args.only)]
+        jobs = lines[:: -args.stride][::-1]  # the last line, too
         # lines that are executed no longer, or at another moment, were killed in other code
-        done = {(r["scene"], r["number"], r["line"]): r for r in twin.kept(args.out / "records.json")}
-        records = [done[line] for line in lines if line in done]
-        todo = [line for line in lines if args.only is None or line[2].startswith(args.only + ":")]
-        # every stride-th, the last line too
-        jobs = [(args, *line) for line in reversed(todo[:: -args.stride]) if line not in done]
-        print(
-            f"{executed} lines are executed; {len(records)} kills are on record, {len(jobs)} to do",
-            flush=True,
-        )
-        for record in twin.side_by_side(kill_and_go_on, jobs, args.jobs):
-            twin.keep(args.out / "records.json", records, record)
-            if record["trouble"]:
-                print(f"{record['scene']} run killed at {record['line']}: {record['trouble']}", flush=True)
-            if late():
-                break
+        records, todo = twin.kept(args, jobs)
+        twin.go_on(args, records, todo, partial(kill_and_go_on, args), 2)
         bad = [r for r in records if r["trouble"]]
-        counts = {
-            "executed": executed,
-            "kills": len(records),
-            "passed": len(records) - len(bad),
-            "failed": bad,
-        }
+        passed = len(records) - len(bad)
+        data = {"executed": executed, "kills": len(records), "passed": passed, "failed": bad}
         title = "Killed at every line, against the unkilled twin"
-        twin.report(args.report, __file__, argv, records, counts, title, parts(records, executed))
-        print(f"{counts['passed']} of {len(records)} killed runs ended in the twin's bits")
+        twin.report(args, __file__, argv, records, data, title, parts(records, executed))
+        print(f"{passed} of {len(records)} killed runs ended in the twin's bits")
         return 1 if bad else 0
 
 

@@ -1,6 +1,6 @@
 """Kill data/fineweb_edu/prepare.py with SIGKILL over and over; what comes out in the end must not show it.
 
-    python scripts/trust/kill_prepare.py --input text.jsonl --kills 100 --json results/data/kill_prepare.json
+    python scripts/trust/kill_prepare.py --input text.jsonl --kills 100 --report results/data/kill_prepare
 
 One uninterrupted run with one worker gives the reference. Then the same set is prepared again and again in fresh
 folders by runs that are killed after a random time, or the moment a file of a random number appears, each time with
@@ -8,26 +8,25 @@ another number of workers, until the wanted number of kills is reached. Each fin
 reference, file by file, by SHA-256; between kills no shard may be there under its name that is not whole.
 """
 
-import collections
-import json
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     import scripts.by_path  # noqa: F401 - Ctrl-C
 
-from data.files import expanded, sha256, write_json
+from data.files import expanded, sha256
 from data.shards import open_shard
 from engine.errors import RunError, sentences
 from scripts.arguments import Parser, whole
 from scripts.pool import last_words
-from scripts.provenance import ROOT, provenance
+from scripts.provenance import ROOT, provenance, write_page
 from scripts.trust import twin
 
 
@@ -57,14 +56,14 @@ def check(found: dict[str, str], reference: dict[str, str], when: str) -> None:
 
 def await_moment(rng: random.Random, process: subprocess.Popen, out: Path, usual: float, shards: int) -> None:
     """Wait a random part of the usual seconds, or until one of the next files is there or is being written."""
-    kind = rng.choice(["time", "file", "shard"])
-    end = time.perf_counter() + (rng.uniform(0, usual) if kind == "time" else usual)
     target = len(list(out.glob("*.bin"))) + rng.randrange(1, max(2, shards // 8))
-    while process.poll() is None and time.perf_counter() < end:
-        there = len(list(out.glob("*.bin"))) >= target
-        if kind != "time" and there and (kind == "shard" or [*out.glob("*.tmp")]):
-            return
-        time.sleep(0.0005)
+    signs = {
+        "time": lambda: False,
+        "shard": lambda: len(list(out.glob("*.bin"))) >= target,
+        "file": lambda: signs["shard"]() and [*out.glob("*.tmp")],
+    }
+    kind = rng.choice(list(signs))
+    twin.comes(signs[kind], [process], rng.uniform(0, usual) if kind == "time" else usual)
 
 
 def kill_and_compare(args, scratch: Path) -> dict:
@@ -74,9 +73,8 @@ def kill_and_compare(args, scratch: Path) -> dict:
     reference = finish(start(args, first, 1), first)
     usual, shards = time.perf_counter() - began, sum(name.endswith(".bin") for name in reference)
     print(f"reference: {shards} shards in {usual:.1f} s", flush=True)
-    kills = runs = finished = 0
-    stages: collections.Counter = collections.Counter()
-    while kills < args.kills or not finished:
+    runs, finished, stages = 0, 0, Counter()
+    while (kills := stages.total()) < args.kills or not finished:
         out = scratch / f"attempt{finished}" / "set"
         process = start(args, out, rng.choice([1, 2, 3]))
         runs += 1
@@ -84,48 +82,44 @@ def kill_and_compare(args, scratch: Path) -> dict:
             await_moment(rng, process, out, usual, shards)
             process.kill()
             if process.wait() == -signal.SIGKILL:  # it had not ended by itself
-                kills += 1
                 names = [p.name for p in out.glob("*") if p.name != "prepare.lock"]
                 half = any(name.endswith(".tmp") for name in names)
                 stages["before the first file" if not names else "writing" if half else "between files"] += 1
                 for path in out.glob("*.bin"):
                     open_shard(path)  # raises unless header and size agree
-                check(digests(out, "*.bin"), reference, f"after kill {kills}")
+                check(digests(out, "*.bin"), reference, f"after kill {kills + 1}")
                 continue
         found = finish(process, out)
-        check(found, reference, f"after {kills} kills, finished,")
-        check(reference, found, f"after {kills} kills, finished,")
+        for one, other in ((found, reference), (reference, found)):
+            check(one, other, f"after {kills} kills, finished,")
         finished += 1
         print(f"set {finished} finished after {kills} kills in all, identical", flush=True)
     return {
-        "what": "random SIGKILLs of data/fineweb_edu/prepare.py; finished sets compared by SHA-256, meta.json included",
-        "kills": kills,
-        "runs": runs,
-        "sets_finished": finished,
-        "sets_identical_to_the_uninterrupted_one": finished,
-        "shards_a_set": shards,
-        "killed_while": dict(stages),
-        "seconds": round(time.perf_counter() - began),
+        "kills": kills, "runs": runs, "sets_finished": finished, "sets_identical_to_the_uninterrupted_one": finished,
+        "shards_a_set": shards, "killed_while": dict(stages), "seconds": round(time.perf_counter() - began),
         "seed": args.seed,
-    }
+    }  # fmt: skip
 
 
 def main(argv=None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--input", type=expanded, required=True, help="text, as prepare.py takes it")
-    parser.add_argument("--kills", type=whole(1), default=100, help="kills in all")
-    parser.add_argument("--shard-size", type=whole(100), default=6000, help="tokens a shard")
-    parser.add_argument("--seed", type=whole(0), default=1337, help="of the instants")
-    parser.add_argument("--json", type=expanded, help="write the figures there")
+    add = parser.add_argument
+    add("--input", type=expanded, required=True, help="text, as prepare.py takes it")
+    add("--kills", type=whole(1), default=100, help="kills in all")
+    add("--shard-size", type=whole(100), default=6000, help="tokens a shard")
+    add("--seed", type=whole(0), default=1337, help="of the instants")
+    add("--report", type=expanded, help="write REPORT.json and REPORT.md")
     args = parser.parse_args(argv)
     with sentences(), tempfile.TemporaryDirectory() as scratch:
         if not args.input.is_file():
             raise RunError(f"there is no input file {args.input}")
-        found = kill_and_compare(args, Path(scratch)) | provenance(__file__, argv)
-        print(json.dumps(found, indent=1))
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            write_json(args.json, found)
+        found = kill_and_compare(args, Path(scratch))
+        text = "Random SIGKILLs of data/fineweb_edu/prepare.py; finished sets compared by SHA-256, meta.json included.\n"
+        text += "\n".join(f"- {what.replace('_', ' ')}: {figure}" for what, figure in found.items())
+        print(text)
+        if args.report:
+            made = provenance(__file__, argv)
+            write_page(args.report, "Preparation killed at random instants", made, found, [text])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -51,6 +52,7 @@ AIMS = {
     "running": ("any moment from the loop's start to its end", 20),
     "any": ("any moment from the process's start to its end", 15),
 }
+PER_RUN, SIDE_BY_SIDE = 5, 2  # kills that one run suffers; runs at a time
 
 
 def arguments(argv) -> argparse.Namespace:
@@ -58,8 +60,6 @@ def arguments(argv) -> argparse.Namespace:
     add = parser.add_argument
     add("--kills", type=whole(1), default=100, help="kills that must land on a living process")
     add("--seed", type=int, default=1, help="of the instants")
-    add("--per_run", type=whole(1), default=5, help="kills that one run suffers")
-    add("--jobs", type=whole(1), default=2, help="runs side by side")
     add("--data_dir", type=expanded, default=twin.PYDOCS, help="prepared if empty")
     add("--recipes", type=some_of(RECIPES), default=",".join(RECIPES), help="with commas")
     args, passed = parser.parse_known_args(argv)
@@ -78,9 +78,8 @@ def begin(args, recipe: str, out_dir: Path, **changes) -> subprocess.Popen:
     return twin.launch([sys.executable, *command], out_dir)
 
 
-def make_twin(job) -> dict:
+def make_twin(args, recipe: str) -> dict:
     """Train it, and measure how long its parts take now, in seconds: "awake" until its loop, a "write", the "total"."""
-    args, recipe = job
     out_dir = args.out / f"twin_{recipe}"
     shutil.rmtree(out_dir, ignore_errors=True)
     began, awake, since, writes = time.monotonic(), 0.0, None, []
@@ -132,7 +131,7 @@ def await_aim(process: subprocess.Popen, out_dir: Path, aim: dict, patience: flo
     signs = []
     if (
         aim["kind"] != "any"
-    ):  # right before its loop a start writes metrics.jsonl anew, earlier leftovers being cleared
+    ):  # right before its loop a start writes this anew, earlier leftovers being cleared
         signs.append(lambda: twin.renewed(out_dir / "metrics.jsonl"))
     if aim.get("file") == "latest":  # the rename is behind it, pruning is being done
         signs.append(lambda: twin.renewed(out_dir / "latest"))
@@ -140,71 +139,53 @@ def await_aim(process: subprocess.Popen, out_dir: Path, aim: dict, patience: flo
         signs.append(lambda: writing(out_dir, aim))
     if not all(twin.comes(sign(), [process], patience) for sign in signs):
         return False
-    if aim["delay"]:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(aim["delay"])
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(aim["delay"])
     return process.poll() is None
 
 
 # ---- runs, each killed a few times
 
 
-def killed_run(job) -> dict:
-    """The record of run number `count`: up to `wanted` kills, what each left, and what the run became."""
-    args, count, wanted, twins = job
-    rng = random.Random(f"{args.seed}/{count}")
-    recipe = args.recipes[count % len(args.recipes)]
-    times, out_dir = twins[recipe], args.out / f"run_{count:03d}"
-    patience = 60 + 20 * times["total"]
-    shutil.rmtree(out_dir, ignore_errors=True)
-    record = {"run": count, "recipe": recipe, "missed": 0, "trouble": None, "kills": []}
-    through = False
-    while not through and record["trouble"] is None:
-        aim = draw_aim(rng, times) if len(record["kills"]) < wanted else None
+def killed_run(args, twins: dict, job: dict) -> dict:
+    """What became of a run: each of its kills with what it left, starts that ended before their kill ("missed"), the
+    logged losses that were compared, and its trouble, if any. A run that comes through too early is run anew."""
+    rng, recipe, out_dir = (
+        random.Random(f"{args.seed}/{job['run']}"),
+        job["recipe"],
+        args.out / f"run_{job['run']:03d}",
+    )
+    times = twins[recipe]
+    patience, keep = 60 + 20 * times["total"], int(keys_of(args, recipe)["keep"])
+    kills, found, through = [], {"missed": 0, "losses": 0, "trouble": None}, True
+    while not found["trouble"] and (len(kills) < job["wanted"] or not through):
+        if through:
+            shutil.rmtree(out_dir, ignore_errors=True)
+        aim = draw_aim(rng, times) if len(kills) < job["wanted"] else None
         began = time.monotonic()
         process = begin(args, recipe, out_dir)
         if aim and await_aim(process, out_dir, aim, patience):
             process.kill()
             if process.wait() == -signal.SIGKILL:
-                kill = {"aim": aim, "after_s": round(time.monotonic() - began, 3)}
-                record["kills"].append(kill | twin.left(out_dir, times["dir"]))
+                after = round(time.monotonic() - began, 3)
+                kills.append({"aim": aim, "after_s": after} | twin.left(out_dir, times["dir"]))
+                through = False
                 continue
-        record["missed"] += aim is not None
+        found["missed"] += aim is not None
         try:
-            if status := process.wait(patience):
-                log = out_dir / "train.log"
-                record["trouble"] = f"a start ended with status {status}: {last_words(log)}"
-            through = not status
+            status = process.wait(patience)
         except subprocess.TimeoutExpired:
             process.kill()
-            record["trouble"] = f"a start hung for {patience:.0f} s"
-    if through:
-        record["end"] = twin.compare(out_dir, times["dir"], int(keys_of(args, recipe)["keep"]))
-        if not twin.differences(record["end"]):
-            shutil.rmtree(out_dir)  # a run that differs stays, to be looked into
-    return record
-
-
-def kill_runs(args, records: list[dict]) -> None:
-    """Add records of further runs, some side by side, until there are enough kills, no minutes left, or trouble."""
-    late = twin.clock(args.minutes)
-    args.data_dir = twin.prepared(args.data_dir)
-    jobs = [(args, recipe) for recipe in args.recipes]
-    twins = dict(zip(args.recipes, twin.side_by_side(make_twin, jobs, args.jobs), strict=True))
-    while not late() and not any(r["trouble"] for r in records):
-        count = max((r["run"] for r in records), default=-1) + 1
-        missing = args.kills - summary(records)["kills"]
-        wanted = [min(args.per_run, missing - i * args.per_run) for i in range(args.jobs)]
-        jobs = [(args, count + i, kills, twins) for i, kills in enumerate(wanted) if kills > 0]
-        if not jobs:
-            return
-        for record in twin.side_by_side(killed_run, jobs, args.jobs):
-            twin.keep(args.out / "records.json", records, record)
-            one, done = summary([record]), summary(records)["kills"]
-            print(
-                f"run {record['run']:3d} {record['recipe']:<15} {one['passed']} of {one['kills']} kills passed, "
-                f"{done} of {args.kills} done", *one["trouble"], flush=True,
-            )  # fmt: skip
+            status = f"{patience:.0f} s without an end"
+        if status:
+            found["trouble"] = f"a start ended with status {status}: {last_words(out_dir / 'train.log')}"
+        else:
+            end, through = twin.compare(out_dir, times["dir"], keep), True
+            found["losses"] += end["losses"]
+            found["trouble"] = f"not {', '.join(wrong)}" if (wrong := twin.differences(end)) else None
+    if not found["trouble"]:
+        shutil.rmtree(out_dir)  # a run with trouble stays, to be looked into
+    return found | {"kills": kills}
 
 
 # ---- the report
@@ -212,54 +193,51 @@ def kill_runs(args, records: list[dict]) -> None:
 
 def passed(record: dict, kill: dict) -> bool:
     """Of one kill: what it left is the twin's, and so is what its run became."""
-    return record["trouble"] is None and not twin.differences(kill) and not twin.differences(record["end"])
-
-
-def kills_of(records: list[dict]) -> list[dict]:
-    """All kills, each with its recipe and whether it passed."""
-    return [k | {"recipe": r["recipe"], "passed": passed(r, k)} for r in records for k in r["kills"]]
+    return record["trouble"] is None and not twin.differences(kill)
 
 
 def summary(records: list[dict]) -> dict:
     """The kills and the runs in figures."""
-    kills = kills_of(records)
+    kills = [k for r in records for k in r["kills"]]
     return {
         "kills": len(kills),
-        "passed": sum(k["passed"] for k in kills),
+        "passed": sum(passed(r, k) for r in records for k in r["kills"]),
         "runs": len(records),
         "in_a_write": sum(k["in_write"] for k in kills),
         "between_rename_and_pointer": sum(k["between_rename_and_pointer"] for k in kills),
         "with_a_torn_row": sum(k["torn_row"] for k in kills),
         "before_the_first_checkpoint": sum(k["newest"] is None for k in kills),
         "ended_before_the_kill": sum(r["missed"] for r in records),
-        "losses_compared": sum(r["end"]["losses"] for r in records if "end" in r),
+        "losses_compared": sum(r["losses"] for r in records),
         "trouble": [r["trouble"] for r in records if r["trouble"]],
     }
 
 
 def parts(records: list[dict], s: dict) -> list:
     """The report's paragraphs and tables."""
-    kills = kills_of(records)
+    kills = [(r["recipe"], k, passed(r, k)) for r in records for k in r["kills"]]
 
-    def counted(name: str, part: list[dict], *more) -> list:
-        return [name, *more, len(part), sum(k["in_write"] for k in part), sum(k["passed"] for k in part)]
+    def counted(name: str, chosen) -> list:
+        part = [kill for kill in kills if chosen(kill)]
+        return [name, len(part), sum(k["in_write"] for _, k, _ in part), sum(ok for *_, ok in part)]
 
-    aims = [counted(name, [k for k in kills if k["aim"]["kind"] == kind]) for kind, (name, _) in AIMS.items()]
-    runs = Counter(r["recipe"] for r in records)
-    recipes = [
-        counted(f"{name}, {keys}", [k for k in kills if k["recipe"] == name], runs[name])
-        for name, keys in RECIPES.items()
+    aims = [
+        counted(name, lambda kill, kind=kind: kill[1]["aim"]["kind"] == kind)
+        for kind, (name, _) in AIMS.items()
     ]
-    written = [", ".join(f"`{f}`" for f in FILES if f in k["files_there"]) for k in kills if k["in_write"]]
+    recipes = [counted(f"{r}, {keys}", lambda kill, r=r: kill[0] == r) for r, keys in RECIPES.items()]
+    written = Counter(
+        ", ".join(f"`{f}`" for f in FILES if f in k["files_there"]) for _, k, _ in kills if k["in_write"]
+    )
     stages = [
-        [s or "an empty folder", n] for s, n in sorted(Counter(written).items(), key=lambda i: len(i[0]))
+        [files or "an empty folder", n] for files, n in sorted(written.items(), key=lambda i: len(i[0]))
     ]
     header = ["kills", "fell into a checkpoint write", "passed"]
     return [
         f"**{s['passed']} of {s['kills']}** kills left the twin's bits behind and ended in the twin's bits.",
-        Table("By aim", ["aimed at", *header], [*aims, counted("all", kills)]),
+        Table("By aim", ["aimed at", *header], [*aims, counted("all", lambda kill: True)]),
         Table("By what the writes had finished when they were killed", ["files", "kills"], stages),
-        Table("By recipe", ["recipe", "runs", *header], recipes),
+        Table("By recipe", ["recipe", *header], recipes),
         f"{s['runs']} runs of {KEYS['max_iters']} steps; {s['losses_compared']:,} logged rows compared at their ends. "
         f"{s['between_rename_and_pointer']} kills fell between a checkpoint's rename and its pointer, "
         f"{s['with_a_torn_row']} tore a row of metrics.jsonl, {s['before_the_first_checkpoint']} came before the first "
@@ -272,18 +250,22 @@ def parts(records: list[dict], s: dict) -> list:
 def main(argv=None) -> int:
     args = arguments(argv)
     with sentences():
-        args.out.mkdir(parents=True, exist_ok=True)
-        records = twin.kept(args.out / "records.json")
-        if records:
-            print(f"{summary(records)['kills']} kills are on record in {args.out}; going on from there")
-        if summary(records)["kills"] < args.kills:
-            kill_runs(args, records)
+        cycle, kills = len(args.recipes), args.kills
+        jobs = [
+            {"run": i, "recipe": args.recipes[i % cycle], "wanted": min(PER_RUN, kills - i * PER_RUN)}
+            for i in range(-(-kills // PER_RUN))
+        ]
+        records, todo = twin.kept(args, jobs)
+        if todo:
+            args.data_dir = twin.prepared(args.data_dir)
+            names = list(dict.fromkeys(job["recipe"] for job in todo))
+            made = twin.side_by_side(partial(make_twin, args), names, SIDE_BY_SIDE)
+            twins = dict(zip(names, made, strict=True))
+            twin.go_on(args, records, todo, partial(killed_run, args, twins), SIDE_BY_SIDE)
         s = summary(records)
         data, title = {"summary": s, "runs": records}, "Killed at random instants, against the unkilled twin"
-        twin.report(args.report, __file__, argv, records, data, title, parts(records, s))
+        twin.report(args, __file__, argv, records, data, title, parts(records, s))
         print(f"{s['passed']} of {s['kills']} kills passed; {s['in_a_write']} fell into a checkpoint write")
-        if s["kills"] < args.kills:
-            print("the same command goes on from here")
         return 0 if s["passed"] == s["kills"] and not s["trouble"] else 1
 
 

@@ -10,12 +10,12 @@ process that takes the whole global batch at once.
 """
 
 import contextlib
-import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -30,7 +30,6 @@ from engine.errors import RunError, sentences
 from engine.metrics import is_finished, read_metrics
 from scripts.analysis.report import Table
 from scripts.arguments import some_of
-from scripts.experiment import ARMS
 from scripts.pool import last_words
 from scripts.trust import twin
 
@@ -41,6 +40,7 @@ KEYS = twin.SMALL | {
 LONGER = {"batch_size": 4, "max_iters": 200, "eval_interval": 50, "keep": 2}  # enough steps to kill in
 SPLITS = [(1, 4), (1, 2), (1, 1), (2, 4), (2, 2), (2, 1), (4, 2), (4, 1)]  # (ranks, batch_size)
 RESUMES = [(1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)]  # (ranks before, ranks after)
+ARMS = ("bpe_tied", "kronecker")
 PARTS = ("splits", "resumes", "evaluation", "nodes")
 ALLOWED = 1e-5  # relative difference of a loss: sums in another order
 PATIENCE = 600  # seconds after which anything here counts as hung
@@ -91,12 +91,6 @@ def workers(agent: subprocess.Popen) -> dict[int, psutil.Process]:
     """{rank: process} of what an agent has started."""
     found = [(p.environ().get("RANK"), p) for p in psutil.Process(agent.pid).children()]
     return {int(rank): p for rank, p in found if rank is not None}
-
-
-def listens(pid: int, port: int) -> bool:
-    """Whether a process listens at this TCP port: of the agents, the one with the rendezvous store does."""
-    there = psutil.Process(pid).net_connections("tcp")
-    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in there)
 
 
 def await_sign(sign, agents: list[subprocess.Popen], what: str) -> None:
@@ -155,25 +149,29 @@ def resume(args, arm: str, before: int, after: int) -> dict:
 
 
 def evaluate(args, arm: str, ranks: int) -> dict:
-    losses = {}
+    losses = []
     for n in (1, ranks):
         cut(whole(args, arm, 1), args.out / arm / f"evaluate_{n}", 20)
         out_dir = train(args, arm, f"evaluate_{n}", n, 2, eval_only=True)
-        losses[n] = twin.losses(out_dir)[20, "val/loss"]
-    return {"val": abs(losses[ranks] / losses[1] - 1)}
+        losses.append(twin.losses(out_dir)[20, "val/loss"])
+    return {"val": abs(losses[1] / losses[0] - 1)}
 
 
 # ---- two ranks as two nodes; with a worker killed, with SIGTERM, with a node lost and replaced
 
 
 def launch_nodes(args, arm: str, name: str, count: int, restarts: int) -> list[subprocess.Popen]:
-    """The agents of so many nodes, of two ranks in all, that train into OUT/nodes/NAME."""
+    """The agents of so many nodes, of two ranks in all, that train into OUT/nodes/NAME; the first has the rendezvous."""
     meet = f"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{free_port()} --rdzv-id=two --local-addr=127.0.0.1"
-    options = [f"--max-restarts={restarts}", *(meet.split() if count == 2 else ["--standalone"])]
     out_dir = args.out / "nodes" / name
     shutil.rmtree(out_dir, ignore_errors=True)
-    command = [*torchrun(2 // count, *options), *twin.train_command(arm, out_dir, args.keys | LONGER)]
-    return [twin.launch(command, out_dir) for _ in range(count)]
+    train = twin.train_command(arm, out_dir, args.keys | LONGER)
+    agents = []
+    for node in range(count):
+        place = [*meet.split(), f"--rdzv-conf=is_host={int(node == 0)}"] if count == 2 else ["--standalone"]
+        command = [*torchrun(2 // count, f"--max-restarts={restarts}", *place), *train]
+        agents.append(twin.launch(command, out_dir))
+    return agents
 
 
 def node_job(args, arm: str, name: str, count: int, restarts: int, *blows) -> dict:
@@ -216,24 +214,24 @@ def terminate(out_dir: Path, agents: list[subprocess.Popen], step: int) -> dict:
 
 def lose_node(out_dir: Path, agents: list[subprocess.Popen], step: int) -> dict:
     """The machine of the node that does not hold the rendezvous goes away; another one takes its place."""
-    endpoint = next(word for word in agents[0].args if word.startswith("--rdzv-endpoint="))
-    # the agent that was first holds it (rank 0's agent listens, too)
-    lost = 1 if listens(agents[0].pid, int(endpoint.rpartition(":")[2])) else 0
-    stop(agents[lost])
-    agents[lost] = twin.launch(agents[lost].args, out_dir)
+    stop(agents[1])
+    agents[1] = twin.launch(agents[1].args, out_dir)
     return {}
 
 
-def jobs(args):
-    """(part, arm, what it is, the function that measures it, its arguments) of everything there is to do."""
-    for arm in args.arms:
+def measures(args) -> dict:
+    """{(part, arm, what it is): the function that measures it} of everything there is to do."""
+    found = {}
+    for arm in ARMS:
         for ranks, size in SPLITS:
             what = f"{ranks} rank{'s' * (ranks > 1)} x {8 // ranks // size} micro-steps of {size}"
-            yield "splits", arm, what, split, ranks, size
+            found["splits", arm, what] = partial(split, args, arm, ranks, size)
         for before, after in RESUMES:
-            yield "resumes", arm, f"{before} rank(s) to step 20, then {after}", resume, before, after
+            what = f"{before} rank(s) to step 20, then {after}"
+            found["resumes", arm, what] = partial(resume, args, arm, before, after)
         for ranks in (2, 4):
-            yield "evaluation", arm, f"one checkpoint evaluated on {ranks} ranks", evaluate, ranks
+            what = f"one checkpoint evaluated on {ranks} ranks"
+            found["evaluation", arm, what] = partial(evaluate, args, arm, ranks)
     for what, *job in (
         ("two nodes of one rank, c10d on loopback", "two_nodes", 2, 0),
         ("two nodes, a worker killed by SIGKILL, --max-restarts=3", "killed", 2, 3, (kill_worker, 95, 1)),
@@ -242,7 +240,8 @@ def jobs(args):
         ("two nodes, SIGTERM to both agents, the same command again", "terminated", 2, 0, (terminate, 95)),
         ("two nodes, one of them lost whole and replaced", "replaced", 2, 3, (lose_node, 95)),
     ):
-        yield "nodes", "kronecker", what, node_job, *job
+        found["nodes", "kronecker", what] = partial(node_job, args, "kronecker", *job)
+    return found
 
 
 # ---- the report
@@ -250,19 +249,15 @@ def jobs(args):
 
 def parts(rows: list[dict]) -> list:
     """The report's paragraphs and tables."""
-
-    def figure(row: dict, name: str) -> str:
-        return f"{twin.largest([row[name]]):.1e}" if name in row else ""
-
-    def cells(row: dict) -> list[str]:
-        if row["kind"] != "nodes":
-            return [row["arm"], row["what"], *(figure(row, name) for name in ("train", "val", "norm"))]
-        same = "yes" if row["bit_identical"] else f"no, {twin.largest([row['train'], row['val']]):.1e}"
-        seconds = ("peers_gone_s", "back_at_that_step_s", "all_gone_s")
-        return [row["what"], same, *(f"{row[name]} s" if name in row else "" for name in seconds)]
-
-    runs = [cells(r) for r in rows if r["kind"] != "nodes"]
-    nodes = [cells(r) for r in rows if r["kind"] == "nodes"]
+    runs, nodes = [], []
+    for row in rows:
+        if row["kind"] == "nodes":
+            same = "yes" if row["bit_identical"] else f"no, {twin.largest([row['train'], row['val']]):.1e}"
+            seconds = (row.get(name) for name in ("peers_gone_s", "back_at_that_step_s", "all_gone_s"))
+            nodes.append([row["what"], same, *("" if s is None else f"{s} s" for s in seconds)])
+        else:
+            figures = [f"{twin.largest([row[k]]):.1e}" if k in row else "" for k in ("train", "val", "norm")]
+            runs.append([row["arm"], row["what"], *figures])
     header = ["arm", "run", "train loss", "val loss", "gradient norm"]
     return [
         f"fp32, CPU, gloo; {KEYS['max_iters']} steps of {KEYS['global_batch_size']} sequences of "
@@ -279,26 +274,17 @@ def main(argv=None) -> int:
     parser = twin.parser(__doc__, "out/check_ranks")
     add = parser.add_argument
     add("--parts", type=some_of(PARTS), default=",".join(PARTS), help="with commas")
-    arms = some_of(sorted(path.stem for path in ARMS.glob("*.py")))
-    add("--arms", type=arms, default="bpe_tied,kronecker", help="with commas")
     add("--data_dir", type=expanded, default=twin.PYDOCS, help="prepared if empty")
     args = parser.parse_args(argv)
     with sentences():
-        late, args.out = twin.clock(args.minutes), args.out.resolve()
-        args.out.mkdir(parents=True, exist_ok=True)
+        args.out = args.out.resolve()
         args.keys = KEYS | {"data_dir": twin.prepared(args.data_dir)}
-        rows = twin.kept(args.out / "rows.json")
-        for kind, arm, what, measure, *details in jobs(args):
-            job = {"kind": kind, "arm": arm, "what": what}
-            if kind not in args.parts or any(job.items() <= row.items() for row in rows):
-                continue
-            if late():
-                print("the same command goes on from here")
-                break
-            twin.keep(args.out / "rows.json", rows, job | measure(args, arm, *details))
-            print(json.dumps(rows[-1]), flush=True)
+        names, found = ("kind", "arm", "what"), measures(args)
+        jobs = [dict(zip(names, key, strict=True)) for key in found if key[0] in args.parts]
+        rows, todo = twin.kept(args, jobs)
+        twin.go_on(args, rows, todo, lambda job: found[tuple(job.values())]())
         title = "Any number of ranks, the same training"
-        twin.report(args.report, __file__, argv, rows, {"rows": rows}, title, parts(rows))
+        twin.report(args, __file__, argv, rows, {"rows": rows}, title, parts(rows))
         worst = twin.largest(r[name] for r in rows for name in ("train", "val") if name in r)
         print(f"largest relative difference of a loss: {worst:.1e} (allowed: {ALLOWED:.0e})")
         return 0 if worst <= ALLOWED else 1

@@ -1,9 +1,11 @@
 """What the commands of this room share: a twin that nothing disturbs, how a run is held against it, and records.
 
 Each of them disturbs runs in its own way. A run has come through if what it left and what it became are its twin's:
-losses, weights and moments, rows and record. All but `furthest` compare bits.
+losses, weights and moments, rows and record. All but `furthest` compare bits. A command is a list of jobs; what it has
+found of each is kept in OUT/records.json, so that the same command goes on where it stopped.
 """
 
+import json
 import multiprocessing
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.files import expanded, write_json, write_text
+from data.files import expanded, write_json
 from data.records import read_record
 from engine import checkpoint, contract, runs
 from engine.errors import RunError
@@ -22,7 +24,7 @@ from engine.metrics import read_metrics
 from scripts.arguments import Parser, number
 from scripts.experiment import arm_file
 from scripts.pool import Job, start_child
-from scripts.provenance import ROOT, commit, provenance, today
+from scripts.provenance import ROOT, commit, provenance, today, write_page
 
 # Runs that a CPU trains in seconds and to the same bits each time; every command adds its own sizes.
 SMALL = {
@@ -67,7 +69,10 @@ def launch(command: list, folder: Path) -> subprocess.Popen:
 
 
 def side_by_side(function, jobs: list, count: int):
-    """function(job) of each in its order, so many at a time, each in a fork of this process."""
+    """function(job) of each in its order, so many at a time, each in a fork of this process (1: in it)."""
+    if count == 1:
+        yield from map(function, jobs)
+        return
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until a fork can end by it
     try:
         pool = multiprocessing.get_context("fork").Pool(count, leave_signals)
@@ -79,17 +84,10 @@ def side_by_side(function, jobs: list, count: int):
 
 def leave_signals() -> None:
     """Ctrl-C is for the process that forked to tell, which ends its forks by SIGTERM, whatever it does with its own."""
-    signal.signal(
-        signal.SIGINT, lambda number, frame: None
-    )  # not SIG_IGN, which what a fork starts would inherit
+    # not SIG_IGN, which what a fork starts would inherit
+    signal.signal(signal.SIGINT, lambda number, frame: None)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-
-
-def clock(minutes: float):
-    """A function that is true once so many minutes are over (0: never)."""
-    end = time.monotonic() + 60 * minutes
-    return lambda: bool(minutes) and time.monotonic() > end
 
 
 def comes(sign, processes: list[subprocess.Popen], seconds: float) -> bool:
@@ -229,30 +227,44 @@ def largest(values) -> float:
 # ---- records
 
 
-def kept(path: Path) -> list[dict]:
-    """Records of earlier starts of a command, which goes on from them; [] at the first."""
-    return read_record(path, list[dict], "the record of an earlier start") if path.exists() else []
+def kept(args, jobs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(records that earlier starts have kept of the jobs, the jobs that are still to do); a record holds its job."""
+    path = args.out / "records.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.kept = read_record(path, list[dict], "the record of an earlier start") if path.exists() else []
+    names = jobs[0].keys() if jobs else ()
+    known = {tuple(record.get(k) for k in names): record for record in args.kept}
+    found = [known.get(tuple(job.values())) for job in jobs]
+    todo = [job for job, record in zip(jobs, found, strict=True) if record is None]
+    print(
+        f"{len(jobs) - len(todo)} of {len(jobs)} jobs are on record in {args.out}, {len(todo)} to do",
+        flush=True,
+    )
+    return list(filter(None, found)), todo
 
 
-def keep(path: Path, records: list[dict], new: dict) -> None:
-    """Add a record to those on disk, with the commit and the date of now."""
-    records.append(new | {"commit": commit(), "date": today()})
-    write_json(path, records)
+def go_on(args, records: list[dict], jobs: list[dict], measure, count: int = 1) -> None:
+    """Add job | measure(job) to the records, here and on disk, until all are done or no minutes are left."""
+    end = time.monotonic() + 60 * args.minutes
+    for job, found in zip(jobs, side_by_side(measure, jobs, count), strict=True):
+        records.append(job | found | {"commit": commit(), "date": today()})
+        args.kept.append(records[-1])
+        write_json(args.out / "records.json", args.kept)
+        print(json.dumps(job | {k: v for k, v in found.items() if not isinstance(v, list)}), flush=True)
+        if args.minutes and time.monotonic() > end and job is not jobs[-1]:
+            print("no minutes are left: the same command goes on from here")
+            return
 
 
-def report(path: Path | None, script: str, argv, records: list[dict], data: dict, title: str, parts) -> None:
-    """Write PATH.json and PATH.md (None: nothing), which both say where the records of all starts come from.
+def report(args, script: str, argv, records: list[dict], data: dict, title: str, parts) -> None:
+    """Write REPORT.json and .md, where they are asked for, of records that may come from several commits and days.
 
     script, argv: what ran (see provenance); parts: paragraphs and Tables.
     """
-    if path is None:
+    if args.report is None:
         return
     made = provenance(script, argv)
     made["machine"] += f", torch {torch.__version__}"
     made["commit"] = ", ".join(sorted({str(r["commit"]) for r in records})) or made["commit"]
     made["date"] = max((r["date"] for r in records), default=made["date"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path.with_suffix(".json"), made | data)
-    text = [f"# {title}", *(p if isinstance(p, str) else p.markdown() for p in parts)]
-    text.append("\n".join(f"- {k}: `{v}`" if k == "command" else f"- {k}: {v}" for k, v in made.items()))
-    write_text(path.with_suffix(".md"), "\n\n".join(text) + "\n")
+    write_page(args.report, title, made, data, parts)
