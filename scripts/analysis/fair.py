@@ -12,7 +12,7 @@ import numpy as np
 
 from engine import contract
 from scripts import experiment
-from scripts.analysis.numbers import gain_by_frequency, paired_gain
+from scripts.analysis.numbers import gains_by_frequency, paired_gain
 
 # One question each: (arm, over, what the gain of the one over the other says).
 QUESTIONS = (
@@ -145,10 +145,7 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
         "input_share": {arm: p["input"] / p["stock_table"] for arm, p in params.items()},
         "gains": {arm: gain(exp, loss, arm, over) for arm in shared},
         "questions": [{"arm": arm, "over": other, "what": what} | g for arm, other, what, g in asked if g],
-        "frequency": {
-            side: {arm: gain_by_frequency(pairs, side) for arm, pairs in shared.items() if pairs}
-            for side in ("input", "target")
-        },
+        "frequency": gains_by_frequency(shared),
     }
 
 

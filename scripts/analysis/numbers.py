@@ -83,10 +83,7 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
         "arm_keys": {arm: arm_keys(next(r for r in kept if r.arm == arm).config) for arm in arms},
         "pairs": pairs,
         "left_out": [who(r) for r in left_out],
-        "frequency": {
-            side: {arm: gain_by_frequency(mine, side) for arm, mine in rows.items() if mine}
-            for side in ("input", "target")
-        },
+        "frequency": gains_by_frequency(rows),
         "speed": speeds(of_arm, baseline),
         "decomposition": decomposition(pairs),
         "codec": next((r.info["codec"] for r in kept if r.info.get("codec")), None),
@@ -162,6 +159,12 @@ def reach(mine: list[Run], theirs: list[Run], at: int, iters: list[int]) -> dict
         "step_by_seed": by_seed,
         "ratio_over_seeds": interval(at / s if s else None for s in by_seed.values()),
     }
+
+
+def gains_by_frequency(pairs: dict[str, list[tuple[dict, dict]]]) -> dict:
+    """{side: {arm: gain_by_frequency}} of the arms that have pairs."""
+    found = {arm: of_arm for arm, of_arm in pairs.items() if of_arm}
+    return {side: {a: gain_by_frequency(p, side) for a, p in found.items()} for side in ("input", "target")}
 
 
 def gain_by_frequency(pairs: list[tuple[dict, dict]], side: str) -> list[dict]:

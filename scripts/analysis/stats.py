@@ -41,6 +41,12 @@ def mcnemar(kept_a, kept_b) -> dict:
     return {"n": int(a.size), "only_a": only_a, "only_b": only_b, "p_value": p}
 
 
+def p_cell(tests: dict[str, dict]) -> str:
+    """The p values of tests of one hypothesis, one a seed, the first five; below 1e-4 only that they are."""
+    values = [test["p_value"] for test in tests.values()][:5]
+    return " ".join("<1e-4" if p < 1e-4 else f"{p:.2g}" for p in values)
+
+
 def bootstrap_mean(differences, seed: int = 0) -> dict:
     """95% percentile bootstrap of the mean of paired differences: {"n", "mean", "low", "high"}.
 
@@ -53,14 +59,8 @@ def bootstrap_mean(differences, seed: int = 0) -> dict:
     if d.size == 1 or np.ptp(d) == 0:  # no spread to resample
         edge = mean if d.size > 1 else None
         return {"n": int(d.size), "mean": mean, "low": edge, "high": edge}
-    result = stats.bootstrap(
-        (d,),
-        np.mean,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
-        batch=max(1, 2_000_000 // d.size),
-    )
-    ci = result.confidence_interval
+    how = {"method": "percentile", "batch": max(1, 2_000_000 // d.size)}
+    ci = stats.bootstrap((d,), np.mean, random_state=np.random.default_rng(seed), **how).confidence_interval
     return {"n": int(d.size), "mean": mean, "low": float(ci.low), "high": float(ci.high)}
 
 
@@ -94,12 +94,6 @@ def smooth(values, window: int):
 
 
 # ---- power: the smallest true difference that so many pairs would show (two-sided at 5%) in 80 of 100 repetitions
-
-
-def p_cell(tests: dict[str, dict]) -> str:
-    """The p values of tests of one hypothesis, one a seed, the first five; below 1e-4 only that they are."""
-    values = [test["p_value"] for test in tests.values()][:5]
-    return " ".join("<1e-4" if p < 1e-4 else f"{p:.2g}" for p in values)
 
 
 def detectable_mean(sd: float, n: int) -> float:
