@@ -223,6 +223,13 @@ def test_a_report_says_where_it_comes_from(tmp_path):
     )
 
 
+def test_records_are_counted_by_name():
+    records = [{"of": "b", "ok": True}, {"of": "a", "ok": False}, {"of": "b", "ok": True}]
+    table = twin.tally("T", "of what", records, lambda r: r["of"], {"fine": lambda r: r["ok"]})
+    assert table.header == ["of what", "killed", "fine"]
+    assert table.rows == [["a", 1, 0], ["b", 2, 2], ["all", 3, 2]]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_command_goes_on_from_its_records(count, tmp_path, capsys):
     """The jobs that an earlier start has done are not done again; others' records stay."""

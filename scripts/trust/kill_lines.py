@@ -1,7 +1,7 @@
 """Kill a run at every line that it executes, in turn, and let the next start finish it.
 
     python scripts/trust/kill_lines.py --report results/trust/kill_lines
-    python scripts/trust/kill_lines.py --stride 10 --only engine/checkpoint.py
+    python scripts/trust/kill_lines.py --stride 10                           at every tenth
     python scripts/trust/kill_lines.py --minutes 4                           a slice; the same command goes on
 
 A kill from outside (scripts/trust/kill_train.py) seldom finds the few microseconds between two renames. Here a
@@ -33,7 +33,6 @@ from data.identity import SETTLED_SECONDS
 from data.meta import characters_meta, write_meta
 from data.shards import write_shard
 from engine.errors import RunError, sentences
-from scripts.analysis.report import Table
 from scripts.arguments import whole
 from scripts.provenance import ROOT
 from scripts.trust import twin
@@ -139,23 +138,14 @@ def prepare(args) -> list[dict]:
 
 def parts(records: list[dict], executed: dict) -> list:
     """The report's paragraphs and tables."""
-
-    def counts(part: list[dict]) -> list[str]:
-        return [f"{len(part):,}", f"{sum(r['trouble'] is None for r in part):,}"]
-
-    scenes, files = [], []
-    for scene in SCENES:
-        part = [r for r in records if r["scene"] == scene]
-        scenes.append([scene, f"{executed[scene]:,}", len({r["line"] for r in part}), *counts(part)])
-    for file in TRACED:
-        if part := [r for r in records if r["line"].startswith(file + ":")]:
-            files.append([f"`{file}`", *counts(part)])
-    kills, passed = counts(records)
-    header = ["run", "lines it executes", "different lines of source", "killed at", "passed"]
+    passed = {"passed": lambda r: r["trouble"] is None}
+    lines = " and ".join(f"a `{scene}` run executes {n:,} lines" for scene, n in executed.items())
     return [
-        f"**{passed} of {kills}** killed runs were finished by the next start and ended in the twin's bits.",
-        Table("By run", header, scenes),
-        Table("By file", ["file", "killed at", "passed"], files),
+        f"**{sum(map(passed['passed'], records)):,} of {len(records):,}** killed runs were finished by the next start and "
+        f"ended in the twin's bits. {lines.capitalize()}; the kills fell on {len({r['line'] for r in records}):,} different "
+        "lines of source.",
+        twin.tally("By run", "run", records, lambda r: r["scene"], passed),
+        twin.tally("By file", "file", records, lambda r: f"`{r['line'].partition(':')[0]}`", passed),
         "`fresh`: a run that begins. `resumed`: one that goes on from what a kill in the middle of a checkpoint "
         "write has left. Compared are weights and moments in every bit, all rows but speed and memory, the run's "
         "record, the kept checkpoints, `latest` and `best`, and that nothing half-written stays.",
@@ -164,17 +154,13 @@ def parts(records: list[dict], executed: dict) -> list:
 
 def main(argv=None) -> int:
     parser = twin.parser(__doc__, "out/kill_lines")
-    add = parser.add_argument
-    add("--stride", type=whole(1), default=1, help="kill at every so many-th line")
-    only = "kill only at lines of FILE, e.g. engine/checkpoint.py"
-    add("--only", choices=TRACED, metavar="FILE", default="", help=only)
+    parser.add_argument("--stride", type=whole(1), default=1, help="kill at every so many-th line")
     args = parser.parse_args(argv)
     with sentences():
         args.out = args.out.resolve()
         args.out.mkdir(parents=True, exist_ok=True)
         lines = prepare(args)
         executed = {scene: sum(line["scene"] == scene for line in lines) for scene in SCENES}
-        lines = [line for line in lines if line["line"].startswith(args.only)]
         jobs = lines[:: -args.stride][::-1]  # the last line, too
         # lines that are executed no longer, or at another moment, were killed in other code
         records, todo = twin.kept(args, jobs)

@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,6 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 from data.files import expanded
 from engine.errors import RunError, sentences
-from scripts.analysis.report import Table
 from scripts.arguments import some_of, whole
 from scripts.pool import last_words
 from scripts.trust import twin
@@ -176,7 +174,8 @@ def killed_run(args, twins: dict, job: dict) -> dict:
             status = process.wait(patience)
         except subprocess.TimeoutExpired:
             process.kill()
-            status = f"{patience:.0f} s without an end"
+            found["trouble"] = f"a start hung for {patience:.0f} s"
+            break
         if status:
             found["trouble"] = f"a start ended with status {status}: {last_words(out_dir / 'train.log')}"
         else:
@@ -191,70 +190,51 @@ def killed_run(args, twins: dict, job: dict) -> dict:
 # ---- the report
 
 
-def passed(record: dict, kill: dict) -> bool:
-    """Of one kill: what it left is the twin's, and so is what its run became."""
-    return record["trouble"] is None and not twin.differences(kill)
-
-
-def summary(records: list[dict]) -> dict:
-    """The kills and the runs in figures."""
-    kills = [k for r in records for k in r["kills"]]
-    return {
-        "kills": len(kills),
-        "passed": sum(passed(r, k) for r in records for k in r["kills"]),
-        "runs": len(records),
-        "in_a_write": sum(k["in_write"] for k in kills),
-        "between_rename_and_pointer": sum(k["between_rename_and_pointer"] for k in kills),
-        "with_a_torn_row": sum(k["torn_row"] for k in kills),
-        "before_the_first_checkpoint": sum(k["newest"] is None for k in kills),
-        "ended_before_the_kill": sum(r["missed"] for r in records),
-        "losses_compared": sum(r["losses"] for r in records),
-        "trouble": [r["trouble"] for r in records if r["trouble"]],
-    }
-
-
-def parts(records: list[dict], s: dict) -> list:
-    """The report's paragraphs and tables."""
-    kills = [(r["recipe"], k, passed(r, k)) for r in records for k in r["kills"]]
-
-    def counted(name: str, chosen) -> list:
-        part = [kill for kill in kills if chosen(kill)]
-        return [name, len(part), sum(k["in_write"] for _, k, _ in part), sum(ok for *_, ok in part)]
-
-    aims = [
-        counted(name, lambda kill, kind=kind: kill[1]["aim"]["kind"] == kind)
-        for kind, (name, _) in AIMS.items()
-    ]
-    recipes = [counted(f"{r}, {keys}", lambda kill, r=r: kill[0] == r) for r, keys in RECIPES.items()]
-    written = Counter(
-        ", ".join(f"`{f}`" for f in FILES if f in k["files_there"]) for _, k, _ in kills if k["in_write"]
-    )
-    stages = [
-        [files or "an empty folder", n] for files, n in sorted(written.items(), key=lambda i: len(i[0]))
-    ]
-    header = ["kills", "fell into a checkpoint write", "passed"]
+def kills_of(records: list[dict]) -> list[dict]:
+    """All kills, each with its recipe, and whether what it left and what its run became are the twin's."""
     return [
-        f"**{s['passed']} of {s['kills']}** kills left the twin's bits behind and ended in the twin's bits.",
-        Table("By aim", ["aimed at", *header], [*aims, counted("all", lambda kill: True)]),
-        Table("By what the writes had finished when they were killed", ["files", "kills"], stages),
-        Table("By recipe", ["recipe", *header], recipes),
-        f"{s['runs']} runs of {KEYS['max_iters']} steps; {s['losses_compared']:,} logged rows compared at their ends. "
-        f"{s['between_rename_and_pointer']} kills fell between a checkpoint's rename and its pointer, "
-        f"{s['with_a_torn_row']} tore a row of metrics.jsonl, {s['before_the_first_checkpoint']} came before the first "
-        f"checkpoint. In {s['ended_before_the_kill']} starts the process ended before its kill; these do not count.",
+        kill | {"recipe": r["recipe"], "passed": not (r["trouble"] or twin.differences(kill))}
+        for r in records
+        for kill in r["kills"]
+    ]
+
+
+def parts(records: list[dict]) -> list:
+    """The report's paragraphs and tables."""
+    kills = kills_of(records)
+    columns = {"fell into a checkpoint write": lambda k: k["in_write"], "passed": lambda k: k["passed"]}
+
+    def count(of_kill) -> int:
+        return sum(map(bool, map(of_kill, kills)))
+
+    def written(kill: dict) -> str:
+        files = [f"`{f}`" for f in FILES if f in kill["files_there"]]
+        return ", ".join(files) or "an empty folder"
+
+    return [
+        f"**{count(columns['passed'])} of {len(kills)}** kills left the twin's bits behind and ended in the twin's bits.",
+        twin.tally("By aim", "aimed at", kills, lambda k: AIMS[k["aim"]["kind"]][0], columns),
+        twin.tally(
+            "By what the writes had finished when they were killed", "files",
+            [k for k in kills if k["in_write"]], written, columns,
+        ),
+        twin.tally("By recipe", "recipe", kills, lambda k: f"{k['recipe']}, {RECIPES[k['recipe']]}", columns),
+        f"{len(records)} runs of {KEYS['max_iters']} steps; {sum(r['losses'] for r in records):,} logged rows compared at "
+        f"their ends. {count(lambda k: k['between_rename_and_pointer'])} kills fell between a checkpoint's rename and its "
+        f"pointer, {count(lambda k: k['torn_row'])} tore a row of metrics.jsonl, {count(lambda k: k['newest'] is None)} "
+        f"came before the first checkpoint. In {sum(r['missed'] for r in records)} starts the process ended before its "
+        "kill; these do not count.",
         "Compared: weights and AdamW's moments in every bit; all rows of metrics.jsonl but speed and memory; counters; "
         "the run's record; which checkpoints are kept; `latest` and `best`; and that nothing half-written stays.",
-    ]
+    ]  # fmt: skip
 
 
 def main(argv=None) -> int:
     args = arguments(argv)
     with sentences():
-        cycle, kills = len(args.recipes), args.kills
-        jobs = [
-            {"run": i, "recipe": args.recipes[i % cycle], "wanted": min(PER_RUN, kills - i * PER_RUN)}
-            for i in range(-(-kills // PER_RUN))
-        ]
+        cycle, wanted = len(args.recipes), [PER_RUN] * (args.kills // PER_RUN)
+        wanted += [args.kills % PER_RUN] if args.kills % PER_RUN else []
+        jobs = [{"run": i, "recipe": args.recipes[i % cycle], "wanted": n} for i, n in enumerate(wanted)]
         records, todo = twin.kept(args, jobs)
         if todo:
             args.data_dir = twin.prepared(args.data_dir)
@@ -262,11 +242,13 @@ def main(argv=None) -> int:
             made = twin.side_by_side(partial(make_twin, args), names, SIDE_BY_SIDE)
             twins = dict(zip(names, made, strict=True))
             twin.go_on(args, records, todo, partial(killed_run, args, twins), SIDE_BY_SIDE)
-        s = summary(records)
-        data, title = {"summary": s, "runs": records}, "Killed at random instants, against the unkilled twin"
-        twin.report(args, __file__, argv, records, data, title, parts(records, s))
-        print(f"{s['passed']} of {s['kills']} kills passed; {s['in_a_write']} fell into a checkpoint write")
-        return 0 if s["passed"] == s["kills"] and not s["trouble"] else 1
+        kills = kills_of(records)
+        counts = {"kills": len(kills), "passed": sum(k["passed"] for k in kills)}
+        counts["in_a_write"] = sum(k["in_write"] for k in kills)
+        title = "Killed at random instants, against the unkilled twin"
+        twin.report(args, __file__, argv, records, counts | {"runs": records}, title, parts(records))
+        print("{passed} of {kills} kills passed; {in_a_write} fell into a checkpoint write".format(**counts))
+        return 0 if counts["passed"] == len(kills) and not any(r["trouble"] for r in records) else 1
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from data.records import read_record
 from engine import checkpoint, contract, runs
 from engine.errors import RunError
 from engine.metrics import read_metrics
+from scripts.analysis.report import Table
 from scripts.arguments import Parser, number
 from scripts.experiment import arm_file
 from scripts.pool import Job, start_child
@@ -165,7 +166,6 @@ def left(out_dir: Path, twin: Path) -> dict:
         and newest not in (None, checkpoint.pointed(out_dir, "latest")),
         "torn_row": metrics.exists() and metrics.read_bytes()[-1:] not in (b"", b"\n"),
         "newest": newest and newest.name,
-        "rows": len(rows),
         "rows_equal": rows == rows_of(twin)[: len(rows)],
         "checkpoint_equal": equal,
     }
@@ -254,6 +254,18 @@ def go_on(args, records: list[dict], jobs: list[dict], measure, count: int = 1) 
         if args.minutes and time.monotonic() > end and job is not jobs[-1]:
             print("no minutes are left: the same command goes on from here")
             return
+
+
+def tally(title: str, what: str, records: list[dict], name_of, columns: dict) -> Table:
+    """How many records there are of each name that name_of gives them, and of how many each column's function is true."""
+    groups = {}
+    for record in records:
+        groups.setdefault(name_of(record), []).append(record)
+    groups = dict(sorted(groups.items())) | {"all": records}
+    rows = [
+        [name, len(part), *(sum(map(of, part)) for of in columns.values())] for name, part in groups.items()
+    ]
+    return Table(title, [what, "killed", *columns], rows)
 
 
 def report(args, script: str, argv, records: list[dict], data: dict, title: str, parts) -> None:
