@@ -16,9 +16,8 @@ SPEED = {"bpe_tied": 1000.0, "bpe_untied": 900.0, "kronecker": 800.0}
 def write_run(root, arm, seed, loss, upto=100, info=None, config=None, name=None):
     folder = root / (name or f"{arm}_s{seed}")
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(
-        json.dumps({"max_iters": 100, "seed": seed, "n_layer": 2} | (config or {}))
-    )
+    keys = {"max_iters": 100, "seed": seed, "n_layer": 2} | (config or {})
+    (folder / "config.json").write_text(json.dumps(keys))
     record = {
         "arm": arm,
         "seed": seed,
@@ -26,13 +25,8 @@ def write_run(root, arm, seed, loss, upto=100, info=None, config=None, name=None
         "data_sha256": f"data{seed}",
         "val_sha256": "val",
         "schedule_sha256": "schedule",
-        "params": {
-            "input": 50 if arm == "kronecker" else 200,
-            "body": 400,
-            "head": 0,
-            "total": 600,
-            "stock_table": 200,
-        },
+        "params": {"body": 400, "head": 0, "total": 600, "stock_table": 200}
+        | {"input": 50 if arm == "kronecker" else 200},
         "tokens_per_step": 1000,
         "data_fingerprint": "set",
         "device": "cpu",
@@ -43,15 +37,8 @@ def write_run(root, arm, seed, loss, upto=100, info=None, config=None, name=None
     rows = []
     for it in range(0, 101, 10):
         if it <= upto and it < 100:
-            row = {
-                "iter": it,
-                "tokens": it * 1000,
-                "train/loss": 8.0 - it / 50,
-                "tok_per_sec": SPEED.get(arm, 1.0),
-            }
-            rows.append(
-                row | {"tok_per_sec": 1.0} if it == 0 else row
-            )  # the first step is slow and must not count
+            speed = SPEED.get(arm, 1.0) if it else 1.0  # the first step is slow and must not count
+            rows.append({"iter": it, "tokens": it * 1000, "train/loss": 8.0 - it / 50, "tok_per_sec": speed})
         if it in (0, 50, 100) and it <= upto:
             value = {0: 8.0, 50: 4.5, 100: loss}[it]
             rows.append({"iter": it, "val/loss": value, "val/bpb": value / 4, "wte/rms": 0.02 + it / 2500})

@@ -37,14 +37,10 @@ def test_final_losses_and_paired_gain(runs_dir):
     assert p["perplexity_ratio"]["low"] == pytest.approx(math.exp(-g["high"]))
     assert p["gain_bpb"]["mean"] == pytest.approx(0.1 / 3)
     # every pair is there, the arm of interest against the control too
-    assert [(q["arm"], q["over"]) for q in c["pairs"]] == [
-        ("bpe_untied", "bpe_tied"),
-        ("kronecker", "bpe_tied"),
-        ("kronecker", "bpe_untied"),
-    ]
-    assert pair(c, "kronecker", "bpe_untied")["gain_nats"]["by_seed"] == pytest.approx(
-        {"1337": 0.1, "1338": 0.0, "1339": 0.0}, abs=1e-12
-    )
+    tied, untied, codec = "bpe_tied", "bpe_untied", "kronecker"
+    assert [(q["arm"], q["over"]) for q in c["pairs"]] == [(untied, tied), (codec, tied), (codec, untied)]
+    by_seed = pair(c, "kronecker", "bpe_untied")["gain_nats"]["by_seed"]
+    assert by_seed == pytest.approx({"1337": 0.1, "1338": 0.0, "1339": 0.0}, abs=1e-12)
 
 
 def test_steps_to_reach_speed_parameters_drift(runs_dir):
@@ -111,10 +107,8 @@ def test_one_seed_gives_no_interval(tmp_path):
 
 def test_gain_by_frequency_by_hand(runs_dir):
     runs = load(runs_dir)
-    assert numbers.compare(runs)["frequency"]["input"] == {
-        "bpe_untied": [],
-        "kronecker": [],
-    }  # older runs lack it
+    older = {"bpe_untied": [], "kronecker": []}  # which lack it
+    assert numbers.compare(runs)["frequency"]["input"] == older
     for run in runs:
         loss = {"bpe_tied": 4.0, "bpe_untied": 3.9, "kronecker": 3.5}[run.arm] + 0.1 * (run.seed - 1337)
         for side in ("input", "target"):
@@ -129,11 +123,7 @@ def test_runs_of_one_name_with_other_keys_are_compared_as_two_arms(runs_dir):
     runs = load(runs_dir)
     for run in runs:
         if run.arm == "kronecker":
-            run.config |= {
-                "wte": "kronecker",
-                "tie_weights": False,
-                "wte_rank": 16 if run.seed == 1339 else 0,
-            }
+            run.config |= {"wte": "kronecker", "tie_weights": False, "wte_rank": 16 * (run.seed == 1339)}
     c = numbers.compare(runs)
     assert c["arms"] == ["bpe_tied", "bpe_untied", "kronecker", "kronecker[wte_rank=16]"]
     assert c["arm_keys"]["kronecker[wte_rank=16]"]["wte_rank"] == 16

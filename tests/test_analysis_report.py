@@ -13,14 +13,9 @@ from scripts.analysis.report import Table
 
 def test_a_table_in_its_forms():
     table = Table("Losses", ["arm", "loss"], [["bpe", "4.0"], ["kronecker", "13.95"]], note="nats")
-    assert (
-        table.text()
-        == "Losses\n\narm         loss\n----------------\nbpe          4.0\nkronecker  13.95\nnats"
-    )
-    assert (
-        table.markdown()
-        == "## Losses\n\n| arm | loss |\n| --- | ---: |\n| bpe | 4.0 |\n| kronecker | 13.95 |\n\nnats"
-    )
+    text = "Losses\n\narm         loss\n----------------\nbpe          4.0\nkronecker  13.95\nnats"
+    page = "## Losses\n\n| arm | loss |\n| --- | ---: |\n| bpe | 4.0 |\n| kronecker | 13.95 |\n\nnats"
+    assert (table.text(), table.markdown()) == (text, page)
 
 
 def test_sections_are_gathered_in_order_and_replaced(tmp_path):
@@ -38,20 +33,12 @@ def test_nothing_in_a_section_comes_alive(tmp_path):
     """Every text of a section had from somebody is shown as text; the page itself forbids scripts and outside resources."""
     table = Table(EVIL, [EVIL], [[EVIL]], note=EVIL).block()
     (tmp_path / "compare").mkdir()
-    (tmp_path / "compare" / "bad.svg").write_text(
-        '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
-    )
-    blocks = [
-        table,
-        {"text": [EVIL]},
-        {"claim": [EVIL]},
-        {"quotes": [[EVIL, EVIL]]},
-        {"figures": ["bad.svg"], "caption": EVIL},
-    ]
-    page = report.write_section(
-        tmp_path, EVIL.replace("/", ""), EVIL, 1, [*blocks, {"details": EVIL, "blocks": blocks}]
-    )
-    page = page.read_text()
+    svg = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+    (tmp_path / "compare" / "bad.svg").write_text(svg)
+    blocks = [table, {"text": [EVIL]}, {"claim": [EVIL]}, {"quotes": [[EVIL, EVIL]]}]
+    blocks.append({"figures": ["bad.svg"], "caption": EVIL})
+    blocks.append({"details": EVIL, "blocks": list(blocks)})
+    page = report.write_section(tmp_path, EVIL.replace("/", ""), EVIL, 1, blocks).read_text()
     assert "<script" not in page and "alert(1)" in page
     assert all(source.startswith("data:image/") for source in re.findall(r'<img src="([^"]*)"', page))
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]

@@ -11,6 +11,7 @@ import configurator
 from data import DataError
 from engine import contract
 from engine.errors import RunError
+from model import USUAL_RMS
 from scripts.analysis import numbers, runs
 
 
@@ -132,9 +133,7 @@ def test_a_run_that_was_given_up_is_said_to_have_diverged(tmp_path):
 def run_of(arm: str, *more: str) -> SimpleNamespace:
     config = configurator.load(["config/demo.py", f"config/arms/{arm}.py", *more], quiet=True)
     keys = {key: getattr(config, key) for key in configurator.KEYS}
-    keys["wte_init_rms"] = keys["wte_init_rms"] or (
-        1.0 if keys["wte"] == "kronecker" else 0.02
-    )  # as train.py does
+    keys["wte_init_rms"] = keys["wte_init_rms"] or USUAL_RMS[keys["wte"]]  # as train.py does
     return SimpleNamespace(arm=arm, config=keys)
 
 
@@ -146,25 +145,17 @@ def test_a_run_of_an_arms_file_keeps_its_name(arm):
 
 
 def test_runs_of_one_name_with_other_keys_are_other_arms():
-    mine = [
-        run_of("kronecker"),
-        run_of("kronecker", "--wte_rank=16"),
-        run_of("kronecker", "--wte_lr_mult=4", "--wte_norm=rms"),
-    ]
-    mine += [
-        run_of("bpe_untied", "--wte_init_rms=1.0"),
-        run_of("kronecker_rank16", "--wte_rank=0"),
-        run_of("bpe_tied"),
-    ]
+    names = {
+        ("kronecker",): "kronecker",
+        ("kronecker", "--wte_rank=16"): "kronecker[wte_rank=16]",
+        ("kronecker", "--wte_lr_mult=4", "--wte_norm=rms"): "kronecker[wte_lr_mult=4.0, wte_norm=rms]",
+        ("bpe_untied", "--wte_init_rms=1.0"): "bpe_untied[wte_init_rms=1.0]",
+        ("kronecker_rank16", "--wte_rank=0"): "kronecker_rank16[wte_rank=0]",
+        ("bpe_tied",): "bpe_tied",
+    }
+    mine = [run_of(*words) for words in names]
     runs.distinguish(mine)
-    assert [r.arm for r in mine] == [
-        "kronecker",
-        "kronecker[wte_rank=16]",
-        "kronecker[wte_lr_mult=4.0, wte_norm=rms]",
-        "bpe_untied[wte_init_rms=1.0]",
-        "kronecker_rank16[wte_rank=0]",
-        "bpe_tied",
-    ]
+    assert [r.arm for r in mine] == list(names.values())
 
 
 def test_what_a_recipe_sets_for_all_makes_no_arm_of_its_own():

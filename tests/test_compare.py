@@ -21,9 +21,8 @@ def test_command_writes_everything_and_page_stands_alone(runs_dir, capsys):
     folder = runs_dir / "compare"
     assert json.loads((folder / "comparison.json").read_text())["arms"] == list(LOSSES)
     assert "+0.1333" in (folder / "comparison.md").read_text()
-    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG" and (
-        folder / "curves.svg"
-    ).stat().st_size > 5000
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "curves.svg").stat().st_size > 5000
     page = (folder / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 3 and "+0.1333" in page and "Toy scale" in page
     resources = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|(@import)', page)
@@ -35,15 +34,8 @@ def test_command_writes_everything_and_page_stands_alone(runs_dir, capsys):
 
 def test_command_errors_are_one_sentence(tmp_path, runs_dir):
     (tmp_path / "empty").mkdir()
-    for argv in (
-        ["nowhere"],
-        [str(tmp_path / "empty")],
-        [str(runs_dir), "--baseline", "x"],
-        ["--wandb", "x"],
-        [],
-        ["x", "--wandb", "a/b"],
-        ["--basline", "x"],
-    ):
+    mistakes = [["nowhere"], [str(tmp_path / "empty")], [str(runs_dir), "--baseline", "x"], ["--wandb", "x"]]
+    for argv in (*mistakes, [], ["x", "--wandb", "a/b"], ["--basline", "x"]):
         with pytest.raises(SystemExit) as e:
             compare.main(argv)
         assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
@@ -66,9 +58,8 @@ def test_names_of_others_are_shown_as_they_are(tmp_path, capsys):
 
 def test_ctrl_c_and_a_folder_that_is_none_end_in_one_sentence(runs_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        SystemExit, match=r"^error: .*file.*: (something else is in the way|a part of this path is a file)"
-    ):
+    why = "(something else is in the way|a part of this path is a file)"
+    with pytest.raises(SystemExit, match=f"^error: .*file.*: {why}"):
         compare.main([str(runs_dir), "--out", str(tmp_path / "file")])
     assert (tmp_path / "file").read_text() == ""
 

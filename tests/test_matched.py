@@ -56,14 +56,11 @@ def test_check_proves_the_match_and_names_what_differs(recipe, tmp_path, capsys,
     arms = tmp_path / "arms"
     arms.mkdir()
     (arms / "bpe_tied.py").write_text("arm = 'bpe_tied'\n")
-    (arms / "kronecker.py").write_text(
-        "arm, wte, tie_weights = 'kronecker', 'kronecker', False\nlearning_rate = 0.5\n"
-    )
+    keys = "arm, wte, tie_weights = 'kronecker', 'kronecker', False\nlearning_rate = 0.5\n"
+    (arms / "kronecker.py").write_text(keys)
     monkeypatch.setattr(matched.experiment, "ARMS", arms)
-    with pytest.raises(
-        RunError,
-        match=r"do not match: learning_rate differs between bpe_tied, seed 1 \(0.003\) and kronecker, seed 1",
-    ):
+    differs = r"learning_rate differs between bpe_tied, seed 1 \(0.003\) and kronecker, seed 1"
+    with pytest.raises(RunError, match=f"do not match: {differs}"):
         matched.main(args)
 
 
@@ -92,14 +89,9 @@ def test_interrupted_it_saves_and_goes_on(recipe, tmp_path):
     assert "the same command goes on from there" in out
     assert not is_finished(tmp_path / "cut" / "bpe_tied_s1", 1500)
     for out_dir in ("cut", "whole"):
-        again = subprocess.run(
-            [*command, f"--out={tmp_path / out_dir}"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert again.returncode == 0, again.stderr
+        again = [*command, f"--out={tmp_path / out_dir}"]
+        done = subprocess.run(again, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     last = [read_metrics(tmp_path / d / "bpe_tied_s1")[-1] for d in ("cut", "whole")]
     assert last[0]["val/loss"] == last[1]["val/loss"]
     assert "resuming" in (tmp_path / "cut" / "bpe_tied_s1" / "train.log").read_text()
@@ -126,10 +118,8 @@ def test_each_run_trains_on_gpus_of_its_own(recipe, tmp_path, monkeypatch):
         args = [f"--out={out}", "--arms=bpe_tied,kronecker", "--seeds=1,2,3", f"--gpus_per_run={n}"]
         assert matched.main([recipe(device="cuda"), *args]) == 0
         assert {path.read_text() for path in out.rglob("gpus")} == groups
-    for word, words in (
-        ("--gpus_per_run=5", "more than the 4 here"),
-        ("--device=cuda:1", "CUDA_VISIBLE_DEVICES"),
-    ):
+    refused = {"--gpus_per_run=5": "more than the 4 here", "--device=cuda:1": "CUDA_VISIBLE_DEVICES"}
+    for word, words in refused.items():
         with pytest.raises((RunError, SystemExit), match=words):
             matched.main([recipe(device="cuda"), f"--out={tmp_path / 'none'}", word])
 
@@ -180,12 +170,7 @@ def test_a_file_that_would_make_the_label_lie_is_refused_too(recipe, tmp_path):
 
 
 def test_check_without_data_is_one_error(recipe, tmp_path):
-    args = [
-        recipe(data_dir=str(tmp_path / "none")),
-        f"--out={tmp_path / 'out'}",
-        "--arms=bpe_tied",
-        "--check",
-    ]
+    args = [recipe(data_dir=str(tmp_path / "none")), f"--out={tmp_path / 'out'}", "--arms=bpe_tied"]
     with pytest.raises(RunError) as e:
-        matched.main(args)
+        matched.main([*args, "--check"])
     assert "error:" not in str(e.value) and "prepare a data set" in str(e.value)

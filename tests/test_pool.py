@@ -1,5 +1,6 @@
 """scripts/pool.py: jobs side by side, watched, and how each of them ends."""
 
+import itertools
 import json
 import os
 import signal
@@ -57,9 +58,8 @@ def job(tmp_path):
 
     def make(name: str, *how: str, n: int = 6) -> pool.Job:
         out_dir = tmp_path / name
-        return pool.Job(
-            name, [sys.executable, str(tmp_path / "child.py"), str(out_dir), str(n), *how], out_dir, n
-        )
+        command = (sys.executable, str(tmp_path / "child.py"), str(out_dir), str(n), *how)
+        return pool.Job(name, command, out_dir, n)
 
     return make
 
@@ -88,14 +88,10 @@ def test_each_job_gets_devices_of_its_own_and_none_starts_without(job, capsys):
     assert {given(j)["OMP_NUM_THREADS"] for j in jobs} == {"3"}
     assert {given(j)["nice"] for j in jobs} == {os.nice(0) + 7}
     # never two at a time on the same devices: by the times of their first and last words
-    for one in jobs:
-        for two in jobs:
-            if one != two and given(one) == given(two):
-                spans = [
-                    [(j.out_dir / f).stat().st_mtime for f in ("given.json", "metrics.jsonl")]
-                    for j in (one, two)
-                ]
-                assert spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]
+    span = {j: [(j.out_dir / f).stat().st_mtime for f in ("given.json", "metrics.jsonl")] for j in jobs}
+    for one, two in itertools.combinations(jobs, 2):
+        if given(one) == given(two):
+            assert span[one][1] <= span[two][0] or span[two][1] <= span[one][0]
     assert "run 5 of 5 e: val loss 4.5000" in capsys.readouterr().out
     # what is finished is left alone
     assert pool.run(jobs, pool.Local(slots)) == 0
@@ -152,9 +148,8 @@ def parent(tmp_path, job):
     """A pool of two long jobs in a process of its own, and their folders."""
     job("unused")
     code = PARENT.format(root=str(ROOT), child=str(tmp_path / "child.py"), out=str(tmp_path))
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], **pipes)
     folders = [tmp_path / n for n in ("a", "b")]
     for folder in folders:
         wait_for(folder / "metrics.jsonl", '"iter": 2', seconds=180)
@@ -197,9 +192,8 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(job, tmp_path, capsys):
     assert pool.run([bad, job("good")], pool.Local([()])) == 1
     out, err = capsys.readouterr()
     assert "good: val loss" in out
-    assert err == (
-        f"error: bad failed: {bad.out_dir}: a part of this path is a file, not a folder: choose another path\n"
-    )
+    why = "a part of this path is a file, not a folder: choose another path"
+    assert err == f"error: bad failed: {bad.out_dir}: {why}\n"
 
 
 def test_a_full_disk_costs_the_runs_on_it_alone(job, small_disk, capsys):
