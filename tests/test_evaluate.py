@@ -23,9 +23,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(argv) -> dict:
+def run(out, limit, tasks, *runs, more=()) -> dict:
+    """What the command writes below out, figures and items."""
+    argv = ["--runs", *runs, "--tasks", tasks, "--limit", limit, "--out", out, *more]
     evaluate.main(list(map(str, argv)))
-    out = argv[argv.index("--out") + 1]
     found = json.loads((out / "compare" / "probes" / "evaluation.json").read_text())
     items = json.loads((out / "compare" / "probes" / "evaluation_items.json").read_text())
     return found | {"by_item": {(x["arm"], x["seed"]): x["tasks"] for x in items}}
@@ -36,23 +37,12 @@ def looked(gpt2_runs, tmp_path_factory):
     """50 items of two tasks on four runs and on one of them exported as a plain GPT-2."""
     out = tmp_path_factory.mktemp("evaluated")
     export_hf.export(gpt2_runs / "kronecker_s1", out / "exported")
-    argv = [
-        "--runs",
-        gpt2_runs,
-        out / "exported",
-        "--tasks",
-        "hellaswag,lambada",
-        "--limit",
-        "50",
-        "--out",
-        out,
-    ]
-    return out, run(argv)
+    return out, run(out, 50, "hellaswag,lambada", gpt2_runs, out / "exported")
 
 
 def plain_loop(model, tokenizer, task: str, variant: str) -> dict:
     """Every 50th part of a task's file, an item at a time, a request at a time, whole logits, no padding."""
-    path = evaluate.tasks_folder() / task / variant / "requests.jsonl.gz"
+    path = evaluate.find_task(f"{task}/{variant}") / "requests.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         requests = [r for r in map(json.loads, lines) if r["doc_id"] < 10**6]
     documents = sorted({r["doc_id"] for r in requests})
@@ -95,9 +85,8 @@ def test_fifty_items_against_a_plain_loop(looked, gpt2_runs):
                 assert got["acc"] == [x[0] for x in expected.values()]
                 assert got["acc_norm"] == [x[1] for x in expected.values()]
                 np.testing.assert_allclose(got["bpb"], [x[2] for x in expected.values()], rtol=2e-4)
-    assert (
-        sum(got["acc"]) < 50 and found["by_item"]["kronecker", 1]["hellaswag"]["cut"] > 0
-    )  # block_size is 128
+    assert sum(got["acc"]) < 50
+    assert found["by_item"]["kronecker", 1]["hellaswag"]["cut"] > 0  # block_size is 128
 
 
 def test_arms_are_paired_by_item_and_seed(looked):
@@ -137,10 +126,7 @@ def test_what_is_written(looked, capsys):
     out, found = looked
     made = found["provenance"]
     assert all(made[k] for k in ("command", "machine", "date")) and "commit" in made
-    assert [t["chance"] for t in found["tasks"]] == [0.25, 0.0] and [t["of"] for t in found["tasks"]] == [
-        10042,
-        5153,
-    ]
+    assert [(t["chance"], t["of"]) for t in found["tasks"]] == [(0.25, 10042), (0.0, 5153)]
     text = (out / "compare" / "probes" / "evaluation.md").read_text()
     assert "hellaswag" in text and "McNemar" in text and made["date"] in text
     assert (out / "compare" / "probes" / "evaluation.png").stat().st_size > 5000
@@ -148,15 +134,8 @@ def test_what_is_written(looked, capsys):
 
 
 def test_every_task_is_read_without_its_unconditional_twins():
-    sizes = {
-        "hellaswag": 10042,
-        "lambada": 5153,
-        "piqa": 1838,
-        "arc_easy": 570,
-        "winogrande": 1267,
-        "sciq": 1000,
-    }
-    for name, n in (sizes | {"boolq": 3270, "openbookqa/rc_5shot": 500}).items():
+    sizes = {"hellaswag": 10042, "lambada": 5153, "piqa": 1838, "arc_easy": 570, "winogrande": 1267}
+    for name, n in (sizes | {"sciq": 1000, "boolq": 3270, "openbookqa/rc_5shot": 500}).items():
         task = evaluate.read_task(name)
         assert len(task["items"]) == task["of"] == n
         assert all(0 <= i["gold"] < len(i["choices"]) for i in task["items"])
@@ -189,27 +168,14 @@ def test_scores_do_not_depend_on_the_batch(gpt2_runs):
 
 def test_nanogpts_checkpoint_is_the_same_model(gpt2_runs, tmp_path):
     model, _, _ = load_run(gpt2_runs / "bpe_tied_s1")
-    shape = {
-        k: getattr(model.config, k)
-        for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
-    }
+    keys = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+    shape = {k: getattr(model.config, k) for k in keys}
     weights = model.state_dict() | {"lm_head.weight": model.transformer.wte.weight}
     weights = {f"_orig_mod.{k}": v for k, v in weights.items()}
     file = tmp_path / "theirs" / "ckpt.pt"
     file.parent.mkdir()
     torch.save({"model": weights, "model_args": shape}, file)
-    argv = [
-        "--runs",
-        gpt2_runs / "bpe_tied_s1",
-        file,
-        "--tasks",
-        "sciq",
-        "--limit",
-        "5",
-        "--out",
-        tmp_path / "out",
-    ]
-    items = run(argv)["by_item"]
+    items = run(tmp_path / "out", 5, "sciq", gpt2_runs / "bpe_tied_s1", file)["by_item"]
     assert items["theirs", None]["sciq"] == items["bpe_tied", 1]["sciq"]
 
 
@@ -218,9 +184,7 @@ def test_wandb_gets_the_figures(gpt2_runs, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     out = tmp_path / "out"
-    found = run(
-        ["--runs", gpt2_runs / "kronecker_s1", "--tasks", "piqa", "--limit", "2", "--wandb", "--out", out]
-    )
+    found = run(out, 2, "piqa", gpt2_runs / "kronecker_s1", more=["--wandb"])
     (folder,) = (out / "wandb").glob("offline-run-*")
     read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     lines = subprocess.run(read, capture_output=True, text=True, check=True).stdout.splitlines()

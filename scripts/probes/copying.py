@@ -120,7 +120,6 @@ def compare(by_run: dict, mine: tuple[str, str], other: tuple[str, str]) -> dict
 
 
 def make_tables(by_run: dict, comparisons: list[dict]) -> list[Table]:
-    """What the first mention saves, and by how much more in one arm than in another."""
     rows = []
     for (condition, name), arm in product(CONDITIONS.items(), by_run):
         if mine := [x[condition] for x in by_run[arm].values() if condition in x]:
@@ -147,7 +146,6 @@ def make_tables(by_run: dict, comparisons: list[dict]) -> list[Table]:
 
 
 def draw(by_run: dict):
-    """What is saved and what the second mention costs, by kind of word."""
     panels = []
     for key, what in (("saved", "Saved by the first mention"), ("again", "Second mention")):
         of = {

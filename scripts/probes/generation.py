@@ -31,7 +31,7 @@ import torch
 from data.records import Record, read_record
 from engine.errors import RunError
 from engine.prompts import SLOT, parse_prompt
-from scripts.analysis import figures, report
+from scripts.analysis import figures
 from scripts.analysis.report import Table
 from scripts.arguments import number, whole
 from scripts.probes import common
@@ -72,9 +72,9 @@ def read_prompts(path: Path) -> tuple[list[dict], dict]:
     are {condition: {arm: {rate: mean}}}.
     """
     content = read_record(path, Prompts, "prompts")
-    ours, published = content.prompts or [], content.results or [] if content.prompts is None else []
-    texts = {(p.prompt_id, c): text for p in ours for c in CONDITIONS if (text := getattr(p, c))}
-    for r in published:
+    ours, published = content.prompts, content.results if content.prompts is None else None
+    texts = {(p.prompt_id, c): text for p in ours or () for c in CONDITIONS if (text := getattr(p, c))}
+    for r in published or ():
         text, target = r.prompt_text, r.oov_target
         if r.condition == "forced_oov" and target:  # the word stands in the text, in any case
             text = re.sub(re.escape(target), "{{" + target + "}}", text, count=1, flags=re.IGNORECASE)
@@ -96,14 +96,13 @@ def read_prompts(path: Path) -> tuple[list[dict], dict]:
             "targets": targets,
             "oov_target": slots[0] if slots else None,
         }
-    judged = {}
-    for r in published:
+    judged, rates = {}, {}
+    for r in published or ():
         found = judge(prompts[r.prompt_id, r.condition]["targets"], r.completion)
-        judged.setdefault(r.condition, {}).setdefault(r.arm, []).append([found[k] for k in RATES])
-    return list(prompts.values()), {
-        condition: {arm: dict(zip(RATES, np.mean(of, 0).tolist(), strict=True)) for arm, of in by_arm.items()}
-        for condition, by_arm in judged.items()
-    }
+        judged.setdefault((r.condition, r.arm), []).append(list(found.values()))
+    for (condition, arm), of in judged.items():
+        rates.setdefault(condition, {})[arm] = dict(zip(RATES, np.mean(of, 0).tolist(), strict=True))
+    return list(prompts.values()), rates
 
 
 def changed_words(mine: str, other: str) -> list[str]:
@@ -115,15 +114,12 @@ def changed_words(mine: str, other: str) -> list[str]:
 def judge(targets: list[str], completion: str) -> dict[str, bool]:
     """Does a target come back whole, or at least in part, and does some word come back five times or more?"""
     low = completion.lower()
-    whole = any(t.lower() in low for t in targets)
-    part = any(longest_common(t.lower(), low) >= max(4, math.ceil(0.6 * len(t))) for t in targets)
+    whole, part = any(t.lower() in low for t in targets), False
+    for t in targets:
+        common_part = SequenceMatcher(None, t.lower(), low, autojunk=False).find_longest_match()
+        part |= common_part.size >= max(4, math.ceil(0.6 * len(t)))
     often = max(Counter(completion.split()).values(), default=0)
     return {"echo": whole, "partial_echo": whole or part, "gibberish_flag": often >= 5}
-
-
-def longest_common(a: str, b: str) -> int:
-    """Length of the longest substring that two strings share."""
-    return SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
 
 
 @torch.no_grad()
@@ -192,7 +188,6 @@ def rates(by_run: dict, baseline: str) -> dict:
 
 
 def make_tables(found: dict, baseline: str, published: dict, n: int) -> list[Table]:
-    """Echo and gibberish in per cent, by condition and arm."""
     rows = []
     for condition, by_rate in found.items():
         for arm, partial in by_rate["partial_echo"].items():
@@ -210,33 +205,25 @@ def make_tables(found: dict, baseline: str, published: dict, n: int) -> list[Tab
     return [Table(title, [*header, f"partial less {baseline}'s"], rows, left=2, note=note)]
 
 
-def draw(found: dict, arms: list[str]):
-    """Echo and gibberish as bars by condition, seeds as points."""
-    titles = {"partial_echo": "Echo, whole or in part (%)", "gibberish_flag": "Gibberish (%)"}
-    figure, axes = figures.plt.subplots(1, 2, figsize=(10.0, 3.6))
-    for ax, (key, title) in zip(axes, titles.items(), strict=True):
-        for k, arm in enumerate(arms):
-            x = np.arange(len(found)) + 0.8 / len(arms) * (k - (len(arms) - 1) / 2)
-            entries = [by_rate[key][arm] for by_rate in found.values()]
-            style = {"color": report.arm_style(arm, arms)["color"], "label": figures.label(arm)}
-            ax.bar(x, [100 * e["mean"] for e in entries], 0.74 / len(arms), **style)
-            for at, e in zip(x, entries, strict=True):
-                points = [100 * v for v in e["by_seed"].values()]
-                ax.plot([at] * len(points), points, ".", color=report.INK, markersize=4)
-        ax.set_xticks(range(len(found)), [c.replace("_", " ") for c in found])
-        ax.grid(axis="x", visible=False)
-        ax.set_title(title)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
+def draw(found: dict, arms):
+    panels = []
+    for key, title in (("partial_echo", "Echo, whole or in part (%)"), ("gibberish_flag", "Gibberish (%)")):
+        of = {a: [[100 * v for v in by[key][a]["by_seed"].values()] for by in found.values()] for a in arms}
+        panels.append((title, of))
+    figure = figures.dot_figure([c.replace("_", " ") for c in found], panels)
+    for ax in figure.axes:
+        ax.set_xlim(-1, max(5, ax.get_xlim()[1]))  # where nothing comes back, 0 is the left end all the same
     return figure
 
 
 def examples(by_run: dict) -> list[dict]:
     """A few continuations as blocks of the page: the first run of each arm, the first sample."""
-    shown = [r for mine in by_run.values() for r in mine[min(mine)] if r["sample"] == 0]
-    with_slot = [r["prompt_id"] for r in shown if r["condition"] == "forced_oov"]
-    wanted = sorted(set(with_slot or [r["prompt_id"] for r in shown]))[:4]
-    shown = [r for r in shown if r["prompt_id"] in wanted]
-    shown.sort(key=lambda r: (r["prompt_id"], CONDITIONS.index(r["condition"])))
+    firsts = [r for mine in by_run.values() for r in mine[min(mine)] if r["sample"] == 0]
+    with_slot = {r["prompt_id"] for r in firsts if r["condition"] == "forced_oov"}
+    wanted = sorted(with_slot or {r["prompt_id"] for r in firsts})[:4]
+    shown = [
+        r for n in wanted for c in CONDITIONS for r in firsts if (r["prompt_id"], r["condition"]) == (n, c)
+    ]
     quotes = [
         [f"{r['prompt_text']} ({r['condition'].replace('_', ' ')}, {r['arm']})", r["completion"]]
         for r in shown
@@ -273,8 +260,7 @@ def probe(args) -> common.Finding:
     return common.Finding(
         "generation_published" if published else "generation",
         "Generation" + (", the paper's prompts" if published else ""), 30 + bool(published), result, {},
-        make_tables(found, baseline, published, n), draw(found, list(by_run)),
-        "Bars: mean over seeds of sampled continuations; points: seeds.",
+        make_tables(found, baseline, published, n), draw(found, by_run), common.POINTS,
         "Does a misspelled or made-up word of the prompt come back in what the model writes?",
         examples(by_run),
     )  # fmt: skip

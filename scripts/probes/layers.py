@@ -72,11 +72,7 @@ def read_families(path: Path) -> tuple[list[dict], dict]:
     content = read_record(path, dict[str, object], "word families")
     if "families" in content:
         return validated(content, Families, str(path), "word families").model_dump()["families"], {}
-    arms = {
-        arm: validated(x, PublishedArm, f"{path}, {arm}", "published results")
-        for arm, x in content.items()
-        if isinstance(x, dict) and "probes" in x
-    }
+    arms = common.published_arms(path, content, PublishedArm)
     if not arms:
         raise RunError(f"{path} holds neither 'families' nor published 'probes'")
     families = [
@@ -196,7 +192,6 @@ def aggregate(probes: dict) -> dict:
 
 
 def make_tables(by_run: dict, levels: list[str], baseline: str, published: dict) -> list[Table]:
-    """Scores over all probes and over those that are one token, and the sanity checks."""
     runs = [r for mine in by_run.values() for r in mine.values()]
     n, n_whole = (runs[0][k] for k in ("all_probes", "whole_probes"))
     kinds = {"overall_aggregate": f"all {n} probes"}
@@ -240,7 +235,6 @@ def sanity_table(by_run: dict, levels: list[str]) -> Table:
 
 
 def draw(by_run: dict, levels: list[str]):
-    """The three scores by level, an arm a line."""
     titles = {"L": "Loose (%)", "M": "Root-substring (%)", "S": "Strict (%)"}
     figure, axes = figures.plt.subplots(1, 3, figsize=(11.0, 3.4), sharey=False)
     for ax, (score, title) in zip(axes, titles.items(), strict=True):

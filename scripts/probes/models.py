@@ -202,7 +202,6 @@ def figure_cell(value: float | None, form: str = "{:+.3f}") -> str:
 
 
 def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Table]:
-    """Families and neighbours, fall-off with edit distance, agreement of models, strings without a token."""
     near, by_distance = [], []
     for name, members in groups.items():
         for kind in SPACES:
@@ -239,7 +238,6 @@ def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Ta
 
 
 def draw(results: list[dict], groups: dict):
-    """What lies nearest, and the fall-off with edit distance."""
     size = (10.5, 0.5 * len(groups) + 3.4)
     figure, (left, right) = figures.plt.subplots(1, 2, figsize=size, width_ratios=[1.1, 1])
 

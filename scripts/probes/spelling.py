@@ -207,7 +207,6 @@ def stratified(by_run: dict, pairs: list[dict], comparisons: list[dict]) -> list
 
 
 def main_table(by_run: dict, untrained: dict, result: dict, what: str, shown: list[str]) -> Table:
-    """Arms, their untrained twins and what was published, a row each."""
     rows = []
     for label, source in (("", by_run), (", untrained", untrained)):
         for arm, mine in source.items():
@@ -238,7 +237,6 @@ def main_table(by_run: dict, untrained: dict, result: dict, what: str, shown: li
 
 
 def comparison_tables(comparisons: list[dict]) -> list[Table]:
-    """One arm over another on the same prompts, and what so many prompts could have shown."""
     if not comparisons:
         return []
     if "cost_difference" in comparisons[0]:
@@ -274,7 +272,6 @@ def comparison_tables(comparisons: list[dict]) -> list[Table]:
 
 
 def kind_tables(strata: list[dict]) -> list[Table]:
-    """Arms by category or stratum, and the differences of their costs."""
     arms, over = list(strata[0]["arms"]), list(strata[0]["over"])
     last, form, name = "mean_kl", ".2f", "KL"
     if "mean_bpb_cost" in strata[0]["arms"][arms[0]]:

@@ -110,7 +110,9 @@ def make_tables(by_run: dict, levels: list[str]) -> list[Table]:
     note = f"Mean ± SD over seeds; {counted}. separation: kin less alike in bytes."
     header = ["arm", "level", *KINDS.values(), "separation"]
     tables = [Table("Cosine of word pairs, centred, by level", header, rows, left=2, note=note)]
-    return [*tables, Table("The paper's two examples", ["pair", "arm", *levels], examples, left=2)]
+    if examples:
+        tables.append(Table("The paper's two examples", ["pair", "arm", *levels], examples, left=2))
+    return tables
 
 
 def draw(by_run: dict, levels: list[str]):

@@ -9,12 +9,17 @@ from typing import Annotated
 from pydantic import Field
 from rapidfuzz.distance import OSA, Hamming
 
-from data.records import Record, read_record, validated
+from data.records import Record, read_record
 from data.shards import find_shards, open_shard
 from data.sources import check_files, local_blocks, read_block
 from engine.errors import RunError
 from scripts.probes import common
 
+LISTS = {  # package and file in it
+    "codespell": ("codespell_lib", "data/dictionary.txt"),
+    "nlpaug": ("nlpaug", "res/word/spelling/spelling_en.txt"),
+}
+SOURCES = (*LISTS, "keyboard")
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 EDITS = ("insert", "delete", "substitute", "transpose")
 WORD = re.compile(r"[a-z]{4,14}")
@@ -23,33 +28,20 @@ AFTER = 8  # words of the continuation
 MOST_TEXT = 20_000_000  # characters of --text
 
 
-def codespell() -> dict[str, list[str]]:
-    """{word: misspellings} where codespell's dictionary of real mistakes knows one right word alone."""
-    path = common.installed("codespell_lib", "data/dictionary.txt", "codespell")
-    entries = (line.partition("->") for line in path.read_text(encoding="utf-8").split("\n"))
-    return gather((word, wrong) for wrong, _, word in entries if "," not in word)
-
-
-def nlpaug() -> dict[str, list[str]]:
-    """{word: misspellings} of nlpaug's list, which was collected from people's writing."""
-    path = common.installed("nlpaug", "res/word/spelling/spelling_en.txt", "nlpaug")
-    lines = map(str.split, path.read_text(encoding="utf-8").split("\n"))
-    return gather((line[0], wrong) for line in lines for wrong in line[1:])
-
-
-def gather(pairs) -> dict[str, list[str]]:
-    """Both in small letters; what is itself a word of the list is a mistake of another kind, and left out."""
-    pairs = list(dict.fromkeys((word.strip(), wrong.strip()) for word, wrong in pairs))
-    words = {word.lower() for word, _ in pairs}
-    found: dict[str, list[str]] = {}
-    for word, wrong in pairs:
+def misspellings(source: str) -> dict[str, list[str]]:
+    """{word: how people misspell it} of a list, in small letters; what is itself a right word of it is left out."""
+    lines = common.installed(*LISTS[source], source).read_text(encoding="utf-8").split("\n")
+    if source == "codespell":  # WRONG->RIGHT, where only one word can be meant
+        pairs = [(word, wrong) for wrong, _, word in (x.partition("->") for x in lines) if "," not in word]
+    else:  # RIGHT WRONG WRONG ...
+        pairs = [
+            (word, wrong) for word, *others in map(str.split, filter(str.strip, lines)) for wrong in others
+        ]
+    words, found = {word.strip().lower() for word, _ in pairs}, {}
+    for word, wrong in dict.fromkeys((word.strip(), wrong.strip()) for word, wrong in pairs):
         if WORD.fullmatch(word) and re.fullmatch("[a-z]+", wrong) and wrong not in words:
             found.setdefault(word, []).append(wrong)
     return found
-
-
-LISTS = {"codespell": codespell, "nlpaug": nlpaug}
-SOURCES = (*LISTS, "keyboard")
 
 
 def slip(word: str, edit: str, rng: random.Random) -> str:
@@ -112,11 +104,9 @@ class PublishedArm(Record):
 def read_pairs(path: Path) -> tuple[list[dict], dict]:
     """(pairs, published figures or {}): our own file, or the paper's results, which hold both."""
     content = read_record(path, TypoPairs, "typo pairs").model_dump()
-    parts = {"agg", "per_prompt"}
-    published = {a: x for a, x in content.items() if isinstance(x, dict) and parts <= x.keys()}
-    for arm, x in published.items():
-        validated(x, PublishedArm, f"{path}, {arm}", "published results")
-    return content["prompt_pairs"], published
+    return content["prompt_pairs"], {
+        a: content[a] for a in common.published_arms(path, content, PublishedArm)
+    }
 
 
 def draw_pairs(text: str, n: int, seed: int, sources=SOURCES) -> list[dict]:
@@ -133,7 +123,7 @@ def draw_pairs(text: str, n: int, seed: int, sources=SOURCES) -> list[dict]:
     used: set[int] = set()
     pairs = []
     for number, source in enumerate(sources):
-        known = LISTS[source]() if source in LISTS else None
+        known = misspellings(source) if source in LISTS else None
         classes: dict[str, list[int]] = {name: [] for name in FREQUENCIES}
         for i in range(16, len(words) - AFTER - 5):
             if WORD.fullmatch(words[i]) and (known is None or words[i] in known):
