@@ -142,15 +142,17 @@ def compare_arms(by_run: dict, arm: str, over: str, seed: int) -> dict | None:
     seeds = [s for s in by_run[arm] if s in by_run[over]]
     if not seeds:
         return None
-    kept, other_kept = (columns(by_run, a, seeds, "top1_matches") for a in (arm, over))
-    kl, other_kl = (columns(by_run, a, seeds, "kl_clean_to_typo") for a in (arm, over))
+
+    def both(key: str) -> list[np.ndarray]:
+        return [columns(by_run, a, seeds, key) for a in (arm, over)]
+
+    def detectable(differences) -> float | None:
+        return stats.detectable_mean(float(differences.std(ddof=1)), n) if n > 1 else None
+
+    (kept, other_kept), (kl, other_kl) = both("top1_matches"), both("kl_clean_to_typo")
     of = np.array([r["category"] for r in by_run[arm][seeds[0]]])
     won = [bool(kept[:, of == c].mean() >= other_kept[:, of == c].mean()) for c in dict.fromkeys(of)]
     n, discordant = kept.shape[1], float((kept != other_kept).mean())
-
-    def detectable(differences):
-        return stats.detectable_mean(float(differences.std(ddof=1)), n) if n > 1 else None
-
     found = {
         "arm": arm,
         "over": over,
@@ -171,7 +173,7 @@ def compare_arms(by_run: dict, arm: str, over: str, seed: int) -> dict | None:
         },
     }
     if "bpb_cost" in by_run[arm][seeds[0]][0]:
-        cost = columns(by_run, arm, seeds, "bpb_cost") - columns(by_run, over, seeds, "bpb_cost")
+        cost = np.subtract(*both("bpb_cost"))
         found["cost_difference"] = stats.interval(cost.mean(0))
         found["cost_difference_over_seeds"] = stats.interval(cost.mean(1))
         found["power"]["bpb_cost"] = detectable(cost.mean(0))
@@ -239,26 +241,22 @@ def main_table(by_run: dict, untrained: dict, result: dict, what: str, shown: li
 def comparison_tables(comparisons: list[dict]) -> list[Table]:
     if not comparisons:
         return []
-    if "cost_difference" in comparisons[0]:
-        last, how = ["typo's cost, over pairs", "over seeds"], "typo's cost: t, in bits per byte."
-    else:
-        last = ["KL, nats", "KL", "won or tied"]
-        how = "KL: bootstrap over prompts of the seeds' mean; won or tied: categories, on top-1."
-    rows, power = [], []
+    rows, power, continued = [], [], "cost_difference" in comparisons[0]
     for c in comparisons:
-        p = stats.p_cell(c["mcnemar_by_seed"])
-        row = [c["arm"], c["over"], common.interval_cell(c["top1_difference"], 1, 100), p]
-        if "cost_difference" in c:
-            row += [common.interval_cell(c[k], 4) for k in ("cost_difference", "cost_difference_over_seeds")]
+        start, p = [c["arm"], c["over"]], stats.p_cell(c["mcnemar_by_seed"])
+        if continued:
+            last = [common.interval_cell(c[k], 4) for k in ("cost_difference", "cost_difference_over_seeds")]
         else:
             percent = "-" if c["kl_percent"] is None else f"{c['kl_percent']:+.1f}%"
             won = "{} of {}".format(*c["categories_won_or_tied"])
-            row += [common.interval_cell(c["kl_difference"]), percent, won]
-        rows.append(row)
-        w = c["power"]
-        shown = [("top1", 1, 100), ("top1_of_110", 1, 100), ("kl", 3, 1), ("bpb_cost", 4, 1)]
-        least = ["-" if (x := w.get(k)) is None else f"{x * f:.{d}f}" for k, d, f in shown]
-        power.append([c["arm"], c["over"], f"{w['pairs']:,}", f"{100 * w['discordant']:.1f}", *least])
+            last = [common.interval_cell(c["kl_difference"]), percent, won]
+        rows.append([*start, common.interval_cell(c["top1_difference"], 1, 100), p, *last])
+        w, shown = c["power"], {"top1": (1, 100), "top1_of_110": (1, 100), "kl": (3, 1), "bpb_cost": (4, 1)}
+        least = ["-" if (x := w.get(k)) is None else f"{x * f:.{d}f}" for k, (d, f) in shown.items()]
+        power.append([*start, f"{w['pairs']:,}", f"{100 * w['discordant']:.1f}", *least])
+    last = ["typo's cost, over pairs", "over seeds"] if continued else ["KL, nats", "KL", "won or tied"]
+    how = "KL: bootstrap over prompts of the seeds' mean; won or tied: categories, on top-1."
+    how = "typo's cost: t, in bits per byte." if continued else how
     note = "95% intervals. top-1: t over seeds; McNemar: exact, one a seed; " + how
     header = ["arm", "over", "top-1, points", "McNemar p", *last]
     table = Table("One arm over another, on the same prompts", header, rows, left=2, note=note)
