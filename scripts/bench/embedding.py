@@ -45,9 +45,8 @@ SIDES = {
     "embedding": "nn.Embedding",
     "reference": "reference",
 }
-ALONE = [
-    side for side in SIDES if side != "prepared"
-]  # which differs from kronecker only in what went before
+# prepared differs from kronecker only in what went before
+ALONE = [side for side in SIDES if side != "prepared"]
 #            V        d     pos_dim  token counts
 SETTINGS = [
     (4_096, 128, 16, (1_024,)),
@@ -163,11 +162,8 @@ def why_no_reference(n: int, d: int, D: int, device: str, most_flop: float = 2.1
     need, flop, memory = 6 * 4 * n * D / 1e9, 6 * n * D * d, 8.0
     if device.startswith("cuda"):
         memory, most_flop = 0.7e-9 * torch.cuda.get_device_properties(device).total_memory, float("inf")
-    return (
-        f"it needs about {need:.0f} GB and {flop / 1e12:.1f} TFLOP a step"
-        if need > memory or flop > most_flop
-        else ""
-    )
+    fits = need <= memory and flop <= most_flop
+    return "" if fits else f"it needs about {need:.0f} GB and {flop / 1e12:.1f} TFLOP a step"
 
 
 # ---- measuring
@@ -199,34 +195,33 @@ def measured(row: dict) -> dict:
 
 def bench_setting(V: int, d: int, pos_dim: int, counts: tuple, corpus: Corpus, args) -> list[dict]:
     """Rows of one vocabulary and width: each number of tokens, of text and drawn uniformly."""
-    buffers, rows, what = corpus.buffers(V, pos_dim), [], (args.device, getattr(torch, args.dtype))
-    without = {n: why_no_reference(n, d, 256 * pos_dim, args.device) for n in counts}
-    every = [side for side in SIDES if side != "reference" or not all(without.values())]
-    modules = {side: build(side, V, d, pos_dim, buffers, *what) for side in every}
-    kept = modules["prepared"].eval()
-    with torch.no_grad():
-        table_ms, _ = bench.timed(kept.table, args.device)
+    what = (args.device, getattr(torch, args.dtype))
+    buffers, modules, rows = corpus.buffers(V, pos_dim), {}, []
     for n, kind in ((n, kind) for n in counts for kind in ("text", "uniform")):
-        sides = [side for side in every if side != "reference" or not without[n]]
+        why = why_no_reference(n, d, 256 * pos_dim, args.device)
+        sides = [side for side in SIDES if side != "reference" or not why]
+        for side in [s for s in sides if s not in modules]:
+            modules[side] = build(side, V, d, pos_dim, buffers, *what)
         ids = corpus.ids(kind, n, V).to(args.device)
         g, planned = torch.randn(n, d, device=what[0], dtype=what[1]), ids.clone()
-        using = {s: planned if s == "prepared" else ids for s in sides}
         n_rounds = args.rounds * (10 if n * d < 1e6 else 1)
+        kept = modules["prepared"].eval()
         plan_ms = turns({"plan": partial(kept.plan_ahead, planned)}, 5, args.device)["plan"]
-        steps = {s: partial(step, modules[s], using[s], g) for s in sides}
+        steps = {s: partial(step, modules[s], planned if s == "prepared" else ids, g) for s in sides}
+        forwards = {s: partial(forward, modules[s], ids) for s in sides}
         row = {
             "V": V, "d": d, "pos_dim": pos_dim, "tokens": n, "ids": kind, "distinct": len(ids.unique()),
-            "reference_left_out": without[n], "step_ms": turns(steps, n_rounds, args.device),
+            "reference_left_out": why, "step_ms": turns(steps, n_rounds, args.device),
         }  # fmt: skip
         for module in modules.values():
             module.zero_grad(set_to_none=True)
-        forwards = {s: partial(forward, modules[s], ids) for s in sides}
+        with torch.no_grad():
+            table_ms, _ = bench.timed(kept.table, args.device)
         row["forward_ms"] = turns(forwards, n_rounds, args.device)
         row["prepared_ms"] = {"step": float(np.median(plan_ms)), "forward": table_ms}
         if kind == "text" and args.memory:
-            row["peak_bytes"] = {
-                s: peak_memory(s, V, d, pos_dim, n, corpus, args.device) for s in sides if s in ALONE
-            }
+            size = (V, d, pos_dim, n, corpus, args.device)
+            row["peak_bytes"] = {s: peak_memory(s, *size) for s in sides if s in ALONE}
         rows.append(measured(row))
     return rows
 

@@ -98,16 +98,12 @@ def figures(all_ms: list[float], keys: dict, shape: dict, gb: float, device: str
 
 
 def our_keys(shape: dict, work: Path, args) -> dict:
-    cut = {
-        "batch_size": args.batch_size or shape["batch_size"],
-        "gradient_accumulation_steps": args.accumulate,
-    }
-    keys = shape | common(args) | cut | {"eval_tokens": shape["block_size"], "keep_best": False}
-    return (
-        keys
-        | {"data_dir": work / "data" / "bench", "out_dir": work / "ours", "ckpt_interval": -1}
-        | args.keys
-    )
+    keys = shape | common(args) | {
+        "batch_size": args.batch_size or shape["batch_size"], "gradient_accumulation_steps": args.accumulate,
+        "eval_tokens": shape["block_size"], "ckpt_interval": -1, "keep_best": False,
+        "data_dir": work / "data" / "bench", "out_dir": work / "ours",
+    }  # fmt: skip
+    return keys | args.keys
 
 
 def run_ours(side: str, shape: dict, work: Path, args) -> dict:
@@ -144,14 +140,11 @@ def run_nanogpt(shape: dict, work: Path, args) -> dict:
 def run_shares(arm: str, setting: str, work: Path, args) -> dict:
     """Shares of the loop's time: of the demo as its recipe has it, of --steps steps in another setting."""
     keys = our_keys(SETTINGS[setting], work, args)
-    recipe = []
+    command = [sys.executable, Path(__file__).with_name("shares.py")]
     if setting == "demo":
-        recipe, keys = (
-            [ROOT / "config" / "demo.py"],
-            {k: keys[k] for k in ("data_dir", "out_dir", *args.keys)},
-        )
-    script = Path(__file__).with_name("shares.py")
-    text, _, _ = bench.run([sys.executable, script, *recipe, arm_file(arm), *flags(keys)], work, args.left())
+        command.append(ROOT / "config" / "demo.py")
+        keys = {k: keys[k] for k in ("data_dir", "out_dir", *args.keys)}
+    text, _, _ = bench.run([*command, arm_file(arm), *flags(keys)], work, args.left())
     shutil.rmtree(keys["out_dir"])
     return json.loads(text.splitlines()[-1])
 
@@ -195,12 +188,8 @@ def arguments(argv=None):
     add("--shares", action="store_true", help="also say where the time goes")
     add("--batch_size", type=whole(0), default=0, help="micro-batch (0: the setting's)")
     add("--accumulate", type=whole(1), default=1, help="micro-batches a step")
-    add(
-        "--nanogpt-batch",
-        type=whole(0),
-        default=0,
-        help="nanoGPT's micro-batch, in as large a step (0: ours)",
-    )
+    theirs = "nanoGPT's micro-batch, in as large a step (0: ours)"
+    add("--nanogpt-batch", type=whole(0), default=0, help=theirs)
     args, more = parser.parse_known_args(argv)
     if wrong := next((word for word in more if not re.fullmatch(r"--\w+=.+", word)), None):
         parser.error(f"unrecognized argument {wrong}")
