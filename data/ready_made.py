@@ -1,9 +1,7 @@
 """Sets of shards that somebody has put on the hub: downloaded, checked, and described like our own."""
 
 import functools
-import itertools
 import re
-import time
 from pathlib import Path
 
 from data import DataError, files
@@ -12,7 +10,7 @@ from data.identity import read_through
 from data.meta import new_meta, read_meta, totals, write_meta
 from data.progress import say
 from data.shards import is_whole, open_shard
-from data.sources import wait_or_give_up
+from data.sources import retrying
 
 
 def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: int) -> dict:
@@ -26,7 +24,7 @@ def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: 
         if old.get("complete") and old["made"] == made and len(known) == len(old.get("shards", [])):
             say(f"already complete, nothing to do: {len(known)} shards in {out_dir}")
             return old
-        remote = _retrying(lambda: remote_files(repo), min(retries, 2))
+        remote = retrying(lambda: remote_files(repo), min(retries, 2))
         val, train = (
             sorted(name for name in remote if re.fullmatch(rf"\w*_{split}_\d+\.bin", name))
             for split in ("val", "train")
@@ -41,7 +39,7 @@ def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: 
             if record is None:
                 say(f"{number} of {len(wanted)}: {name}")
                 one = functools.partial(fetch_one, repo, name, remote[name], out_dir, tokenizer)
-                record = _retrying(one, retries)
+                record = retrying(one, retries)
             meta["shards"].append(record)
             meta |= {"dtype": open_shard(out_dir / name).dtype.name, **totals(meta["shards"])}
             meta["complete"] = number == len(wanted)
@@ -76,23 +74,12 @@ def fetch_one(repo: str, name: str, sha256: str | None, folder: Path, tokenizer)
         content, documents = read_through(path, tokenizer.eot)
         if sha256 and content.sha256 != sha256:
             raise DataError(f"{path} differs from the hub's copy")
-    except DataError:
-        path.unlink()  # so that the next attempt downloads it again
-        raise
+    except DataError as error:
+        path.unlink()
+        raise OSError(str(error)) from error  # the next attempt downloads it again
     if content.highest >= tokenizer.n_vocab:
-        raise ValueError(
+        raise DataError(
             f"{name} has {content.top()}, which {tokenizer.name} lacks: name the right one with --tokenizer"
         )
     counts = {"tokens": content.tokens, "documents": documents}
     return {"file": name, "split": "val" if "_val_" in name else "train", **counts, "sha256": content.sha256}
-
-
-def _retrying(action, retries: int, wait=time.sleep):
-    """Call until it succeeds, with longer and longer waits; after `retries` failures in a row a DataError."""
-    for failures in itertools.count(1):
-        try:
-            return action()
-        except Exception as error:  # of httpx, requests, huggingface_hub, the operating system
-            if type(error) is ValueError:  # not of a kind of its own: `fetch_one`'s
-                raise DataError(str(error)) from error
-            wait_or_give_up(error, failures, retries, wait)

@@ -19,7 +19,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -359,10 +359,10 @@ def _next_texts(rows: Iterator) -> list:
 def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=time.sleep) -> Iterator[Block]:
     """Blocks of a streamed data set. Position: what its state_dict() gave.
 
-    open_stream: makes the stream anew (a datasets.IterableDataset). After an error it is opened again at the
-    start of the block that was being read, up to `retries` times in a row, with longer and longer waits.
+    open_stream: makes the stream anew (a datasets.IterableDataset); after an error it is opened again at the start of
+    the block that was being read, see `retrying`.
     """
-    failures, answered = 0, position is not None
+    stream, texts, answered = None, None, position is not None
 
     def text_of(row: dict):
         if column not in row:
@@ -371,43 +371,48 @@ def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=t
             )
         return row[column]
 
-    while True:
-        try:
+    def next_block() -> Block:
+        nonlocal stream, texts, position
+        if texts is None:
             stream = open_stream()
             if position is not None:
                 stream.load_state_dict(position)
-            position, texts = stream.state_dict(), map(text_of, stream)
-            while block := _next_texts(texts):
-                yield Block(position, block)
-                position, failures, answered = stream.state_dict(), 0, True
-            return
+        rows, texts = texts or map(text_of, stream), None
+        position = stream.state_dict()
+        block = Block(position, _next_texts(rows))
+        texts = rows  # nothing has failed
+        return block
+
+    # a source that never answered is more likely out of reach than flaky, and each attempt takes long
+    while (block := retrying(next_block, retries if answered else min(retries, 2), wait)).content:
+        yield block
+        answered = True
+
+
+def retrying(action: Callable, retries: int, wait=time.sleep):
+    """What `action` returns, called up to `retries` times more after errors, with longer and longer waits.
+
+    Raises a DataError after the last, at once where another attempt does not help; those of `action` go through.
+    """
+    for failures in itertools.count(1):
+        try:
+            return action()
         except DataError:
             raise
-        except Exception as error:  # of datasets, fsspec, aiohttp, httpx, pyarrow, the operating system
-            if not answered and isinstance(error, ValueError):
-                raise DataError(f"the data set cannot be opened ({in_short(error)})") from error
-            # a source that never answered is more likely out of reach than flaky, and each attempt takes long
-            failures += 1
-            wait_or_give_up(error, failures, retries if answered else min(retries, 2), wait)
-
-
-def in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-
-
-def wait_or_give_up(error: Exception, failures: int, retries: int, wait=time.sleep) -> None:
-    """After the `failures`-th error in a row: wait longer and longer; DataError at once where that cannot help."""
-    problem = in_short(error)
-    if any(name in problem for name in HOPELESS):
-        raise DataError(f"the data set cannot be opened ({problem})") from error
-    if failures > retries:
-        raise DataError(
-            f"the source failed {failures} times in a row ({problem}): check the connection and run the same command "
-            "again"
-        ) from error
-    seconds = min(120, 2 ** (failures - 1))
-    print(f"\n{problem}; trying again in {seconds} s ({failures} of {retries})", file=sys.stderr)
-    wait(seconds)
+        except (
+            Exception
+        ) as error:  # of datasets, fsspec, aiohttp, httpx, pyarrow, the hub, the operating system
+            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            if type(error) is ValueError or any(name in problem for name in HOPELESS):
+                raise DataError(f"the data set cannot be opened ({problem})") from error
+            if failures > retries:
+                raise DataError(
+                    f"the source failed {failures} times in a row ({problem}): check the connection and run the same "
+                    "command again"
+                ) from error
+            seconds = min(120, 2 ** (failures - 1))
+            print(f"\n{problem}; trying again in {seconds} s ({failures} of {retries})", file=sys.stderr)
+            wait(seconds)
 
 
 def hub_stream(dataset: str, name: str | None, split: str, column: str):

@@ -692,7 +692,7 @@ def test_ready_shards_are_fetched_checked_and_resumed(tmp_path, bpe, monkeypatch
     names = sorted(p.name for p in remote.iterdir())
     sha = {n: hashlib.sha256((remote / n).read_bytes()).hexdigest() for n in names}
     monkeypatch.setattr(ready_made, "remote_files", lambda repo: sha | {"README.md": None})
-    monkeypatch.setattr(ready_made._retrying, "__defaults__", (lambda s: None,))
+    monkeypatch.setattr(sources.retrying, "__defaults__", (lambda s: None,))
     downloads = []
 
     def download(repo, name, folder):

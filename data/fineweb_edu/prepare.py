@@ -113,15 +113,11 @@ def prepare(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     with console.sentences():
-        try:
-            if args.pretokenized:
-                tokenizer = load_tokenizer(args.tokenizer)
-                ready_made.fetch(args.pretokenized, args.out_dir, tokenizer, args.max_shards, args.retries)
-            else:
-                prepare(args)
-        except KeyboardInterrupt:
-            print(f"\nwhole shards are kept in {args.out_dir}, the same command goes on from them")
-            raise
+        if args.pretokenized:
+            tokenizer = load_tokenizer(args.tokenizer)
+            ready_made.fetch(args.pretokenized, args.out_dir, tokenizer, args.max_shards, args.retries)
+        else:
+            prepare(args)
 
 
 if __name__ == "__main__":
