@@ -35,9 +35,7 @@ class TrainBatches:
 
     def __init__(self, data_dir, block_size: int, global_batch: int, seed: int):
         if min(block_size, global_batch) < 1:
-            raise DataError(
-                f"block_size {block_size} and global_batch {global_batch} must both be at least 1"
-            )
+            raise DataError(f"block_size {block_size} and global_batch {global_batch} must be at least 1")
         self.block_size, self.global_batch, self.seed = block_size, global_batch, seed
         self._shards = _open_split(data_dir, "train")
         windows = [max(0, (shard.n_tokens - 1) // block_size) for shard in self._shards]
@@ -127,10 +125,8 @@ class _Files:
         # what falls out of the cache closes when nobody reads it any more
         self._file = lru_cache(MAX_OPEN)(lambda shard: open(shards[shard].path, "rb", buffering=0))  # noqa: SIM115
 
-    def read(
-        self, shards: np.ndarray, starts: np.ndarray, block_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows_BxT = np.empty((len(starts), block_size + 1), self._shards[0].dtype)
+    def read(self, shards: np.ndarray, starts: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows_BxT = np.empty((len(starts), length + 1), self._shards[0].dtype)
         for row, shard, start in zip(rows_BxT, shards.tolist(), starts.tolist(), strict=True):
             self._read_into(shard, row, self._shards[shard].offset + start * row.itemsize)
         # astype makes both halves contiguous and their own

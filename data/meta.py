@@ -94,9 +94,7 @@ def read_complete(data_dir) -> dict | None:
     """`read_meta`, with a DataError where the preparation is unfinished: its shards may be of two makings."""
     meta = read_meta(data_dir)
     if meta is not None and not meta.get("complete", True):
-        raise DataError(
-            f"{data_dir} is not finished: run its prepare.py again with the same options, to the end"
-        )
+        raise DataError(f"{data_dir} is not finished: run its prepare.py again with the same options")
     return meta
 
 

@@ -116,9 +116,7 @@ def prepare_shards(
             _make_shards(out_dir, meta, len(shards), limit, encoded, progress)
     except (DataError, OSError, MemoryError) as error:
         kept = f"{len(shards)} whole shard{'' if len(shards) == 1 else 's'} kept in {out_dir}"
-        raise DataError(
-            f"{console.explain(error) or error}; {kept}, for the same command to go on"
-        ) from error
+        raise DataError(f"{console.explain(error) or error}; {kept}; the same command goes on") from error
     if len(shards) < 2 and limit != 1:
         (out_dir / shards[0]["file"]).unlink()  # in the way of a run with another --val-tokens
         (out_dir / META_NAME).unlink()
@@ -144,9 +142,7 @@ def _take_up(out_dir: Path, meta: dict) -> None:
         unknown = [path.name for path in sorted(out_dir.glob("*.bin"))]
         # a run killed between its first shard and its first record leaves just that shard
         if unknown and unknown != [shard_name(meta["dataset"], 0)]:
-            raise DataError(
-                f"{out_dir} holds {unknown[0]} and no meta.json, so it was not made here: take another --out-dir"
-            )
+            raise DataError(f"{out_dir} holds {unknown[0]} but was not made here: take another --out-dir")
         return
     for key in ("dataset", "made", "tokenizer", "vocab_size"):
         if old.get(key) != meta[key]:
@@ -174,9 +170,7 @@ def _difference(old, new) -> str:
     return f"{old!r} there, {new!r} now"[:300]
 
 
-def _make_shards(
-    out_dir: Path, meta: dict, first: int, stop: int | None, encoded, progress: Progress
-) -> None:
+def _make_shards(out_dir: Path, meta: dict, first: int, stop: int | None, encoded, progress) -> None:
     """Make shards first, first + 1, ... up to stop (None: to the end of the source)."""
     shards, made = meta["shards"], meta["made"]
     start = shards[first - 1]["next"] if first else {"position": None, "tokens": 0, "skipped": {}}

@@ -36,9 +36,7 @@ def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
     """Write train.bin (the first 90% of the characters), val.bin and the description; returns the meta."""
     cut = int(len(text) * (1 - VAL_FRACTION))
     if cut == 0:
-        raise DataError(
-            f"a text of {len(text)} characters is too short to split into training and validation"
-        )
+        raise DataError(f"a text of {len(text)} characters is too short for training and validation")
     alphabet = sorted(set(text))
     if characters and len(alphabet) > 2**16:
         raise DataError(f"{len(alphabet):,} different characters do not fit into uint16 tokens")
@@ -66,9 +64,7 @@ def main(argv: list[str] | None, script: str, doc: str, characters: bool) -> Non
     """The command line that the prepare.py of both Shakespeare folders share; without --out_dir it works beside it."""
     parser, here = console.Parser(doc), Path(script).resolve().parent
     parser.add_argument("--input", type=expanded, metavar="FILE", help="any UTF-8 text instead")
-    parser.add_argument(
-        "--out_dir", "--out-dir", type=expanded, default=here, help="where it goes (%(default)s)"
-    )
+    parser.add_argument("--out_dir", "--out-dir", type=expanded, default=here, help="its place (%(default)s)")
     args = parser.parse_args(argv)
     with console.sentences(), folder_lock(args.out_dir):
         text = obtain(args.input, SHAKESPEARE, args.out_dir)

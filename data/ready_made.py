@@ -78,8 +78,6 @@ def fetch_one(repo: str, name: str, sha256: str | None, folder: Path, tokenizer)
         path.unlink()
         raise OSError(str(error)) from error  # the next attempt downloads it again
     if content.highest >= tokenizer.n_vocab:
-        raise DataError(
-            f"{name} has {content.top()}, which {tokenizer.name} lacks: name the right one with --tokenizer"
-        )
+        raise DataError(f"{name} has {content.top()}: name the tokenizer that has it with --tokenizer")
     counts = {"tokens": content.tokens, "documents": documents}
     return {"file": name, "split": "val" if "_val_" in name else "train", **counts, "sha256": content.sha256}

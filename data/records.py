@@ -57,9 +57,7 @@ def read_text(path: Path, what: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except FileNotFoundError:
-        raise DataError(
-            f"there is no {path}, which should be {what}: check the path, or restore it"
-        ) from None
+        raise DataError(f"there is no {path}, which should be {what}: check path, or restore it") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
 

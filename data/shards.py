@@ -110,9 +110,7 @@ def open_shard(path) -> Shard:
             )
         return Shard(path, HEADER_BYTES, count, dtype)
     if magic in {known for known, _ in LAYOUTS}:
-        raise DataError(
-            f"{path} is a token shard of version {version}, which is unknown here; prepare the data again"
-        )
+        raise DataError(f"{path} is a token shard of the unknown version {version}; prepare the data again")
     if re.search(r"_(train|val)_", path.name):
         raise DataError(
             f"{path} has no token-shard header (it starts with {magic}, not 20240520): an interrupted "
@@ -137,9 +135,7 @@ def _open_npy(path: Path) -> Shard:
 def header_bytes(n_tokens: int, dtype) -> bytes:
     """The 1,024 bytes in front of `n_tokens` tokens of a type."""
     if n_tokens > MAX_TOKENS:
-        raise DataError(
-            f"a shard of {n_tokens:,} tokens is over the format's limit of {MAX_TOKENS:,}: make more"
-        )
+        raise DataError(f"a shard of {n_tokens:,} tokens is over the limit of {MAX_TOKENS:,}: make more")
     layout = next((key for key, known in LAYOUTS.items() if known == np.dtype(dtype)), None)
     if layout is None:
         raise DataError(f"tokens must be uint16 or uint32, not {np.dtype(dtype)}")

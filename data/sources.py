@@ -114,9 +114,7 @@ def parsed_json(line: bytes):
         return json.loads(line.decode())
 
 
-def local_blocks(
-    files: list[Path], column: str, position=None, held_out: int = 0, cut: bool = True
-) -> Iterator[Block]:
+def local_blocks(files: list[Path], column: str, position=None, held_out=0, cut=True) -> Iterator[Block]:
     """Blocks of local files, one file after the other. Position: [number of the file, place in it].
 
     held_out: how many of the files, from the first on, are validation text (0: the source does not say).
@@ -128,7 +126,7 @@ def local_blocks(
             pass
         case _:
             raise DataError(
-                f"meta.json goes on from {str(position)[:60]}, which is no place in a file: delete the folder"
+                f"meta.json has {str(position)[:60]}, which is no place in a file: delete the folder"
             )
     for number, path in enumerate(files[first:], first):
         for block in _file_blocks(path, column, place, cut):
@@ -331,7 +329,7 @@ def _parquet_blocks(path: Path, column: str, start: int) -> Iterator[Block]:
         if column not in text:
             there = ", ".join(f"{name} ({kind})" for name, kind in types.items())
             raise DataError(
-                f"{path} has no column {column!r} of text; it has {there}: choose one with --text-column"
+                f"{path} has no column {column!r} of text; it has {there}: choose with --text-column"
             )
         row, groups = 0, list(range(file.metadata.num_row_groups))
         while groups and row + file.metadata.row_group(groups[0]).num_rows <= start:
@@ -367,7 +365,7 @@ def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=t
     def text_of(row: dict):
         if column not in row:
             raise DataError(
-                f"the data set has no column {column!r}; it has {', '.join(row)}: choose with --text-column"
+                f"there is no column {column!r}; it has {', '.join(row)}: choose with --text-column"
             )
         return row[column]
 
@@ -399,9 +397,7 @@ def retrying(action: Callable, retries: int, wait=time.sleep):
             return action()
         except DataError:
             raise
-        except (
-            Exception
-        ) as error:  # of datasets, fsspec, aiohttp, httpx, pyarrow, the hub, the operating system
+        except Exception as error:  # of datasets, fsspec, httpx, pyarrow, the hub, the operating system
             problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             if type(error) is ValueError or any(name in problem for name in HOPELESS):
                 raise DataError(f"the data set cannot be opened ({problem})") from error

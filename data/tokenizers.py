@@ -77,9 +77,7 @@ def _load_by_name(name: str):
     if path.is_dir():
         path = path / FILE_NAME
         if not path.is_file():
-            raise DataError(
-                f"no {FILE_NAME} in {name}: save the tokenizer there in the fast (`tokenizers`) format"
-            )
+            raise DataError(f"no {FILE_NAME} in {name}: save the tokenizer in the fast (`tokenizers`) format")
     if path.is_file():
         return HFTokenizer(path, {"kind": "hf", "name": name, "file": FILE_NAME})
     if path.suffix == ".json" or path.is_absolute() or name.startswith("."):

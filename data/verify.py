@@ -63,9 +63,8 @@ def verify(folder: Path, tokenizer_name: str = "gpt2", say=print) -> list[str]:
             faults.append(f"{path} is not in meta.json, so nothing reads it")
     tokens = documents = 0
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # reading and hashing leave Python's lock
-        checks = threads.map(
-            lambda path: check_shard(path, records.get(path.name, {}), n_vocab, tokenizer.eot), paths
-        )
+        there = [records.get(path.name, {}) for path in paths]
+        checks = threads.map(lambda *shard: check_shard(*shard, n_vocab, tokenizer.eot), paths, there)
         for line, n_tokens, n_documents, wrong in checks:
             say(line)
             faults += wrong

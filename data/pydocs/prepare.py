@@ -135,16 +135,12 @@ def train_tokenizer(texts: list[str], path: Path):
 def prepare(out_dir: Path) -> None:
     """Collect the documents and write tokenizer, shards and description, unless they are there."""
     if is_prepared(out_dir) and (out_dir / FILE_NAME).is_file() and (out_dir / META_NAME).is_file():
-        print(
-            f"{out_dir} is already prepared, nothing to do (delete its *.bin files and meta.json to make it anew)"
-        )
+        print(f"{out_dir} is already prepared, nothing to do (delete *.bin and meta.json to make it anew)")
         return
     documents, counts = collect()
     n_val = round(len(documents) * VAL_FRACTION)
     if n_val < 1 or len(documents) < 100:
-        raise DataError(
-            f"only {len(documents)} docstrings found in this Python: is its library installed as source?"
-        )
+        raise DataError(f"only {len(documents)} docstrings found: is Python's library installed as source?")
     tokenizer = train_tokenizer(documents[n_val:], out_dir / FILE_NAME)
 
     def blocks_from(position: list | None):
