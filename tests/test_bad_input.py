@@ -304,7 +304,7 @@ def test_a_data_shard_that_vanishes_in_the_middle(finished, tiny_flags, tmp_path
         if step == 7:
             for path in (tmp_path / "data").glob("*train*"):
                 path.unlink()
-            self._files._open.clear()
+            self._files._file.cache_clear()
         return plain(self, step, lo, hi)
 
     monkeypatch.setattr(loader.TrainBatches, "rows", rows)
