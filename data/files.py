@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from data import DataError
@@ -16,7 +17,7 @@ def expanded(path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def write_atomic(path, *chunks) -> None:
+def write_atomic(path, chunks: Iterable) -> None:
     """Write byte chunks to `path` through a temporary file beside it, an fsync and a rename."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -35,7 +36,7 @@ def write_atomic(path, *chunks) -> None:
 
 def write_text(path, text: str) -> None:
     """Write text as UTF-8, whole or not at all; half a surrogate pair is written as an escape."""
-    write_atomic(path, text.encode("utf-8", "backslashreplace"))
+    write_atomic(path, [text.encode("utf-8", "backslashreplace")])
 
 
 def write_json(path, value) -> None:

@@ -2,23 +2,29 @@
 
 The stream of tokens is defined by the documents' order alone. Threads encode blocks (the libraries that do it leave
 Python's lock); this one reads them, puts the results in order, and cuts the stream into shards (number 0 has val_tokens,
-or all that the source holds out; the others shard_tokens), each in memory until it is written in one go. After each shard
+or all that the source holds out; the others shard_tokens). After each shard
 meta.json says where the next one starts: the position of a block in the source, and how many of its tokens belong to
 shards before. A killed run is taken up there, so are shards that were lost later.
 """
 
 import contextlib
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
+
+import numpy as np
 
 from data import DataError, console
 from data.encoder import Encoder
+from data.files import write_atomic
 from data.identity import shard_record
 from data.meta import META_NAME, new_meta, read_meta, totals, versions, write_meta
 from data.progress import Progress, say
-from data.shards import MAX_TOKENS, is_whole, write_shard
+from data.shards import MAX_TOKENS, header_bytes, is_whole
 from data.sources import SKIP_REASONS, Block, read_block
 
 CHECK_ONE_IN = 100  # of the documents, beside all of the first block, see data.encoder
@@ -174,15 +180,19 @@ def _make_shards(out_dir: Path, meta: dict, first: int, stop: int | None, encode
     """Make shards first, first + 1, ... up to stop (None: to the end of the source)."""
     shards, made = meta["shards"], meta["made"]
     start = shards[first - 1]["next"] if first else {"position": None, "tokens": 0, "skipped": {}}
-    skip, number, pieces = start["tokens"], first, []
+    skip, number, n_tokens = start["tokens"], first, 0
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     skipped = Counter(dict.fromkeys(SKIP_REASONS, 0) | start["skipped"])  # before the block at hand
 
     def close(following: dict | None) -> bool:
-        """Write and record the shard of which the pieces are here; whether it was the last one wanted."""
-        nonlocal number
+        """Write and record the shard whose tokens wait; whether it was the last one wanted."""
+        nonlocal number, n_tokens
         path = out_dir / shard_name(meta["dataset"], number)
-        write_shard(path, *pieces)
-        pieces.clear()
+        waiting.seek(0)
+        write_atomic(path, chain([header_bytes(n_tokens, dtype)], iter(partial(waiting.read, 1 << 22), b"")))
+        waiting.seek(0)
+        waiting.truncate()
+        n_tokens = 0
         record = shard_record(path, "train" if number else "val", meta["eot"]) | {"next": following}
         if number < len(shards) and shards[number]["sha256"] != record["sha256"]:
             raise DataError(
@@ -194,35 +204,39 @@ def _make_shards(out_dir: Path, meta: dict, first: int, stop: int | None, encode
         number += 1
         return number == stop
 
-    with contextlib.closing(encoded(start["position"])) as stream:
+    # a shard's tokens wait on the disk, in a file without a name, until their number is known: it stands at the front
+    with (
+        tempfile.TemporaryFile(dir=out_dir) as waiting,
+        contextlib.closing(encoded(start["position"])) as stream,
+    ):
         for block, (tokens, block_skipped, documents, characters) in stream:
             used = min(skip, len(tokens))
             skip -= used
             progress.block(block.done, documents, characters, len(tokens) - used)
             here = {"position": block.position, "tokens": 0, "skipped": dict(+skipped)}  # what is not 0
             if number == 0 and made["val_tokens"] is None and block.split == "train":
-                if not pieces:
+                if not n_tokens:
                     raise DataError("the validation text has no document: give another")
                 if close(here):
                     return
             while used < len(tokens):
                 target = made["shard_tokens"] if number else made["val_tokens"] or MAX_TOKENS
-                room = target - sum(map(len, pieces))
-                pieces.append(tokens[used : used + room])
-                used += len(pieces[-1])
-                if len(pieces[-1]) == room and close(here | {"tokens": used}):
+                piece = tokens[used : used + target - n_tokens]
+                waiting.write(np.ascontiguousarray(piece, dtype).data)
+                used, n_tokens = used + len(piece), n_tokens + len(piece)
+                if n_tokens == target and close(here | {"tokens": used}):
                     return
             skipped.update(block_skipped)
-            if not shards and not pieces and sum(skipped.values()) >= 1000:
+            if not shards and not n_tokens and sum(skipped.values()) >= 1000:
                 break  # not one document among the first thousand rows
-    if pieces:
-        close(None)
-    elif not shards:
-        raise DataError(_nothing_found(skipped))
-    elif number == len(shards):  # the source ended exactly with a shard
-        shards[-1]["next"] = None
-    else:
-        raise DataError(f"the source ended before {shards[number]['file']}, so it has changed")
+        if n_tokens:
+            close(None)
+        elif not shards:
+            raise DataError(_nothing_found(skipped))
+        elif number == len(shards):  # the source ended exactly with a shard
+            shards[-1]["next"] = None
+        else:
+            raise DataError(f"the source ended before {shards[number]['file']}, so it has changed")
     meta["skipped"] = dict(skipped)
     _record(out_dir, meta)
 

@@ -23,7 +23,7 @@ def obtain(source: Path | None, url: str, folder: Path) -> str:
     if source is None and not path.is_file():
         try:
             with urllib.request.urlopen(url, timeout=30) as reply:
-                write_atomic(path, reply.read())
+                write_atomic(path, [reply.read()])
         except OSError as error:
             raise DataError(
                 f"cannot download {url} ({getattr(error, 'reason', error)}): get the text some other way and "
@@ -49,11 +49,11 @@ def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
     if characters:
         numbers = {c: i for i, c in enumerate(alphabet)}
         plain = {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": numbers}
-        write_atomic(folder / "meta.pkl", pickle.dumps(plain, protocol=4))
+        write_atomic(folder / "meta.pkl", [pickle.dumps(plain, protocol=4)])
     else:
         (folder / "meta.pkl").unlink(missing_ok=True)
     for split in ids:
-        write_atomic(folder / f"{split}.bin", ids[split].tobytes())
+        write_atomic(folder / f"{split}.bin", [ids[split].tobytes()])
     meta["tokens"] = {split: len(ids[split]) for split in ids}
     meta["shards"] = [shard_record(folder / f"{split}.bin", split) for split in ids]
     write_meta(folder, meta)

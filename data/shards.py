@@ -142,8 +142,7 @@ def header_bytes(n_tokens: int, dtype) -> bytes:
     return struct.pack("<3i", *layout, n_tokens).ljust(HEADER_BYTES, b"\0")
 
 
-def write_shard(path, *pieces: np.ndarray) -> None:
-    """Write (n,) uint16 or uint32 tokens, in one or more pieces, as one shard, whole or not at all."""
-    dtype = pieces[0].dtype.newbyteorder("<")
-    little = (np.ascontiguousarray(tokens, dtype).data for tokens in pieces)
-    write_atomic(path, header_bytes(sum(map(len, pieces)), dtype), *little)
+def write_shard(path, tokens: np.ndarray) -> None:
+    """Write (n,) uint16 or uint32 tokens as one shard, whole or not at all."""
+    dtype = tokens.dtype.newbyteorder("<")
+    write_atomic(path, [header_bytes(len(tokens), dtype), np.ascontiguousarray(tokens, dtype).data])

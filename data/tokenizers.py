@@ -146,7 +146,7 @@ class _Tokenizer:
 
     def save(self, folder) -> None:
         if self._path:
-            write_atomic(Path(folder) / FILE_NAME, self._path.read_bytes())
+            write_atomic(Path(folder) / FILE_NAME, [self._path.read_bytes()])
 
 
 class TiktokenTokenizer(_Tokenizer):

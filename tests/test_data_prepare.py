@@ -10,12 +10,13 @@ import random
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data import DataError, ready_made, sources, verify
+from data import DataError, pipeline, ready_made, sources, verify
 from data.files import folder_lock
 from data.fineweb_edu import prepare as fineweb
 from data.meta import read_meta
@@ -368,6 +369,22 @@ def test_max_shards_stops_and_a_larger_one_goes_on(tmp_path, bpe, small_blocks):
     assert len(make(out, bpe, [path], max_shards=4)["shards"]) == 5
     make(out, bpe, [path])
     assert digests(out) == digests(tmp_path / "all" / "set") and digests(out)["set_val_000000.bin"] == val
+
+
+def test_a_shards_tokens_do_not_pile_up_in_memory(tmp_path, bpe, monkeypatch):
+    made, alive = [], []
+
+    def encode(encoder, texts, *more):
+        tokens = np.full(1000, 7, np.uint16)
+        made.append(weakref.ref(tokens))
+        alive.append(sum(ref() is not None for ref in made))
+        return tokens, 0
+
+    monkeypatch.setattr(pipeline.Encoder, "encode", encode)
+    blocks = [sources.Block(i, ["text"], split="val" if i < 200 else "train") for i in range(400)]
+    meta = make(tmp_path, bpe, [], val=None, shard=10**9, blocks=lambda position: (b for b in blocks))
+    assert meta["tokens"] == {"train": 200_000, "val": 200_000}
+    assert len(alive) == 400 and max(alive) < 20
 
 
 def test_held_out_files_fill_the_validation_shard_and_nothing_else(tmp_path, bpe, small_blocks):

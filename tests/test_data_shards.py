@@ -337,11 +337,11 @@ def test_a_set_remade_over_an_older_one_never_passes_half_made(
     assert is_prepared(tmp_path) and verify.verify(tmp_path, say=lambda line: None) == []
     real, written = plain_text.write_atomic, []
 
-    def dying(path, *chunks):
+    def dying(path, chunks):
         if path.name == "val.bin":
             raise KeyboardInterrupt
         written.append(path.name)
-        real(path, *chunks)
+        real(path, chunks)
 
     monkeypatch.setattr(plain_text, "write_atomic", dying)
     with pytest.raises(KeyboardInterrupt):

@@ -128,7 +128,7 @@ def train_tokenizer(texts: list[str], path: Path):
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainer)
-    write_atomic(path, bpe.to_str(pretty=False).encode())
+    write_atomic(path, [bpe.to_str(pretty=False).encode()])
     return load_tokenizer({"kind": "bytebpe", "name": "pydocs", "file": path.name}, path.parent)
 
 

@@ -102,7 +102,7 @@ def save(figure, base: Path) -> None:
         content = io.BytesIO()
         with plt.rc_context(STYLE):  # text and ids of an SVG are made while it is saved
             figure.savefig(content, format=suffix[1:], **options)
-        write_atomic(base.with_suffix(suffix), content.getvalue())
+        write_atomic(base.with_suffix(suffix), [content.getvalue()])
     plt.close(figure)
 
 

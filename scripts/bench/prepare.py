@@ -128,7 +128,7 @@ def stages(source: Path, packed: list[Path], scratch: Path) -> dict[str, float]:
             spent("checking", encoder.tokenizer.encode, text)
         pieces.append(ids)
         number += 1
-    spent("writing", write_shard, shard, *pieces)
+    spent("writing", lambda: write_shard(shard, np.concatenate(pieces)))
     spent("writing", shard_record, shard, "val", encoder.tokenizer.eot)
     for path in packed:
         with lzma.open(path) as file:
