@@ -11,6 +11,7 @@ from scripts.analysis.report import arm_sort_key, arm_style
 from scripts.analysis.words import SIDES
 
 AXIS = "#8a8f98"
+GAINS = (0.25, 0.5, 1, 2, 4, 8)  # marked on an axis of gains
 FEW = 50  # validation tokens in a bucket of frequency, below which its gain says nothing
 
 
@@ -23,10 +24,10 @@ def draw(c: dict, folder: Path) -> dict[str, str]:
     with plt.rc_context(STYLE):
         for name, make, caption in (
             ("gap", draw_gap, f"Gain over {g['over']}, each arm at its own best setting: mean and 95% interval over seeds, "
-             "none where there is one seed." + dotted),
+             "none where there is one seed. The axis is logarithmic beyond 0.5 either way." + dotted),
             ("learning_rates", draw_tuning, "The tuning: loss by learning rate at each arm's own defaults, by the input side's "
              "multiplier at the best learning rate and scale, and by learning rate once more on larger rungs. Stars: each "
-             f"arm's lowest. {seeds}; what diverged or lies far above is not shown."),
+             f"arm's lowest. {seeds}; what diverged or lies more than 1 nat above the lowest is not shown."),
             ("frequency", draw_frequency, f"Where the gain over {g['over']} sits: by training count of the token read and of "
              "the token predicted, mean over seeds, at the longest length of each rung. The axis is logarithmic beyond 0.5 "
              f"either way; buckets of fewer than {FEW} validation tokens are left out."),
@@ -75,7 +76,8 @@ def draw_tuning(c: dict):
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), squeeze=False)
     for ax, (key, title, mine, choose) in zip(axes[0], panels, strict=True):
-        lowest = []
+        low, high = min(p["loss"] for p in mine), max(p["loss"] for p in mine)
+        top, above = min(low + 1, high + 0.03), []  # far from all optima nothing is read
         for arm in sorted({p["arm"] for p in mine}, key=arm_sort_key):
             line = sorted(choose([p for p in mine if p["arm"] == arm]), key=lambda p: p[key])
             x, y = [p[key] for p in line], [p["loss"] for p in line]
@@ -83,17 +85,15 @@ def draw_tuning(c: dict):
             ax.plot(x, y, marker="o", markersize=4, label=label(arm), **style)
             if line:
                 k = int(np.argmin(y))
-                lowest.append(y[k])
                 ax.plot(x[k], y[k], marker="*", markersize=11, color=style["color"])
+                above += [f"{label(arm)}, lowest {y[k]:.2f} at {x[k]:g}"] * (y[k] > top)
         ax.set_xscale("log", base=2)
         ticks = sorted({p[key] for p in mine})
         ax.set_xticks(ticks, [f"{v:g}" for v in ticks], fontsize=8 if len(ticks) > 7 else None)
         ax.xaxis.set_minor_formatter(lambda v, _: "")
         ax.set_title(title)
-        ax.set_xlabel(key)
-        low, high = min(p["loss"] for p in mine), max(p["loss"] for p in mine)
-        top = max(1.0 + low, 0.1 + max(lowest))  # far from all optima nothing is read
-        ax.set_ylim(low - 0.03, min(top, high + 0.03))
+        ax.set_xlabel(key + f"\n(above: {'; '.join(above)})" * bool(above))
+        ax.set_ylim(low - 0.03, top)
     axes[0][0].set_ylabel("validation loss (nats/token)")
     return figure
 
@@ -108,6 +108,14 @@ def beside_the_best(points: list[dict]) -> list[dict]:
     """Of one arm's tuning runs, those that differ from its best in the multiplier alone."""
     best = min(points, key=lambda p: p["loss"])
     return [p for p in points if all(p[k] == best[k] for k in ("learning_rate", "wte_init_rms"))]
+
+
+def gain_axis(ax) -> None:
+    """Gains in nats: linear to 0.5 either way, so that one arm far off does not press the others together."""
+    ax.axhline(0, linewidth=1, color=AXIS)
+    ax.set_yscale("symlog", linthresh=0.5, base=2)
+    ax.yaxis.set_major_locator(plt.FixedLocator([*(-v for v in GAINS), 0, *GAINS]))
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
 
 
 def draw_gap(c: dict):
@@ -138,7 +146,7 @@ def draw_gap(c: dict):
             body = fit["ln_body"]["mean"] * np.log(of_rung[0]["body"]) if "ln_body" in fit else 0.0
             y = fit["intercept"]["mean"] + fit["ln_tokens"]["mean"] * np.log(t) + body
             ax.plot(t, y, color=colour, linewidth=1.5, linestyle=":")
-        ax.axhline(0, linewidth=1, color=AXIS)
+        gain_axis(ax)
         ax.set_xlabel("training tokens")
         ax.set_title(f"Rung {rung}, {count(c['rungs'][rung]['body'])} in the body")
     lengths = sorted({cell["tokens"] for cell in best})
@@ -163,11 +171,9 @@ def draw_frequency(c: dict):
                 known = [b for b in arms[arm] if b["count"] > 0 and b["tokens"] >= FEW]
                 x, y = [b["count"] for b in known], [b["mean"] for b in known]
                 ax.plot(x, y, marker="o", markersize=3, label=label(arm), **arm_style(arm, c["arms"]))
-            ax.axhline(0, linewidth=1, color=AXIS)
+            gain_axis(ax)
             ax.set_xscale("log", base=4)
             ax.xaxis.set_major_formatter(lambda v, _: count(v))
-            ax.set_yscale("symlog", linthresh=0.5, base=2)
-            ax.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
             ax.set_title(f"Rung {cell['rung']}, {count(cell['tokens'])} tokens, by the token {SIDES[side]}")
         row[0].set_ylabel(f"gain over {c['gap']['over']} (nats)")
     for ax, side in zip(axes[-1], SIDES, strict=True):

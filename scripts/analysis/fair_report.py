@@ -157,8 +157,13 @@ def question_findings(c: dict, which: str, pair: tuple | None = None) -> list[st
         for rung in c["rungs"]:
             of_rung = [f"{measured(q)} at {count(x['tokens'])}" for x, q in answers if x["rung"] == rung]
             each += [f"rung {rung} {', '.join(of_rung)}"] * bool(of_rung)
-        of = f" of {len(answers)} cells" if len(answers) > 1 else " cell"
-        says.append(f"{what} ({arm} over {over}): {verdict}{of}. In nats, by tokens: {'; '.join(each)}.")
+        # one cell says by itself how it is
+        counted = (
+            f": {verdict} of {len(answers)} cells. In nats, by tokens" if len(answers) > 1 else ", in nats"
+        )
+        says.append(
+            f"{what} ({arm} over {over}){counted}: {'; '.join(each)}{' tokens' * (len(answers) == 1)}."
+        )
     return says
 
 
