@@ -22,7 +22,7 @@ from data.meta import read_complete
 from data.shards import Shard, find_shards, open_shard
 
 ROUNDS = 6  # of the Feistel network; four already make it look random, see tests
-MAX_OPEN = 100  # files kept open; macOS lets a process have 256 of all kinds
+MAX_OPEN = 100  # files kept open at most, or half of what the system allows a process (`ulimit -n`)
 
 
 class TrainBatches:
@@ -123,7 +123,7 @@ class _Files:
     def __init__(self, shards: list[Shard]):
         self._shards, self._lock = shards, threading.Lock()
         # what falls out of the cache closes when nobody reads it any more
-        self._file = lru_cache(MAX_OPEN)(lambda shard: open(shards[shard].path, "rb", buffering=0))  # noqa: SIM115
+        self._file = lru_cache(may_open())(lambda shard: open(shards[shard].path, "rb", buffering=0))  # noqa: SIM115
 
     def read(self, shards: np.ndarray, starts: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows_BxT = np.empty((len(starts), length + 1), self._shards[0].dtype)
@@ -143,6 +143,15 @@ class _Files:
                 n = file.readinto(row)
         if n != row.nbytes:
             raise DataError(f"{self._shards[shard].path} became shorter while it was read; prepare it again")
+
+
+def may_open() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MAX_OPEN
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_OPEN if soft == resource.RLIM_INFINITY else max(1, min(MAX_OPEN, soft // 2))
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:

@@ -30,12 +30,17 @@ from data.sources import SKIP_REASONS, Block, read_block
 CHECK_ONE_IN = 100  # of the documents, beside all of the first block, see data.encoder
 
 
+def checked_of(number: int, n_texts: int) -> range:
+    """Which of the texts of the `number`-th block are held against the tokenizer's own library."""
+    # 37 and 100 have no factor in common, so blocks of one document get their turn
+    return range(-37 * number % CHECK_ONE_IN, n_texts, CHECK_ONE_IN) if number else range(n_texts)
+
+
 def encode_block(encoder: Encoder, block: Block, column: str, number: int) -> tuple:
     """Tokens of the `number`-th block read, its rows skipped by reason, its documents and characters of text."""
     texts, skipped = read_block(block, column)
     block.content = b""  # read: only the tokens wait for their turn
-    # 37 and 100 have no factor in common, so blocks of one document get their turn
-    checked = range(-37 * number % CHECK_ONE_IN, len(texts), CHECK_ONE_IN) if number else range(len(texts))
+    checked = checked_of(number, len(texts))
     tokens, skipped["not_encodable"] = encoder.encode(texts, checked, block.opens)
     return tokens, skipped, len(texts) * block.opens, sum(map(len, texts))
 

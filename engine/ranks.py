@@ -1,5 +1,6 @@
 """Ranks, devices and number formats: one process or torchrun's many."""
 
+import atexit
 import ctypes
 import os
 import secrets
@@ -162,10 +163,12 @@ def leave(end: SystemExit) -> None:
     """End as `end` says; where a group is still held, without the interpreter's last steps, which its threads may abort."""
     if not dist.is_initialized():
         raise end
-    if isinstance(end.code, str):
-        print(end.code, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    atexit._run_exitfuncs()  # a tracker's last rows, among others
+    with suppress(OSError):  # nobody listens any more
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(1 if isinstance(end.code, str) else end.code or 0)
 
 

@@ -124,9 +124,8 @@ class KroneckerEmbedding(nn.Module):
         self._length_buffer = length_buffer.to(torch.int16).contiguous()
         self._coef = torch.empty(0)  # set by _place_constants
         self._table: Tensor | None = None  # mode="cached" only
-        self._table_of: list[
-            tuple[nn.Parameter, int]
-        ] = []  # of what, and how often that had changed; an id may be another's
+        # of which parameters, and how often each had changed (not by id: that may become another's)
+        self._table_of: list[tuple[nn.Parameter, int]] = []
         self._place_constants()
         self.register_state_dict_post_hook(_row_major_state)
         self.register_load_state_dict_pre_hook(_check_loaded_shape)

@@ -78,6 +78,7 @@ class Experiment(Part):
 
     name: str
     records: str
+    data: str = ""  # what the text is, for the report
     rungs: dict[str, str]
     lengths: dict[str, Keys]
     min_lr_ratio: float

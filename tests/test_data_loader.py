@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import DataError
-from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, permute, prefetch
+from data.loader import TrainBatches, ValWindows, check_ids, fingerprint, may_open, permute, prefetch
 from data.meta import characters_meta, write_meta
 from data.shards import open_shard, write_shard
 
@@ -211,6 +211,9 @@ def test_more_shards_than_the_system_lets_a_process_open(tmp_path):
     try:
         x, _ = batches.rows(0, 0, 301)
         assert fingerprint(tmp_path)
+        assert may_open() == 100
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        assert may_open() == 32
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert sorted(x[:, 0].tolist()) == list(range(1, 302))

@@ -37,6 +37,7 @@ final = [
     {{"rung": "a", "length": "long", "seeds": [5, 6], "settings": ["best"]}},
     {{"rung": "b", "length": "short", "seeds": [5, 6], "settings": ["best"]}},
 ]
+data = "made-up words"
 smallest_difference = 0.001
 held_out = {{"rung": "b", "length": "short"}}
 gap = {{"arm": "kronecker", "over": "bpe_untied"}}
@@ -346,6 +347,7 @@ def test_compare_rebuilds_the_report_from_the_records_alone(finished, capsys):
     path, folder = finished
     compare.main([str(path), f"--out={folder / 'report'}"])
     page = (folder / "report" / "README.md").read_text()
+    assert "The text is made-up words." in page
     assert "Rung a, 384 tokens: one shared setting for all" in page
     assert "Rung b, 384 tokens: each arm at its own best setting" in page
     for arm in ARMS:

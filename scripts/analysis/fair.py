@@ -41,6 +41,7 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
     finals = sum(run.stage == "final" for run, _ in known)
     return {
         "experiment": exp.name,
+        "data": exp.data,
         "smallest_difference": exp.smallest_difference,
         "arms": exp.arms,
         "about": {arm: experiment.about(arm) for arm in exp.arms},

@@ -260,6 +260,7 @@ def limits(c: dict) -> list[str]:
             f"Validation tokens of {final['dataset'] or 'the data set'}: {tune['eval_tokens']:,} in the tuning; in final runs "
             f"{final['eval_tokens']:,} others, which begin after {final['eval_skip_tokens']:,}."
         )
+    says += [f"The text is {c['data']}."] * bool(c["data"])
     says += not_run(c["missing"])
     if not c["complete"]:
         says.append("The tuning has not ended, so no arm has a best setting on every rung yet.")

@@ -27,7 +27,7 @@ import numpy as np
 from data.encoder import Encoder
 from data.files import expanded
 from data.identity import shard_record
-from data.pipeline import CHECK_ONE_IN
+from data.pipeline import checked_of
 from data.shards import find_shards, open_shard, write_shard
 from data.sources import local_blocks, read_block
 from data.tokenizers import load_tokenizer
@@ -124,8 +124,8 @@ def stages(source: Path, packed: list[Path], scratch: Path) -> dict[str, float]:
     while (block := spent("reading", next, blocks, None)) is not None:
         texts, _ = spent("parsing", read_block, block, "text")
         ids, _ = spent("encoding", encoder.encode, texts)
-        for text in texts[-37 * number % CHECK_ONE_IN :: CHECK_ONE_IN]:
-            spent("checking", encoder.tokenizer.encode, text)
+        for k in checked_of(number, len(texts)):
+            spent("checking", encoder.tokenizer.encode, texts[k])
         pieces.append(ids)
         number += 1
     spent("writing", lambda: write_shard(shard, np.concatenate(pieces)))
