@@ -3,7 +3,7 @@
 An experiment compares arms on several rungs (recipes) and lengths, each arm tuned alike. Its runs come in three stages:
 
     tune     the learning rate at each arm's own defaults, then wte_lr_mult x wte_init_rms at the best learning rate
-    recheck  on a larger rung: the learning rate once more, around the best
+    recheck  on a larger rung or length: the learning rate once more, around the best
     final    other seeds, other validation windows: all arms at one shared setting, and each at its own best
 
 `plan` names the runs that follow from the losses known so far, so the same call goes on after every stop. A finished
@@ -186,11 +186,16 @@ def grids(exp: Experiment, arm: str) -> list[list[float]]:
     return found
 
 
-def tuned_on(exp: Experiment, rung: str) -> str:
-    """The rung on which the best settings of a rung were chosen: itself, or the last one before it that was tuned."""
-    names = list(exp.rungs)
-    tuned = {place.rung for place in (exp.tuning, *exp.recheck)}
-    return next((r for r in reversed(names[: names.index(rung) + 1]) if r in tuned), exp.tuning.rung)
+def tuned_at(exp: Experiment, place: Place) -> Place:
+    """Where the best settings of a place were chosen: of the places that were tuned, the last one whose rung comes no
+    later in the file and, on its own rung, whose length does not."""
+
+    def size(of: Place) -> tuple[int, int]:
+        return list(exp.rungs).index(of.rung), list(exp.lengths).index(of.length)
+
+    return max(
+        (t for t in (exp.tuning, *exp.recheck) if size(t) <= size(place)), key=size, default=exp.tuning
+    )
 
 
 # ---- which runs there are
@@ -213,27 +218,33 @@ class Plan:
     """The runs that follow from the losses known so far, and the choices made from the tuning's losses alone.
 
     losses: {run name: last validation loss}, infinite for a run that diverged. `runs`: all that are known, in the order
-    in which to run them. `best`: {(rung, arm): setting}. `edges`: sentences about optima that stand at the edge of a
-    grid that was not extended any more. `complete`: whether every choice could be made. pretend: take an unknown optimum
+    in which to run them. `best`: {(rung, length, arm): setting}. `edges`: sentences about optima that stand at the edge
+    of a grid that was not extended any more. `complete`: whether every choice could be made. pretend: take an unknown optimum
     for the middle of its line, to count the runs of a plan before they are run.
     """
 
     def __init__(self, exp: Experiment, losses: Mapping[str, float], pretend: bool = False):
         self.exp, self.losses, self.pretend = exp, losses, pretend
         self.runs: list[Run] = []
-        self.best: dict[tuple[str, str], tuple] = {}
+        self.best: dict[tuple[str, str, str], tuple] = {}
         self.edges: list[str] = []
-        try:
-            self.tune()
-            for place in exp.recheck:
-                self.recheck(place)
-            self.complete = True
-        except Unknown:
-            self.complete = False
+        self.complete = True
+        self.settle(self.tune)
         for final in exp.final:
+            place = tuned_at(exp, final)
+            if place in exp.recheck and "best" in final.settings:
+                for arm in final.arms or exp.arms:
+                    self.settle(self.recheck, place, arm)
             runs = [run for which in final.settings for *_, run in self.final_runs(final, which) if run]
             self.runs += sorted(runs, key=lambda run: final.seeds.index(run.seed))
-        self.runs = list(dict.fromkeys(self.runs))
+        self.runs, self.edges = list(dict.fromkeys(self.runs)), list(dict.fromkeys(self.edges))
+
+    def settle(self, choose, *what) -> None:
+        """Make a choice, or note that it cannot be made yet."""
+        try:
+            choose(*what)
+        except Unknown:
+            self.complete = False
 
     def tune(self) -> None:
         """The learning rate at the arm's own defaults, then the input side's multiplier and scale at the best one."""
@@ -247,17 +258,21 @@ class Plan:
             lines += [Line(arm, (*rates[arm], ("wte_init_rms", rms)), tuple(mults)) for rms in scales]
         self.choose(t, self.search("tune", t, lines, "wte_lr_mult", 4, t.extend))
 
-    def recheck(self, place: Recheck) -> None:
-        """The learning rate once more on another rung, around the tuning's best; its other keys are kept."""
-        lines = []
-        for arm in self.exp.arms:
-            keys = dict(self.best[self.exp.tuning.rung, arm])
-            lr = keys.pop("learning_rate")
-            lines.append(Line(arm, tuple(keys.items()), tuple(lr * f for f in place.factors)))
-        self.choose(place, self.search("recheck", place, lines, "learning_rate", 2, 1))
+    def recheck(self, place: Recheck, arm: str) -> None:
+        """An arm's learning rate once more on another rung or length, around the tuning's best; its other keys are kept.
+
+        Such a grid is not extended, so no arm waits for another.
+        """
+        tuning = self.exp.tuning
+        keys = dict(self.best.get((tuning.rung, tuning.length, arm), ()))
+        if not keys:
+            raise Unknown
+        lr = keys.pop("learning_rate")
+        line = Line(arm, tuple(keys.items()), tuple(lr * f for f in place.factors))
+        self.choose(place, self.search("recheck", place, [line], "learning_rate", 2, 0))
 
     def choose(self, place: Place, settings: dict[str, tuple]) -> None:
-        self.best |= {(place.rung, arm): setting for arm, setting in settings.items()}
+        self.best |= {(place.rung, place.length, arm): setting for arm, setting in settings.items()}
 
     def search(
         self, stage: str, place, lines: list[Line], key: str, factor: float, extend: int
@@ -280,7 +295,8 @@ class Plan:
                 break
             if extension == extend:
                 self.edges += [
-                    f"{arm}'s best {key} on rung {place.rung}, {best[arm][2]:g}, stands at the edge of its grid."
+                    f"{arm}'s best {key} on rung {place.rung} at {place.length} tokens, {best[arm][2]:g}, stands at the "
+                    "edge of its grid."
                     for arm in dict.fromkeys([*low, *high])
                 ]
                 break
@@ -301,10 +317,11 @@ class Plan:
 
     def final_runs(self, final: Final, which: str) -> list[tuple[str, int, Run | None]]:
         """[(arm, seed, run)] that the file asks for, seed by seed; no run while its setting hangs on runs to come."""
-        settings, rung = {}, tuned_on(self.exp, final.rung)
+        settings, tuned = {}, tuned_at(self.exp, final)
         for arm in final.arms or self.exp.arms:
             shared = which == "shared"
-            settings[arm] = setting_of(arm, self.exp.shared) if shared else self.best.get((rung, arm))
+            best = self.best.get((tuned.rung, tuned.length, arm))
+            settings[arm] = setting_of(arm, self.exp.shared) if shared else best
         return [
             (arm, seed, None if s is None else Run("final", final.rung, final.length, arm, s, seed))
             for seed in final.seeds
@@ -318,8 +335,8 @@ class Plan:
 def command_keys(exp: Experiment, run: Run) -> list[str]:
     """Arguments for train.py: recipe, arm, and --key=value."""
     stages = {"tune": exp.tuning.keys, "final": exp.final_keys}
-    stages |= {f"recheck {place.rung}": place.keys for place in exp.recheck}
-    stage = stages[f"recheck {run.rung}" if run.stage == "recheck" else run.stage]
+    stages |= {(place.rung, place.length): place.keys for place in exp.recheck}
+    stage = stages[(run.rung, run.length) if run.stage == "recheck" else run.stage]
     keys = exp.lengths[run.length] | stage | dict(run.setting)
     keys |= {"min_lr": keys["learning_rate"] * exp.min_lr_ratio, "seed": run.seed, "arm": run.arm}
     return [exp.rungs[run.rung], f"config/arms/{run.arm}.py", *(f"--{k}={v}" for k, v in keys.items())]

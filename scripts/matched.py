@@ -240,10 +240,10 @@ def chosen_runs(args) -> tuple[experiment.Plan, list[experiment.Run]]:
 
 
 def next_jobs(args) -> tuple[dict[pool.Job, experiment.Run], str]:
-    """({job that can run now: its run}, a line about what is done).
+    """({job to run now: its run}, a line about what is done).
 
-    Choices come first: what the tuning leads to is known only when it has ended. A run that ended before its record
-    could be written gets it here.
+    In the plan's order, to the end of the first place at which a choice is to be made: what it leads to is known only
+    then. A run that ended before its record could be written gets it here.
     """
     while True:
         plan, runs = chosen_runs(args)
@@ -254,7 +254,10 @@ def next_jobs(args) -> tuple[dict[pool.Job, experiment.Run], str]:
         for job in ended:
             keep_record(args, jobs[job], job)
     line = f"{args.experiment.name}: {len(runs)} runs{'' if plan.complete else ' known so far'}, {len(jobs)} to do"
-    return {job: run for job, run in jobs.items() if run.stage != "final"} or jobs, line
+    places = [(run.stage, run.rung, run.length) for run in jobs.values()]
+    open_ = next((place for place in places if place[0] != "final"), None)
+    end = len(places) - places[::-1].index(open_) if open_ else len(places)
+    return dict(list(jobs.items())[:end]), line
 
 
 def keep_record(args, run: experiment.Run, job: pool.Job) -> None:

@@ -85,7 +85,10 @@ def best_cell(c, rung, length):
 
 def test_gains_of_each_cell_are_the_true_ones(ladder):
     _, _, c = ladder
-    assert c["complete"] and not c["missing"] and not c["edges"]
+    assert c["complete"] and not c["missing"]
+    assert all(
+        "at 4M tokens" in edge for edge in c["edges"]
+    )  # where nothing above the tuning's best is tried
     for cell in (x for x in c["cells"] if x["which"] == "best"):
         truth = true_gap(cell["tokens"], cell["body"])
         assert cell["gains"]["kronecker"]["mean"] == pytest.approx(truth, abs=0.006)
@@ -182,7 +185,10 @@ def test_the_report_says_it_with_intervals(ladder, tmp_path):
     page = fair_report.as_markdown(c, made, figures, "records = 'there'\n")
     assert "](gap.svg)" in page and "at commit abc" in page and "~~~python\nrecords = 'there'\n~~~" in page
     assert "| kronecker_rank4 | The codec plus a rank-4 residual" in page  # the arm's own words
-    assert "rung m has those of rung s" in page  # which was never tuned
+    assert (
+        "best settings at rung m, 1.05M tokens, are those chosen at rung s, 1.05M tokens." in page
+    )  # m is never tuned
+    assert "best settings at rung xs, 4.19M" not in page
 
 
 @pytest.mark.parametrize(

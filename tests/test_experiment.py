@@ -94,7 +94,7 @@ def test_the_best_setting_is_the_best_of_all_that_were_tried(ladder, lr, mult, r
     for arm in ladder.arms:
         tuned = [run for run in plan.runs if run.stage == "tune" and run.arm == arm]
         best = min(tuned, key=loss)
-        assert loss(experiment.Run("tune", "xs", "1M", arm, plan.best["xs", arm], 1)) == loss(best)
+        assert loss(experiment.Run("tune", "xs", "1M", arm, plan.best["xs", "1M", arm], 1)) == loss(best)
         rates = {dict(run.setting)["learning_rate"] for run in tuned}
         assert rates >= set(ladder.tuning.learning_rate)
 
@@ -117,11 +117,11 @@ def test_one_arm_at_the_edge_extends_the_grid_of_all(ladder):
     for arm in ladder.arms:
         rates = {dict(r.setting)["learning_rate"] for r in plan.runs if (r.stage, r.arm) == ("tune", arm)}
         assert 2.4e-2 in rates and min(rates) == 1.5e-3
-    assert not plan.edges
+    assert not [edge for edge in plan.edges if "rung xs at 1M" in edge]
     plan, _ = follow(ladder, bowl(1, 1, 1.0))  # beyond any extension
-    assert len([e for e in plan.edges if "learning_rate on rung xs" in e]) == len(ladder.arms)
+    assert len([e for e in plan.edges if "learning_rate on rung xs at 1M" in e]) == len(ladder.arms)
     last = max(ladder.tuning.learning_rate) * 2**ladder.tuning.extend
-    edge = f"bpe_tied's best learning_rate on rung xs, {last:g}, stands at the edge of its grid."
+    edge = f"bpe_tied's best learning_rate on rung xs at 1M tokens, {last:g}, stands at the edge of its grid."
     assert edge in plan.edges
 
 
@@ -148,10 +148,28 @@ def test_runs_of_a_plan_follow_from_what_is_known(ladder):
     assert sum(r.stage == "tune" for r in pretended.runs) == 13 * len(ladder.arms)
 
 
+def test_settings_come_from_the_last_place_that_was_tuned(ladder):
+    asked = ("xs", "1M"), ("xs", "4M"), ("xs", "16M"), ("s", "1M"), ("s", "4M"), ("m", "1M")
+    tuned = [experiment.tuned_at(ladder, experiment.Place(rung=r, length=n)) for r, n in asked]
+    places = ("xs", "1M"), ("xs", "4M"), ("xs", "4M"), ("s", "1M"), ("s", "1M"), ("s", "1M")
+    assert tuple((place.rung, place.length) for place in tuned) == places
+
+
+def test_a_recheck_makes_no_arm_wait_for_another(ladder):
+    loss = bowl(6e-3, 4, 0.1)
+    plan, _ = follow(ladder, loss)
+    known = {r.name: loss(r) for r in plan.runs if r.stage != "recheck" or r.arm == "kronecker"}
+    some = experiment.Plan(ladder, known)
+    assert not some.complete
+    assert {arm for rung, length, arm in some.best if (rung, length) == ("xs", "4M")} == {"kronecker"}
+    best = {r.arm for r in some.runs if (r.stage, r.length) == ("final", "4M") and len(r.setting) > 1}
+    assert best == {"kronecker"}
+
+
 def test_a_diverged_run_is_never_best(ladder):
     loss = bowl(6e-3, 1, 1.0)
     plan, _ = follow(ladder, lambda r: math.inf if dict(r.setting)["learning_rate"] >= 6e-3 else loss(r))
-    assert {dict(s)["learning_rate"] for (rung, _), s in plan.best.items() if rung == "xs"} == {3e-3}
+    assert {dict(s)["learning_rate"] for (rung, *_), s in plan.best.items() if rung == "xs"} == {3e-3}
 
 
 def test_settings_that_say_what_the_arm_is_anyway_have_one_name():

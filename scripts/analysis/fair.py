@@ -52,7 +52,8 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
         "complete": plan.complete,
         "edges": plan.edges,
         "settings": [
-            {"rung": rung, "arm": arm, "keys": dict(keys)} for (rung, arm), keys in plan.best.items()
+            {"rung": rung, "length": length, "arm": arm, "keys": dict(keys)}
+            for (rung, length, arm), keys in plan.best.items()
         ],
         "curves": tuning_curves(plan),
         "cells": cells,
@@ -65,6 +66,7 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
         "runs": {
             "tuning": len(known) - finals,
             "final": finals,
+            "unasked": len(records) - len(known),
             **{
                 k: sorted({str(r.run.get(k)) for r in records.values()})
                 for k in ("commit", "torch", "device")
@@ -75,20 +77,21 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
 
 
 def place_of(exp, final: experiment.Final, which: str) -> dict:
-    """A rung, a length and a way of setting the arms, of final runs."""
-    tokens = experiment.tokens_of(exp, final)
-    return {"rung": final.rung, "length": final.length, "which": which, "tokens": tokens}
+    """A rung, a length and a way of setting the arms, of final runs; and where their best settings were chosen."""
+    tokens, tuned = experiment.tokens_of(exp, final), experiment.tuned_at(exp, final)
+    place = {"rung": final.rung, "length": final.length, "which": which, "tokens": tokens}
+    return place | {"tuned_at": {"rung": tuned.rung, "tokens": experiment.tokens_of(exp, tuned)}}
 
 
 def rungs(exp: experiment.Experiment, known: list[tuple]) -> dict:
-    """{rung: its shape and sizes, and the rung on which its best settings were chosen}, of rungs that have a record."""
+    """{rung: its shape and sizes}, of rungs that have a record."""
     result = {}
     first = {run.rung: record for run, record in reversed(known)}
     for rung in (rung for rung in exp.rungs if rung in first):
         config, params = first[rung].config, first[rung].run["params"]
         shape = {k: config[k] for k in ("n_layer", "n_embd", "block_size") if k in config}
         sizes = {"body": params["body"], "table": params["stock_table"]}
-        result[rung] = shape | sizes | {"tuned_on": experiment.tuned_on(exp, rung)}
+        result[rung] = shape | sizes
     return result
 
 
@@ -101,18 +104,18 @@ def validation(known: list[tuple]) -> dict:
 
 
 def tuning_curves(plan: experiment.Plan) -> list[dict]:
-    """Points of the tuning: {stage, rung, arm, learning_rate, wte_lr_mult, wte_init_rms, loss (None: diverged)}."""
+    """Points of the tuning: {stage, rung, length, arm, learning_rate, wte_lr_mult, wte_init_rms, loss (None: diverged)}."""
 
     def point(run):
-        return run.stage, run.rung, run.arm, run.setting
+        return run.stage, run.rung, run.length, run.arm, run.setting
 
     points = []
     tuned = [run for run in plan.runs if run.stage != "final" and run.name in plan.losses]
-    for (stage, rung, arm, setting), runs in groupby(sorted(tuned, key=point), point):
+    for (stage, rung, length, arm, setting), runs in groupby(sorted(tuned, key=point), point):
         losses = [plan.losses[run.name] for run in runs]
         mean = sum(losses) / len(losses)
         keys = {k: v for k, v in experiment.own_keys(arm).items() if k in ("wte_lr_mult", "wte_init_rms")}
-        where = {"stage": stage, "rung": rung, "arm": arm}
+        where = {"stage": stage, "rung": rung, "length": length, "arm": arm}
         points.append(where | keys | dict(setting) | {"loss": mean if math.isfinite(mean) else None})
     return points
 

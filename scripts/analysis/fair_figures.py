@@ -61,16 +61,16 @@ def longest(c: dict) -> list[dict]:
 
 
 def draw_tuning(c: dict):
-    """Loss by learning rate and by the input side's multiplier, and by learning rate for each rung that was rechecked."""
+    """Loss by learning rate and by the input side's multiplier, and by learning rate at each place that was rechecked."""
     points = [p for p in c["curves"] if p["loss"] is not None]
     tuned = [p for p in points if p["stage"] == "tune"]
     panels = [
         ("learning_rate", "Loss by learning rate", tuned, at_defaults),
         ("wte_lr_mult", "Loss by the input side's multiplier", tuned, beside_the_best),
     ]
-    for rung in dict.fromkeys(p["rung"] for p in points if p["stage"] == "recheck"):
-        mine = [p for p in points if (p["stage"], p["rung"]) == ("recheck", rung)]
-        panels.append(("learning_rate", f"Once more on rung {rung}", mine, list))
+    for rung, length in dict.fromkeys((p["rung"], p["length"]) for p in points if p["stage"] == "recheck"):
+        mine = [p for p in points if (p["stage"], p["rung"], p["length"]) == ("recheck", rung, length)]
+        panels.append(("learning_rate", f"Once more: rung {rung}, {length} tokens", mine, list))
     panels = [panel for panel in panels if len({p[panel[0]] for p in panel[2]}) > 1]
     if not panels:
         return None

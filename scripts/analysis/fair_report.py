@@ -74,8 +74,8 @@ def rung_table(c: dict) -> Table:
     rows = []
     for rung, x in c["rungs"].items():
         shape = [x.get(k, "-") for k in ("n_layer", "n_embd", "block_size")]
-        rows.append([rung, *shape, count(x["body"]), count(x["table"]), x["tuned_on"]])
-    header = ["rung", "layers", "width", "block", "body", "table", "settings from rung"]
+        rows.append([rung, *shape, count(x["body"]), count(x["table"])])
+    header = ["rung", "layers", "width", "block", "body", "table"]
     note = "body, table: parameters of the transformer and of a learned table."
     return Table("The rungs", header, rows, note=note)
 
@@ -116,13 +116,15 @@ def question_table(cells: list[dict]) -> Table:
 
 
 def setting_table(c: dict) -> Table:
-    """The setting that the tuning chose for each arm on each rung."""
-    chosen = {(x["arm"], x["rung"]): setting(x["keys"]) for x in c["settings"]}
-    names = list(dict.fromkeys(rung for _, rung in chosen))
+    """The setting that the tuning chose for each arm at each place where it was tuned."""
+    chosen = {
+        (x["arm"], f"rung {x['rung']}, {x['length']} tokens"): setting(x["keys"]) for x in c["settings"]
+    }
+    places = list(dict.fromkeys(place for _, place in chosen))
     arms = sorted({arm for arm, _ in chosen}, key=arm_sort_key)
-    rows = [[arm, *(chosen.get((arm, rung), "-") for rung in names)] for arm in arms]
+    rows = [[arm, *(chosen.get((arm, place), "-") for place in places)] for arm in arms]
     title = "Best settings, chosen from the tuning runs alone"
-    return Table(title, ["arm", *(f"rung {r}" for r in names)], rows, left=1 + len(names))
+    return Table(title, ["arm", *places], rows, left=1 + len(places))
 
 
 # ---------------------------------------------------------------------------------------------- sentences
@@ -250,10 +252,9 @@ def limits(c: dict) -> list[str]:
         says.append(
             f"Final runs have {bodies} parameters in the body and {lengths} training tokens: nothing here speaks of larger ones."
         )
-    lent = {rung: x["tuned_on"] for rung, x in c["rungs"].items() if x["tuned_on"] != rung}
-    lent = [f"; rung {rung} has those of rung {other}" for rung, other in lent.items()]
-    tuned = f"chosen in runs of {count(c['tuning']['tokens'])} tokens and kept for longer ones"
-    says.append(f"Best settings were {tuned}{''.join(lent)}.")
+    for x in c["cells"]:
+        if x["which"] == "best" and (x["rung"], x["tokens"]) != tuple(x["tuned_at"].values()):
+            says.append(f"The best settings at {place(x)}, are those chosen at {place(x['tuned_at'])}.")
     if {"tune", "final"} <= c["validation"].keys():
         tune, final = c["validation"]["tune"], c["validation"]["final"]
         says.append(
@@ -263,8 +264,14 @@ def limits(c: dict) -> list[str]:
     says += [f"The text is {c['data']}."] * bool(c["data"])
     says += not_run(c["missing"])
     if not c["complete"]:
-        says.append("The tuning has not ended, so no arm has a best setting on every rung yet.")
+        says.append(
+            "The tuning has not ended, so some arms have no best setting yet at some rung and length."
+        )
     says += c["edges"]
+    if n := c["runs"]["unasked"]:
+        says.append(
+            f"{n} record{'s' * (n > 1)} of runs that are not asked for, at settings that were not chosen, are in no table."
+        )
     if c["diverged"]:
         each = [
             f"{x['arm']} at {setting(x['setting'])}, rung {x['rung']}, {x['length']} tokens, seed {x['seed']} ({x['stage']})"
