@@ -360,7 +360,8 @@ def write_record(exp: Experiment, run: Run, out_dir: Path, state: str) -> None:
         "name": run.name,
         "state": state,
         "config": {k: v for k, v in config.items() if k not in place},
-        "run": {k: v for k, v in about.items() if k not in ("command", "wandb_id", "starts")},
+        "run": {k: v for k, v in about.items() if k not in ("command", "wandb_id")}
+        | {"starts": [{k: v for k, v in start.items() if k != "command"} for start in about["starts"]]},
         "rows": [
             {k: float(f"{v:.6g}") if isinstance(v, float) and "loss" not in k else v for k, v in row.items()}
             for row in rows

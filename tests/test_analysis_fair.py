@@ -61,6 +61,8 @@ def made_up(noise=0.002):
                 "data_fingerprint": "one",
                 "tokens_per_step": 4096,
                 "schedule_sha256": "each its own",
+                "device": "here",
+                "commit": "abc",
                 "params": {"body": BODY[run.rung], "input": 100 if small else 1000, "stock_table": 1000},
             }
             config = {key: getattr(given, key) for key in configurator.KEYS}
@@ -233,19 +235,36 @@ def test_part_of_the_final_runs_claims_no_more_than_it_shows(ladder):
     }
     lost = next(n for n in part if n.startswith("final/xs_1M/bpe_hash_lr0.006") and n.endswith("s12"))
     part[lost] = part[lost].model_copy(update={"state": "diverged"})
+    # two runs of one pair elsewhere, and one of them begun at another commit
+    for name in (n for n in part if n.startswith("final/xs_1M/bpe_") and n.endswith("tied_lr0.003_s12")):
+        starts = [{"device": "there", "commit": "old"}] * ("untied" in name)
+        about = part[name].run | {"device": "there", "starts": starts}
+        part[name] = part[name].model_copy(update={"run": about})
     c = fair.numbers(exp, part, resamples=10)
     assert c["gap"]["fit"] is None  # one cell of several seeds
     text = text_of(c)
     assert "1 seeds" not in text and "At rung s" not in text
     for says in (
         "(one seed, no interval) at 1.05M",
-        "xs, 1.05M tokens, the longest so far of 16.8M planned, the tuned bpe_untied is beaten by",
+        "xs, 1.05M tokens, the longest with several seeds so far (16.8M are planned), the tuned bpe_untied is beaten by",
+        "ahead in 1, only one seed in 1 of 2 cells",
+        "each arm at its own best setting, 1 to 2 seeds",
         "bpe_hash cannot be judged: one seed",
         "27 of 45 final runs of rung xs, 1.05M tokens, one shared setting for all (seeds 13, 14, 15 of every arm)",
         "all final runs of rung xs, 4.19M tokens, each arm at its own best setting (27); rung xs, 16.8M",
         "Diverged, and in no mean: bpe_hash at lr 0.006, rms 1, mult 16, rung xs, 1M tokens, seed 12 (final)",
     ):
         assert says in text
+    made = dict.fromkeys(("command", "commit", "machine", "date"), "x")
+    page = fair_report.as_markdown(c, made, {}, "")
+    assert (
+        "on here (187 runs), there (2 runs)" in page and "at commit abc (189 runs), old (1 run) with" in page
+    )
+    # bpe_untied's run differs from seven others in machine and from eight in commit, bpe_tied's from kronecker's in machine
+    assert (
+        "Of 58 pairs of runs of one seed, 8 hold runs of different machines and 8 hold runs of different"
+        in text
+    )
 
 
 def cells_of(gains: dict) -> list[dict]:

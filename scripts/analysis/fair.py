@@ -6,6 +6,7 @@ which the tables, the findings and the figures of results/NAME/ are made.
 """
 
 import math
+from collections import Counter
 from itertools import groupby
 
 import numpy as np
@@ -68,12 +69,17 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
             "final": finals,
             "unasked": len(records) - len(known),
             **{
-                k: sorted({str(r.run.get(k)) for r in records.values()})
-                for k in ("commit", "torch", "device")
+                key: dict(sorted(Counter(v for r in records.values() for v in made_with(r, key)).items()))
+                for key in ("commit", "torch", "device")
             },
             "days": sorted({r.run["started"][:10] for r in records.values() if r.run.get("started")}),
         },
     }
+
+
+def made_with(record: experiment.RunRecord, key: str) -> set[str]:
+    """The commits, torch versions or machines ("device") of a run: that of its last start, and of those before it."""
+    return {str(start.get(key)) for start in (record.run, *record.run.get("starts", []))}
 
 
 def place_of(exp, final: experiment.Final, which: str) -> dict:
@@ -141,6 +147,7 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
         if arm != over:
             shared[arm] = [(row, last[over][s]) for s, row in last[arm].items() if s in last[over]]
     asked = [(arm, other, what, gain(exp, loss, arm, other)) for arm, other, what in QUESTIONS]
+    paired = {(arm, over) for arm in shared} | {(arm, other) for arm, other, _, g in asked if g}
     return place | {
         "body": params[next(iter(found))]["body"],
         "settings": settings,
@@ -150,7 +157,18 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
         "gains": {arm: gain(exp, loss, arm, over) for arm in shared},
         "questions": [{"arm": arm, "over": other, "what": what} | g for arm, other, what, g in asked if g],
         "frequency": gains_by_frequency(shared),
+        "pairs": count_pairs(found, paired),
     }
+
+
+def count_pairs(found: dict, paired: set[tuple[str, str]]) -> dict:
+    """How many pairs of runs the gains of these arms rest on, and in how many the two differ in machine or commit.
+
+    found: {arm: {seed: record}}.
+    """
+    pairs = [(found[a][s], found[b][s]) for a, b in paired for s in found[a].keys() & found[b].keys()]
+    mixed = {k: sum(made_with(x, k) != made_with(y, k) for x, y in pairs) for k in ("device", "commit")}
+    return {"all": len(pairs)} | mixed
 
 
 def last_row(record: experiment.RunRecord) -> dict:

@@ -29,8 +29,8 @@ def draw(c: dict, folder: Path) -> dict[str, str]:
              "multiplier at the best learning rate and scale, and by learning rate once more on larger rungs. Stars: each "
              f"arm's lowest. {seeds}; what diverged or lies more than 1 nat above the lowest is not shown."),
             ("frequency", draw_frequency, f"Where the gain over {g['over']} sits: by training count of the token read and of "
-             "the token predicted, mean over seeds, at the longest length of each rung. The axis is logarithmic beyond 0.5 "
-             f"either way; buckets of fewer than {FEW} validation tokens are left out."),
+             "the token predicted, mean over seeds, at the longest length of each rung that has several. The axis is "
+             f"logarithmic beyond 0.5 either way; buckets of fewer than {FEW} validation tokens are left out."),
         ):  # fmt: skip
             figure = make(c)
             if figure is not None:
@@ -53,10 +53,14 @@ def at_best(c: dict) -> list[dict]:
 
 
 def longest(c: dict) -> list[dict]:
-    """For each rung the cell of the longest length at the arms' best settings, of those with gains."""
+    """For each rung the cell of the longest length at the arms' best settings: one of several seeds where there is one."""
+
+    def rank(cell):
+        return any(g["n"] > 1 for g in cell["gains"].values() if g), cell["tokens"]
+
     best: dict[str, dict] = {}
     for cell in at_best(c):
-        best[cell["rung"]] = max(best.get(cell["rung"], cell), cell, key=lambda x: x["tokens"])
+        best[cell["rung"]] = max(best.get(cell["rung"], cell), cell, key=rank)
     return list(best.values())
 
 

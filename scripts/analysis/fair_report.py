@@ -59,7 +59,8 @@ def tables(c: dict) -> list[Table]:
     found += [cell_table(cell, over, first=cell is cells[0]) for cell in cells]
     found.append(setting_table(c))
     for cell in longest(c):
-        where = place_and_setting(cell)
+        seeds = sorted({g["n"] for g in cell["gains"].values() if g})
+        where = f"{place_and_setting(cell)}, {' to '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
         found += [frequency_table(by_arm, side, over, where) for side, by_arm in cell["frequency"].items()]
     return [t for t in found if t.rows]
 
@@ -86,7 +87,9 @@ def cell_table(cell: dict, over: str, first: bool) -> Table:
     for arm, by_seed in cell["loss"].items():
         losses, g = list(by_seed.values()), cell["gains"].get(arm)
         mean, sd = np.mean(losses), np.std(losses, ddof=1) if len(losses) > 1 else None
-        row = [arm, setting(cell["settings"][arm]), f"{100 * cell['input_share'][arm]:.1f}%", len(losses)]
+        share = f"{100 * cell['input_share'][arm]:.1f}%"
+        seeds = f"{len(losses)}, {g['n']} paired" if g and g["n"] < len(losses) else len(losses)
+        row = [arm, setting(cell["settings"][arm]), share, seeds]
         row += [f"{mean:.4f}", dash(sd, ".4f"), dash(cell["bpb"][arm], ".4f")]
         row += [with_sign(g["mean"]), span(g), called(g)] if g else [""] * 3
         # by the paired gain where there is one: means over different seeds have no order
@@ -152,9 +155,8 @@ def question_findings(c: dict, which: str, pair: tuple | None = None) -> list[st
     says = []
     for (what, arm, over), answers in asked.items():
         found = Counter(verdict_on(q) for _, q in answers)
-        verdict = ", ".join(
-            f"{how} in {found[how]}" for how in ("ahead", "behind", "not called") if found[how]
-        )
+        ways = ("ahead", "behind", "not called", "only one seed")
+        verdict = ", ".join(f"{how} in {found[how]}" for how in ways if found[how])
         each = []
         for rung in c["rungs"]:
             of_rung = [f"{measured(q)} at {count(x['tokens'])}" for x, q in answers if x["rung"] == rung]
@@ -170,6 +172,8 @@ def question_findings(c: dict, which: str, pair: tuple | None = None) -> list[st
 
 
 def verdict_on(g: dict) -> str:
+    if g["low"] is None:
+        return "only one seed"
     return "not called" if not g["called"] else "ahead" if g["mean"] > 0 else "behind"
 
 
@@ -221,7 +225,8 @@ def prize_findings(c: dict) -> list[str]:
     """Whether an arm with few input parameters beats the tuned untied table."""
     says, over = [], f"the tuned {c['gap']['over']}"
     for p in c["prize"]:
-        short = f", the longest so far of {count(p['planned'])} planned," * (p["tokens"] < p["planned"])
+        planned = f"{count(p['planned'])} are planned"
+        short = f", the longest with several seeds so far ({planned})," * (p["tokens"] < p["planned"])
         where = f"At {place(p)}{short}"
         judged = [arm for arm, g in p["arms"].items() if g["low"] is not None]
         if p["winners"]:
@@ -262,6 +267,7 @@ def limits(c: dict) -> list[str]:
             f"{final['eval_tokens']:,} others, which begin after {final['eval_skip_tokens']:,}."
         )
     says += [f"The text is {c['data']}."] * bool(c["data"])
+    says += mixed_pairs(c["cells"])
     says += not_run(c["missing"])
     if not c["complete"]:
         says.append(
@@ -279,6 +285,17 @@ def limits(c: dict) -> list[str]:
         ]
         says.append(f"Diverged, and in no mean: {'; '.join(each)}.")
     return says
+
+
+def mixed_pairs(cells: list[dict]) -> list[str]:
+    """How many pairs of runs were not made alike, in one sentence; none where all were."""
+    pairs = sum((Counter(x["pairs"]) for x in cells), Counter())
+    kinds = {"device": "different machines", "commit": "different commits"}
+    mixed = [f"{pairs[key]} hold runs of {what}" for key, what in kinds.items() if pairs[key]]
+    between = (
+        f"Of {pairs['all']} pairs of runs of one seed, {' and '.join(mixed)}, whose rounding may differ."
+    )
+    return [between] * bool(mixed)
 
 
 def not_run(missing: list[dict]) -> list[str]:
@@ -318,11 +335,18 @@ def provenance(c: dict, made: dict) -> list[str]:
     """Who made the report and the runs."""
     runs = c["runs"]
     days = f" on {' to '.join(dict.fromkeys([runs['days'][0], runs['days'][-1]]))}" if runs["days"] else ""
-    commit, torch, device = (", ".join(runs[k]) for k in ("commit", "torch", "device"))
+    commit, torch, device = (each_with_count(runs[k]) for k in ("commit", "torch", "device"))
     return [
         f"Made by `{made['command']}` at commit {made['commit']} on {made['date']} from the records alone.",
         f"{runs['tuning']} tuning and {runs['final']} final runs, made{days} at commit {commit} with torch {torch} on {device}.",
     ]
+
+
+def each_with_count(runs_of: dict[str, int]) -> str:
+    """Names with the number of their runs, where there are several."""
+    if len(runs_of) == 1:
+        return next(iter(runs_of))
+    return ", ".join(f"{name} ({n} run{'s' * (n > 1)})" for name, n in runs_of.items())
 
 
 def as_markdown(c: dict, made: dict, figures: dict[str, str], file: str) -> str:
