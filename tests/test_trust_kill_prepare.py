@@ -4,7 +4,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -29,7 +28,7 @@ def test_two_kills_leave_no_trace(shared_dir, gpt2_encoding, tmp_path, capsys):
     found = json.loads((tmp_path / "new" / "a.json").read_text())
     assert found["kills"] == 2 == sum(found["killed_while"].values())
     assert found["sets_finished"] == found["sets_identical_to_the_uninterrupted_one"] >= 1
-    assert found["runs"] >= 3 and found["shards_a_set"] >= 3
+    assert found["runs"] >= 3 and found["files_a_set"] >= 3
     assert "- kills: 2\n" in (tmp_path / "new" / "a.md").read_text()
     assert found["command"].startswith("python scripts/trust/kill_prepare.py --input=text.jsonl --kills=2")
 
@@ -46,17 +45,14 @@ def test_files_that_are_not_there_yet_do_not_differ():
     kill_prepare.check({"a.bin": "1"}, {"a.bin": "1", "b.bin": "2"}, "after kill 3")
 
 
-def test_the_moment_comes_with_the_files_or_with_the_time(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        for seed in range(6):
-            began = time.perf_counter()
-            kill_prepare.await_moment(random.Random(seed), process, tmp_path, 0.05, 40)
-            assert time.perf_counter() - began < 5
-    finally:
-        process.kill()
-        process.wait()
-    kill_prepare.await_moment(random.Random(0), process, tmp_path, 1e9, 40)  # it has ended
+def test_a_kill_falls_with_the_time_or_with_a_file_on_a_living_process(tmp_path):
+    (tmp_path / "a.tmp").touch()
+    for seed in range(6):
+        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        assert kill_prepare.strike(random.Random(seed), process, tmp_path, 0.05)
+        process.stdin.close()
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    assert done.wait() == 0 and not kill_prepare.strike(random.Random(0), done, tmp_path, 1e9)
 
 
 def test_no_input_is_one_sentence(tmp_path):

@@ -1,7 +1,5 @@
 """scripts/trust/ranks.py: its hands on processes, its cut runs and its tables; the runs themselves take an hour."""
 
-import functools
-import json
 import math
 import os
 import subprocess
@@ -68,41 +66,43 @@ def test_a_cut_run_ends_with_its_checkpoint(tmp_path):
     assert len(checkpoint.steps(tmp_path / "run")) == 3
 
 
-def test_kept_rows_are_reported_and_a_nan_fails(tmp_path, tiny_data, monkeypatch, capsys):
-    """What an earlier start measured is not measured again, and null, a NaN in a file, is no small difference."""
-    measured = []
-
-    def measure(number):
-        measured.append(number)
-        return {"val": number * 1e-7}
-
-    found = {("evaluation", "bpe_tied", f"{n} ranks"): functools.partial(measure, n) for n in (2, 4)}
-    found["splits", "bpe_tied", "of no chosen part"] = functools.partial(measure, 8)
-    found["nodes", "kronecker", "two nodes"] = functools.partial(measure, 9)
-    monkeypatch.setattr(ranks, "measures", lambda args: found)
-    node = {"kind": "nodes", "arm": "kronecker", "what": "two nodes", "train": 0.0, "val": 0.0, "norm": 0.0}
-    argv = [f"--data_dir={tiny_data}", f"--out={tmp_path}", f"--report={tmp_path / 'r'}"]
-    argv.append("--parts=evaluation,nodes")
-    for val, status in ((0.0, 0), (None, 1)):
-        known = {"kind": "evaluation", "arm": "bpe_tied", "what": "2 ranks", "val": 2e-7}
-        made = {"commit": "abc", "date": "2026-01-02"}
-        kept = [node | made | {"bit_identical": val == 0, "val": val, "peers_gone_s": 1.5}, known | made]
-        (tmp_path / "records.json").write_text(json.dumps(kept))
-        assert ranks.main(argv) == status and measured == [4]
-        assert ranks.main(argv) == status and measured == [4]
-        measured.clear()
-        text = (tmp_path / "r.md").read_text()
-        assert "| bpe_tied | 2 ranks |  | 2.0e-07 |  |\n| bpe_tied | 4 ranks |  | 4.0e-07 |  |" in text
-        assert f"| two nodes | {'yes' if val == 0 else 'no, nan'} | 1.5 s |  |  |" in text
-        worst = math.nan if val is None else 4e-7
-        assert f"difference of a loss: {worst:.1e}" in capsys.readouterr().out
+@pytest.mark.parametrize(("val", "status"), [(2e-7, 0), (2e-5, 1), (math.nan, 1)])
+def test_rows_are_reported_and_a_nan_fails(val, status, tmp_path, monkeypatch, capsys):
+    """A NaN is no small difference."""
+    monkeypatch.setattr(ranks, "comparisons", lambda keys, arm, work: [("2 ranks", {"val": 1e-7})])
+    node = {"train": 0.0, "val": val, "norm": 0.0, "bit_identical": val < 1e-6, "peers_gone_s": 1.5}
+    monkeypatch.setattr(ranks, "nodes", lambda keys, work: [("two nodes", node)])
+    assert ranks.main([f"--report={tmp_path / 'r'}"]) == status
+    text = (tmp_path / "r.md").read_text()
+    assert "| bpe_tied | 2 ranks |  | 1.0e-07 |  |\n| kronecker | 2 ranks |  | 1.0e-07 |  |" in text
+    assert f"| two nodes | {f'no, {val:.1e}' if status else 'yes'} | 1.5 s |  |  |" in text
+    assert f"difference of a loss: {val:.1e}" in capsys.readouterr().out
 
 
-def test_every_job_has_a_name_of_its_own_and_is_counted():
-    """8 splits, 6 resumes and 2 evaluations of each of two arms, and 6 jobs on nodes."""
-    assert len(ranks.measures(None)) == 2 * (8 + 6 + 2) + 6
+def test_a_step_is_awaited_in_the_file_that_has_it(tmp_path):
+    """Not in the one that a start before has written, nor for ever."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iter": 9, "train/loss": 2.0}\n')
+    waits = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    ranks.await_step(tmp_path, 9, [waits])
+    waits.communicate()
+    for step, since in ((10, 0), (9, path.stat().st_ino)):
+        with pytest.raises(ranks.RunError, match="never came"):
+            ranks.await_step(tmp_path, step, [waits], since)
 
 
-def test_bad_arguments():
-    with pytest.raises(SystemExit, match="error: argument --parts: there is no 'node': choose from splits"):
-        ranks.main(["--parts=splits,node"])
+def test_what_is_compared_with_one_process(tmp_path, monkeypatch):
+    """8 splits, 6 resumes and 2 evaluations, with each run made once."""
+    made = []
+
+    def train(keys, arm, out_dir, count, size):
+        made.append(out_dir)
+        checkpoint.path_of(out_dir, 20).mkdir(parents=True, exist_ok=True)
+        return out_dir
+
+    monkeypatch.setattr(ranks, "train", train)
+    monkeypatch.setattr(ranks.twin, "furthest", lambda ours, theirs: {"val": 0.0})
+    monkeypatch.setattr(ranks.twin, "losses", lambda out_dir: {(20, "val/loss"): 2.0})
+    found = dict(ranks.comparisons({}, "kronecker", tmp_path))
+    assert len(found) == 8 + 6 + 2 and set(map(str, found.values())) == {"{'val': 0.0}"}
+    assert len(made) == len(set(made)) == 3 + 6 + 6 + 3

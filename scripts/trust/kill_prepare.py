@@ -3,11 +3,12 @@
     python scripts/trust/kill_prepare.py --input text.jsonl --kills 100 --report results/data/kill_prepare
 
 One uninterrupted run with one worker gives the reference. Then the same set is prepared again and again in fresh
-folders by runs that are killed after a random time, or the moment a file of a random number appears, each time with
-another number of workers, until the wanted number of kills is reached. Each finished folder is compared with the
+folders by runs that are killed after a random time, every second one while it writes a file, each time with another
+number of workers, until the wanted number of kills is reached. Each finished folder is compared with the
 reference, file by file, by SHA-256; between kills no shard may be there under its name that is not whole.
 """
 
+import contextlib
 import random
 import signal
 import subprocess
@@ -24,9 +25,9 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 from data.files import expanded, sha256
 from data.shards import open_shard
 from engine.errors import RunError, sentences
-from scripts.arguments import Parser, whole
+from scripts.arguments import whole
 from scripts.pool import last_words
-from scripts.provenance import ROOT, provenance, write_page
+from scripts.provenance import ROOT
 from scripts.trust import twin
 
 
@@ -54,16 +55,16 @@ def check(found: dict[str, str], reference: dict[str, str], when: str) -> None:
         raise RunError(f"{when} the set differs from the uninterrupted one in {', '.join(wrong[:5])}")
 
 
-def await_moment(rng: random.Random, process: subprocess.Popen, out: Path, usual: float, shards: int) -> None:
-    """Wait a random part of the usual seconds, or until one of the next files is there or is being written."""
-    target = len(list(out.glob("*.bin"))) + rng.randrange(1, max(2, shards // 8))
-    signs = {
-        "time": lambda: False,
-        "shard": lambda: len(list(out.glob("*.bin"))) >= target,
-        "file": lambda: signs["shard"]() and [*out.glob("*.tmp")],
-    }
-    kind = rng.choice(list(signs))
-    twin.comes(signs[kind], [process], rng.uniform(0, usual) if kind == "time" else usual)
+def strike(rng: random.Random, process: subprocess.Popen, out: Path, usual: float) -> bool:
+    """Kill after a random part of the usual seconds, or as soon after that as a file is being written; whether it fell on
+    a living process."""
+    at_write = rng.random() < 0.5
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(rng.uniform(0, usual))
+    while at_write and process.poll() is None and not [*out.glob("*.tmp")]:
+        time.sleep(0.0002)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
 
 
 def kill_and_compare(args, scratch: Path) -> dict:
@@ -71,24 +72,21 @@ def kill_and_compare(args, scratch: Path) -> dict:
     rng, began = random.Random(args.seed), time.perf_counter()
     first = scratch / "reference" / "set"  # every folder has the same name, since shards are named after it
     reference = finish(start(args, first, 1), first)
-    usual, shards = time.perf_counter() - began, sum(name.endswith(".bin") for name in reference)
-    print(f"reference: {shards} shards in {usual:.1f} s", flush=True)
+    usual = time.perf_counter() - began
+    print(f"reference: {len(reference)} files in {usual:.1f} s", flush=True)
     runs, finished, stages = 0, 0, Counter()
     while (kills := stages.total()) < args.kills or not finished:
         out = scratch / f"attempt{finished}" / "set"
         process = start(args, out, rng.choice([1, 2, 3]))
         runs += 1
-        if kills < args.kills:
-            await_moment(rng, process, out, usual, shards)
-            process.kill()
-            if process.wait() == -signal.SIGKILL:  # it had not ended by itself
-                names = [p.name for p in out.glob("*") if p.name != "prepare.lock"]
-                half = any(name.endswith(".tmp") for name in names)
-                stages["before the first file" if not names else "writing" if half else "between files"] += 1
-                for path in out.glob("*.bin"):
-                    open_shard(path)  # raises unless header and size agree
-                check(digests(out, "*.bin"), reference, f"after kill {kills + 1}")
-                continue
+        if kills < args.kills and strike(rng, process, out, usual):
+            names = [p.name for p in out.glob("*") if p.name != "prepare.lock"]
+            half = any(name.endswith(".tmp") for name in names)
+            stages["before the first file" if not names else "writing" if half else "between files"] += 1
+            for path in out.glob("*.bin"):
+                open_shard(path)  # raises unless header and size agree
+            check(digests(out, "*.bin"), reference, f"after kill {kills + 1}")
+            continue
         found = finish(process, out)
         for one, other in ((found, reference), (reference, found)):
             check(one, other, f"after {kills} kills, finished,")
@@ -96,19 +94,18 @@ def kill_and_compare(args, scratch: Path) -> dict:
         print(f"set {finished} finished after {kills} kills in all, identical", flush=True)
     return {
         "kills": kills, "runs": runs, "sets_finished": finished, "sets_identical_to_the_uninterrupted_one": finished,
-        "shards_a_set": shards, "killed_while": dict(stages), "seconds": round(time.perf_counter() - began),
+        "files_a_set": len(reference), "killed_while": dict(stages), "seconds": round(time.perf_counter() - began),
         "seed": args.seed,
     }  # fmt: skip
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__)
+    parser = twin.parser(__doc__)
     add = parser.add_argument
     add("--input", type=expanded, required=True, help="text, as prepare.py takes it")
     add("--kills", type=whole(1), default=100, help="kills in all")
     add("--shard-size", type=whole(100), default=6000, help="tokens a shard")
     add("--seed", type=whole(0), default=1337, help="of the instants")
-    add("--report", type=expanded, help="write REPORT.json and REPORT.md")
     args = parser.parse_args(argv)
     with sentences(), tempfile.TemporaryDirectory() as scratch:
         if not args.input.is_file():
@@ -117,9 +114,7 @@ def main(argv=None) -> None:
         text = "Random SIGKILLs of data/fineweb_edu/prepare.py; finished sets compared by SHA-256, meta.json included.\n"
         text += "\n".join(f"- {what.replace('_', ' ')}: {figure}" for what, figure in found.items())
         print(text)
-        if args.report:
-            made = provenance(__file__, argv)
-            write_page(args.report, "Preparation killed at random instants", made, found, [text])
+        twin.report(args, __file__, argv, "Preparation killed at random instants", found, [text])
 
 
 if __name__ == "__main__":

@@ -1,35 +1,44 @@
-"""Kill a small training with SIGKILL at random instants, start it again, and compare it with an unkilled twin.
+"""Kill a small training with SIGKILL, start it again, and compare it with a twin that nothing disturbs.
 
-    python scripts/trust/kill_train.py --kills 100 --seed 1 --report results/trust/kill_train
-    python scripts/trust/kill_train.py --kills 100 --seed 1 --minutes 4      a slice; the same command goes on
+    python scripts/trust/kill_train.py --report results/trust/kill_train              100 kills at random instants
+    python scripts/trust/kill_train.py --lines 40 --report results/trust/kill_lines   one at every 40th executed line
 
-Each run is killed a few times and started again with the same command (--init_from=auto) until it is through. Many
-kills are aimed at checkpoint writes, the others fall anywhere in a start, the training or a resume; only a kill that
-ended a living process counts. It passes if what it left (newest whole checkpoint, rows so far) and what its run became
-(weights, moments, rows, record, kept checkpoints, pointers) are the twin's in every bit.
-Further --key=value go to train.py (e.g. --device=cuda --deterministic=True).
+At random instants: each run is killed a few times and started again (--init_from=auto) until it is through; half of the
+kills wait for a checkpoint's write, where there is most to break. Such kills seldom find the few microseconds between two
+renames. At lines: a trace function sends SIGKILL as the N-th line of train.py, engine/ or data/files.py begins, first in
+a run that begins (`fresh`), then in one that goes on from what a kill in the middle of a write has left (`resumed`).
+
+Every start is a fork of this process, which trains as train.py does. A run passes if what it became is its twin in every
+bit: weights, moments, rows, record, kept checkpoints, pointers. Further --key=value go to train.py (for instance
+--device=cuda --deterministic=True).
 """
 
-import argparse
-import contextlib
+import multiprocessing
+import os
 import random
 import shutil
 import signal
-import statistics
-import subprocess
 import sys
+import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork must not inherit a thread pool
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     import scripts.by_path  # noqa: F401 - Ctrl-C
 
-from data.files import expanded
+import torch._dynamo  # noqa: F401 - the optimizer imports it: better once here than in every fork
+
+import configurator
+import train
+from data.identity import SETTLED_SECONDS
 from engine.errors import RunError, sentences
-from scripts.arguments import some_of, whole
+from scripts.arguments import whole
+from scripts.bench.train import write_data
+from scripts.experiment import arm_file
 from scripts.pool import last_words
+from scripts.provenance import ROOT
 from scripts.trust import twin
 
 KEYS = twin.SMALL | {
@@ -42,213 +51,236 @@ RECIPES = {
     "bpe_tied": {"ckpt_interval": 2, "global_batch_size": 8},
     "kronecker_tied": {"ckpt_interval": 3, "global_batch_size": 4, "keep": 1},
 }
-FILES = ("model.safetensors", "optimizer.pt", "state.json", "DONE")  # of a checkpoint, as they are written
-# What a kill waits for, and how many of a hundred do: most of them for a write, where there is most to break.
-AIMS = {
-    "write": ("a moment after a `.writing_*` folder appears", 45),
-    "file": ("the appearance of one of its files, or of a new `latest`", 20),
-    "running": ("any moment from the loop's start to its end", 20),
-    "any": ("any moment from the process's start to its end", 15),
-}
-PER_RUN, SIDE_BY_SIDE = 5, 2  # kills that one run suffers; runs at a time
+PER_RUN = 5  # kills that one run suffers
+AT_LINES = KEYS | {
+    "n_layer": 1, "n_embd": 16, "block_size": 16, "global_batch_size": 4, "max_iters": 4, "eval_interval": 2,
+    "eval_tokens": 64, "warmup_iters": 1, "ckpt_interval": 1, "dropout": 0.1,
+}  # fmt: skip
+TRACED = [ROOT / "train.py", ROOT / "data" / "files.py", *(ROOT / "engine").glob("*.py")]
+SCENES = ("fresh", "resumed")
+FORK = multiprocessing.get_context("fork")
 
 
-def arguments(argv) -> argparse.Namespace:
-    parser = twin.parser(__doc__, "out/kill_train")
-    add = parser.add_argument
-    add("--kills", type=whole(1), default=100, help="kills that must land on a living process")
-    add("--seed", type=int, default=1, help="of the instants")
-    add("--data_dir", type=expanded, default=twin.PYDOCS, help="prepared if empty")
-    add("--recipes", type=some_of(RECIPES), default=",".join(RECIPES), help="with commas")
-    args, passed = parser.parse_known_args(argv)
-    if wrong := [p for p in passed if not p.startswith("--") or "=" not in p]:
-        parser.error(f"{' '.join(wrong)} is unknown here: further keys of train.py are written --key=value")
-    args.passed = dict(p[2:].split("=", 1) for p in passed)
-    return args
+def begin(arm: str, keys: dict, out_dir: Path, on_line=None):
+    """Train in a fork of this process. on_line: called there as (number from 1, "file:line") before each line of TRACED."""
+    words = [str(arm_file(arm)), *(f"--{k}={v}" for k, v in (keys | {"out_dir": out_dir}).items())]
+    process = FORK.Process(target=train_here, args=(words, log_of(out_dir), on_line), daemon=True)
+    process.start()
+    return process
 
 
-def keys_of(args, recipe: str) -> dict:
-    return KEYS | RECIPES[recipe] | {"data_dir": args.data_dir} | args.passed
+def log_of(out_dir: Path) -> Path:
+    return out_dir.with_name(f"{out_dir.name}.log")
 
 
-def begin(args, recipe: str, out_dir: Path, **changes) -> subprocess.Popen:
-    command = twin.train_command(recipe, out_dir, keys_of(args, recipe) | changes)
-    return twin.launch([sys.executable, *command], out_dir)
+def train_here(words: list[str], log: Path, on_line) -> None:
+    names, number = {str(path): path.relative_to(ROOT) for path in TRACED}, 0
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
+    def trace(frame, event, _):
+        nonlocal number
+        if event == "line":
+            number += 1
+            on_line(number, f"{names[frame.f_code.co_filename]}:{frame.f_lineno}")
+        return trace
 
-def make_twin(args, recipe: str) -> dict:
-    """Train it, and measure how long its parts take now, in seconds: "awake" until its loop, a "write", the "total"."""
-    out_dir = args.out / f"twin_{recipe}"
-    shutil.rmtree(out_dir, ignore_errors=True)
-    began, awake, since, writes = time.monotonic(), 0.0, None, []
-    process = begin(args, recipe, out_dir, keep=twin.ALL)
-    while process.poll() is None:
-        time.sleep(0.0005)
-        now = time.monotonic()
-        if not awake and (out_dir / "metrics.jsonl").exists():
-            awake = now - began
-        if twin.half_written(out_dir):
-            since = since or now
-        elif since is not None:
-            writes, since = [*writes, now - since], None
-    if process.returncode:
-        raise RunError(f"the unkilled twin does not train: {last_words(out_dir / 'train.log')}")
-    total = time.monotonic() - began
-    return {"dir": out_dir, "awake": awake, "write": statistics.median(writes), "total": total}
-
-
-# ---- one kill
-
-
-def draw_aim(rng: random.Random, times: dict) -> dict:
-    """What to wait for, and how long after it to strike; the times are those of `make_twin`."""
-    kind = rng.choices(list(AIMS), [share for _, share in AIMS.values()])[0]
-    longest = {
-        "write": 1.2 * times["write"], "file": 0, "running": 0.9 * (times["total"] - times["awake"]),
-        "any": 0.9 * times["total"],
-    }  # fmt: skip
-    aim = {"kind": kind, "nth": rng.randint(1, 5), "delay": rng.uniform(0, longest[kind])}
-    return aim | ({"file": rng.choice([*FILES, "latest"])} if kind == "file" else {})
-
-
-def writing(out_dir: Path, aim: dict):
-    """A function that is true while the aim's nth write is going on and has come to the aim's file."""
-    seen = set()
-
-    def now() -> bool:
-        folders = twin.half_written(out_dir)
-        seen.update(f.name for f in folders)
-        there = any("file" not in aim or (f / aim["file"]).exists() for f in folders)
-        return len(seen) >= aim["nth"] and there
-
-    return now
-
-
-def await_aim(process: subprocess.Popen, out_dir: Path, aim: dict, patience: float) -> bool:
-    """Wait until the moment to strike; False if the process ended by itself or hangs before it came."""
-    signs = []
-    if (
-        aim["kind"] != "any"
-    ):  # right before its loop a start writes this anew, earlier leftovers being cleared
-        signs.append(lambda: twin.renewed(out_dir / "metrics.jsonl"))
-    if aim.get("file") == "latest":  # the rename is behind it, pruning is being done
-        signs.append(lambda: twin.renewed(out_dir / "latest"))
-    elif aim["kind"] in ("write", "file"):
-        signs.append(lambda: writing(out_dir, aim))
-    if not all(twin.comes(sign(), [process], patience) for sign in signs):
-        return False
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(aim["delay"])
-    return process.poll() is None
-
-
-# ---- runs, each killed a few times
-
-
-def killed_run(args, twins: dict, job: dict) -> dict:
-    """What became of a run: each of its kills with what it left, starts that ended before their kill ("missed"), the
-    logged losses that were compared, and its trouble, if any. A run that comes through too early is run anew."""
-    rng, recipe, out_dir = (
-        random.Random(f"{args.seed}/{job['run']}"),
-        job["recipe"],
-        args.out / f"run_{job['run']:03d}",
-    )
-    times = twins[recipe]
-    patience, keep = 60 + 20 * times["total"], int(keys_of(args, recipe)["keep"])
-    kills, found, through = [], {"missed": 0, "losses": 0, "trouble": None}, True
-    while not found["trouble"] and (len(kills) < job["wanted"] or not through):
-        if through:
-            shutil.rmtree(out_dir, ignore_errors=True)
-        aim = draw_aim(rng, times) if len(kills) < job["wanted"] else None
-        began = time.monotonic()
-        process = begin(args, recipe, out_dir)
-        if aim and await_aim(process, out_dir, aim, patience):
-            process.kill()
-            if process.wait() == -signal.SIGKILL:
-                after = round(time.monotonic() - began, 3)
-                kills.append({"aim": aim, "after_s": after} | twin.left(out_dir, times["dir"]))
-                through = False
-                continue
-        found["missed"] += aim is not None
+    with sentences():
+        config = configurator.load(words)
+        if on_line:
+            sys.settrace(lambda frame, *_: trace if frame.f_code.co_filename in names else None)
         try:
-            status = process.wait(patience)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            found["trouble"] = f"a start hung for {patience:.0f} s"
-            break
-        if status:
-            found["trouble"] = f"a start ended with status {status}: {last_words(out_dir / 'train.log')}"
+            train.main(config)
+        finally:
+            sys.settrace(None)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_twin(arm: str, keys: dict, out_dir: Path) -> float:
+    """Train a run that keeps all of its checkpoints; the seconds that it took."""
+    began = time.monotonic()
+    process = begin(arm, keys | {"keep": 10**6}, out_dir)
+    process.join()
+    if process.exitcode:
+        raise RunError(f"the unkilled twin does not train: {last_words(log_of(out_dir))}")
+    return time.monotonic() - began
+
+
+def finish(arm: str, keys: dict, out_dir: Path, its_twin: Path, patience: float = 600) -> str:
+    """Start a killed run for the last time; its trouble, if any."""
+    process = begin(arm, keys, out_dir)
+    process.join(patience)
+    if process.is_alive():
+        process.kill()
+        return f"a start hung for {patience:.0f} s"
+    if process.exitcode:
+        return f"a start ended with status {process.exitcode}: {last_words(log_of(out_dir))}"
+    wrong = twin.differences(out_dir, its_twin, int(keys["keep"]))
+    return f"not the twin's: {', '.join(wrong)}" if wrong else ""
+
+
+# ---- at random instants
+
+
+def strike(process, out_dir: Path, rng: random.Random, seconds: float, steps: int) -> bool:
+    """Kill at a random instant of so many seconds, or within a step's time of the next write's beginning; whether it
+    fell on a living process."""
+    at_write = rng.random() < 0.5
+    process.join(rng.uniform(0, seconds))
+    if at_write:
+        while process.is_alive() and not twin.half_written(out_dir):
+            time.sleep(0.0002)
+        process.join(rng.uniform(0, seconds / steps))
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def killed_run(arm: str, keys: dict, out_dir: Path, its_twin: Path, seconds: float, kills: int, rng) -> dict:
+    """{"kills": what each of so many found half-written, "missed": starts that ended before theirs, "trouble"} of a run.
+
+    One that comes through before its last kill is run anew.
+    """
+    found = {"arm": arm, "kills": [], "missed": 0}
+    while len(found["kills"]) < kills:
+        process = begin(arm, keys, out_dir)
+        if strike(process, out_dir, rng, seconds, int(keys["max_iters"])):
+            half = twin.half_written(out_dir)
+            files = sorted(path.name for path in half[0].iterdir()) if half else []
+            found["kills"].append({"in_write": bool(half), "files": files})
+        elif process.exitcode:
+            return found | {"trouble": f"a start failed: {last_words(log_of(out_dir))}"}
         else:
-            end, through = twin.compare(out_dir, times["dir"], keep), True
-            found["losses"] += end["losses"]
-            found["trouble"] = f"not {', '.join(wrong)}" if (wrong := twin.differences(end)) else None
-    if not found["trouble"]:
-        shutil.rmtree(out_dir)  # a run with trouble stays, to be looked into
-    return found | {"kills": kills}
+            found["missed"] += 1
+            shutil.rmtree(out_dir)
+    return found | {"trouble": finish(arm, keys, out_dir, its_twin)}
 
 
-# ---- the report
-
-
-def kills_of(records: list[dict]) -> list[dict]:
-    """All kills, each with its recipe, and whether what it left and what its run became are the twin's."""
-    return [
-        kill | {"recipe": r["recipe"], "passed": not (r["trouble"] or twin.differences(kill))}
-        for r in records
-        for kill in r["kills"]
+def at_random(args, work: Path) -> tuple[list[dict], list]:
+    """Kills at random instants: (one record a run, the report's paragraphs and tables)."""
+    rng, records, seconds = random.Random(args.seed), [], {}
+    for number, first in enumerate(range(0, args.kills, PER_RUN)):
+        arm = list(RECIPES)[number % len(RECIPES)]
+        keys = KEYS | RECIPES[arm] | {"data_dir": work / "data"} | args.keys
+        if arm not in seconds:
+            seconds[arm] = make_twin(arm, keys, work / f"twin_{arm}")
+        kills = min(PER_RUN, args.kills - first)
+        run = killed_run(arm, keys, work / f"run_{number}", work / f"twin_{arm}", seconds[arm], kills, rng)
+        print(f"run {number}, {arm}: {kills} kills, {run['trouble'] or 'the twin in every bit'}", flush=True)
+        records.append(run)
+    kills = [kill | {"arm": r["arm"], "passed": not r["trouble"]} for r in records for kill in r["kills"]]
+    columns = {"fell into a checkpoint write": lambda k: k["in_write"], "passed": lambda k: k["passed"]}
+    in_write = [k for k in kills if k["in_write"]]
+    written = "By what the writes had finished when they were killed"
+    return records, [
+        f"**{sum(k['passed'] for k in kills)} of {len(kills)}** kills ended in the twin's bits; {len(in_write)} fell into "
+        f"a checkpoint's write. {len(records)} runs of {KEYS['max_iters']} steps; in {sum(r['missed'] for r in records)} "
+        "starts the process ended before its kill, which does not count.",
+        twin.tally(written, "files", in_write, lambda k: ", ".join(k["files"]) or "an empty folder", columns),
+        twin.tally("By recipe", "recipe", kills, lambda k: f"{k['arm']}, {RECIPES[k['arm']]}", columns),
     ]
 
 
-def parts(records: list[dict]) -> list:
-    """The report's paragraphs and tables."""
-    kills = kills_of(records)
-    columns = {"fell into a checkpoint write": lambda k: k["in_write"], "passed": lambda k: k["passed"]}
+# ---- at every line
 
-    def count(of_kill) -> int:
-        return sum(map(bool, map(of_kill, kills)))
 
-    def written(kill: dict) -> str:
-        files = [f"`{f}`" for f in FILES if f in kill["files_there"]]
-        return ", ".join(files) or "an empty folder"
+def at_lines(args, work: Path) -> tuple[list[dict], list]:
+    """Kills at every args.lines-th executed line: (one record a kill, the report's paragraphs and tables)."""
+    arm, keys, executed = "bpe_tied", AT_LINES | {"data_dir": work / "data"} | args.keys, {}
+    # so that the twin remembers the shards' hashes, and all others execute the same lines
+    time.sleep(SETTLED_SECONDS + 0.1)
+    make_twin(arm, keys, work / "twin")
 
-    return [
-        f"**{count(columns['passed'])} of {len(kills)}** kills left the twin's bits behind and ended in the twin's bits.",
-        twin.tally("By aim", "aimed at", kills, lambda k: AIMS[k["aim"]["kind"]][0], columns),
-        twin.tally(
-            "By what the writes had finished when they were killed", "files",
-            [k for k in kills if k["in_write"]], written, columns,
-        ),
-        twin.tally("By recipe", "recipe", kills, lambda k: f"{k['recipe']}, {RECIPES[k['recipe']]}", columns),
-        f"{len(records)} runs of {KEYS['max_iters']} steps; {sum(r['losses'] for r in records):,} logged rows compared at "
-        f"their ends. {count(lambda k: k['between_rename_and_pointer'])} kills fell between a checkpoint's rename and its "
-        f"pointer, {count(lambda k: k['torn_row'])} tore a row of metrics.jsonl, {count(lambda k: k['newest'] is None)} "
-        f"came before the first checkpoint. In {sum(r['missed'] for r in records)} starts the process ended before its "
-        "kill; these do not count.",
-        "Compared: weights and AdamW's moments in every bit; all rows of metrics.jsonl but speed and memory; counters; "
-        "the run's record; which checkpoints are kept; `latest` and `best`; and that nothing half-written stays.",
-    ]  # fmt: skip
+    def in_third_write(*_) -> None:
+        if list(work.glob("torn/ckpt/.writing_*3/optimizer.pt")):
+            die()
+
+    torn = begin(arm, keys, work / "torn", in_third_write)
+    torn.join()
+    if torn.exitcode != -signal.SIGKILL:
+        raise RunError(f"no kill fell into the third checkpoint's write: {last_words(log_of(work / 'torn'))}")
+
+    def killed(scene: str, name: str, on_line) -> int:
+        """The exit status of a run of a scene."""
+        if scene == "resumed":
+            shutil.copytree(work / "torn", work / name)
+        process = begin(arm, keys, work / name, on_line)
+        process.join()
+        return process.exitcode
+
+    for scene in SCENES:
+        with open(work / f"{scene}.lines", "w+", buffering=1) as lines:
+            if killed(scene, scene, lambda _, place: lines.write(f"{place}\n")):
+                raise RunError(f"an unkilled run fails under trace: {last_words(log_of(work / scene))}")
+            lines.seek(0)
+            executed[scene] = lines.read().split()
+    records = [
+        {"scene": scene, "number": number, "line": places[number - 1]}
+        for scene, places in executed.items()
+        for number in reversed(range(len(places), 0, -args.lines))  # the last line, too
+    ]
+    for record in records:
+        number, name = record["number"], "{scene}_{number}".format(**record)
+        status = killed(record["scene"], name, lambda n, _: n == number and die())  # noqa: B023 - called in this turn
+        if status != -signal.SIGKILL:
+            record["trouble"] = f"it ended with status {status} before its line came"
+        else:
+            record["trouble"] = finish(arm, keys, work / name, work / "twin")
+        if not record["trouble"]:
+            shutil.rmtree(work / name)
+        print(f"{name}, {record['line']}: {record['trouble'] or 'the twin in every bit'}", flush=True)
+    passed = {"passed": lambda r: not r["trouble"]}
+    lines = " and ".join(
+        f"a `{scene}` run executes {len(places):,} lines" for scene, places in executed.items()
+    )
+    return records, [
+        f"**{sum(map(passed['passed'], records)):,} of {len(records):,}** killed runs ended in the twin's bits. "
+        f"{lines.capitalize()}; the kills fell on {len({r['line'] for r in records}):,} different lines of source.",
+        twin.tally("By run", "run", records, lambda r: r["scene"], passed),
+        twin.tally("By file", "file", records, lambda r: f"`{r['line'].partition(':')[0]}`", passed),
+        "`fresh`: a run that begins. `resumed`: one that goes on from what a kill in the middle of a write has left.",
+    ]
+
+
+def arguments(argv):
+    """The arguments; .keys are those for train.py."""
+    parser = twin.parser(__doc__)
+    add = parser.add_argument
+    add("--kills", type=whole(1), default=100, help="kills that must fall on a living process (%(default)s)")
+    add("--seed", type=int, default=1, help="of the instants")
+    add("--lines", type=whole(1), metavar="N", help="kill at every N-th executed line instead")
+    args, passed = parser.parse_known_args(argv)
+    if wrong := [p for p in passed if not p.startswith("--") or "=" not in p]:
+        parser.error(f"{' '.join(wrong)} is unknown here: further keys of train.py are written --key=value")
+    args.keys = dict(p[2:].split("=", 1) for p in passed)
+    return args
 
 
 def main(argv=None) -> int:
     args = arguments(argv)
     with sentences():
-        cycle, wanted = len(args.recipes), [PER_RUN] * (args.kills // PER_RUN)
-        wanted += [args.kills % PER_RUN] if args.kills % PER_RUN else []
-        jobs = [{"run": i, "recipe": args.recipes[i % cycle], "wanted": n} for i, n in enumerate(wanted)]
-        records, todo = twin.kept(args, jobs)
-        if todo:
-            args.data_dir = twin.prepared(args.data_dir)
-            names = list(dict.fromkeys(job["recipe"] for job in todo))
-            made = twin.side_by_side(partial(make_twin, args), names, SIDE_BY_SIDE)
-            twins = dict(zip(names, made, strict=True))
-            twin.go_on(args, records, todo, partial(killed_run, args, twins), SIDE_BY_SIDE)
-        kills = kills_of(records)
-        counts = {"kills": len(kills), "passed": sum(k["passed"] for k in kills)}
-        counts["in_a_write"] = sum(k["in_write"] for k in kills)
-        title = "Killed at random instants, against the unkilled twin"
-        twin.report(args, __file__, argv, records, counts | {"runs": records}, title, parts(records))
-        print("{passed} of {kills} kills passed; {in_a_write} fell into a checkpoint write".format(**counts))
-        return 0 if counts["passed"] == len(kills) and not any(r["trouble"] for r in records) else 1
+        work = Path(tempfile.mkdtemp(prefix="kill_train_"))
+        write_data(work / "data", twin.VOCABULARY)
+        records, parts = (at_lines if args.lines else at_random)(args, work)
+        parts.append(
+            "Compared: weights and AdamW's moments in every bit; all rows of metrics.jsonl but speed and memory; counters; "
+            "the run's record; which checkpoints are kept; `latest` and `best`; and that nothing half-written stays."
+        )
+        where = "every line" if args.lines else "random instants"
+        twin.report(
+            args, __file__, argv, f"Killed at {where}, against the unkilled twin", {"runs": records}, parts
+        )
+        bad = [r for r in records if r["trouble"]]
+        print(f"{len(records) - len(bad)} of {len(records)} killed runs ended in the twin's bits")
+        if bad:
+            print(f"the runs with trouble stay in {work}")
+            return 1
+        shutil.rmtree(work)
+        return 0
 
 
 if __name__ == "__main__":
