@@ -3,9 +3,8 @@
     python scripts/bench/loader.py --out results/data
 
 On one core, from shards in the page cache: tokens a second of data.loader in several shapes, in turns with the loop
-that nanoGPT's train.py has (a new memory map a batch, random places, one array a row); resident memory over 100,000
-batches of ours, and of the same rows through memory maps that stay open; and the cost of drawing the order itself at
-100B tokens.
+that nanoGPT's train.py has (a new memory map a batch, random places, one array a row); and resident memory over 100,000
+batches of ours.
 """
 
 import os
@@ -24,7 +23,7 @@ import numpy as np
 import psutil
 import torch
 
-from data.loader import TrainBatches, permute
+from data.loader import TrainBatches
 from data.shards import open_shard, write_shard
 from engine.errors import sentences
 from scripts.analysis.report import Table
@@ -69,33 +68,14 @@ def speeds(folder: Path, n_rounds: int) -> dict[str, dict]:
     return found
 
 
-def memory_growth(folder: Path) -> dict:
-    """Memory (MiB) over many batches of ours, and over a fifth of them through memory maps that stay open."""
-
-    def memory() -> int:
-        return psutil.Process().memory_info().rss >> 20
-
-    batches = TrainBatches(folder, 1024, 12, seed=1337)
-    for step in range(100):
+def memory_over_time(folder: Path) -> list[int]:
+    """Memory (MiB) before and at every tenth of many batches."""
+    batches, readings = TrainBatches(folder, 1024, 12, seed=1337), []
+    for step in range(BATCHES + 1):
         batches.rows(step, 0, 12)
-    readings = [memory()]
-    for step in range(BATCHES):
-        batches.rows(step, 0, 12)
-        if (step + 1) % (BATCHES // 10) == 0:
-            readings.append(memory())
-    kept, before = [open_shard(path).tokens for path in sorted(folder.iterdir())], memory()
-    for step in range(BATCHES // 5):
-        for window in batches.window_ids(step).tolist():
-            shard, place = divmod(window, (SHARD_TOKENS - 1) // 1024)
-            kept[shard][place * 1024 : place * 1024 + 1025].astype(np.int64)
-    return {"ours_every_tenth_of_the_way": readings, "growth_of_kept_memory_maps": memory() - before}
-
-
-def microseconds_of_drawing() -> float:
-    """What the numbers of 528 windows out of 100B tokens take."""
-    draw = partial(permute, np.arange(528), 100_000_000_000 // 1024, 0)
-    each = [bench.timed(partial(draw, epoch))[0] for epoch in range(201)]
-    return 1e3 * sum(each[1:]) / 200
+        if step % (BATCHES // 10) == 0:
+            readings.append(psutil.Process().memory_info().rss >> 20)
+    return readings
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,8 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             path = folder / f"bench_train_{number:06d}.bin"
             write_shard(path, rng.integers(0, 50257, SHARD_TOKENS).astype(np.uint16))
             path.read_bytes()  # into the page cache
-        record = {"tokens_per_second": speeds(folder, args.rounds), "memory_mib": memory_growth(folder)}
-        record["drawing_528_windows_of_100B_tokens_us"] = microseconds_of_drawing()
+        record = {"tokens_per_second": speeds(folder, args.rounds), "memory_mib": memory_over_time(folder)}
         made = provenance(__file__, argv)
         bench.publish(args.out, "bench_loader", "Reading batches", made, record, [table(record)])
 
@@ -124,14 +103,10 @@ def table(record: dict) -> Table:
         times = bench.median([speed * 1e6 / H200 for speed in millions["ours"]], ".1f")
         rows.append([shape, *speeds, bench.ratio(*millions.values()), times])
     header = ["block_size x rows", "tokens/s", "nanoGPT's loop", "ratio", "times what an H200 consumes"]
-    grown = record["memory_mib"]
-    first, *_, last = grown["ours_every_tenth_of_the_way"]
+    first, *_, last = record["memory_mib"]
     note = (
         f"One core. Memory over {BATCHES:,} batches of 12 x 1,024 from {2 * SHARDS * SHARD_TOKENS / 1e6:.0f} MB of "
-        f"shards: {first} MiB at first, {last} MiB in the end (growth {last - first} MiB); kept memory maps grow by "
-        f"{grown['growth_of_kept_memory_maps']} MiB in {BATCHES // 5:,} batches. Drawing 528 windows out of 100B tokens "
-        f"takes {record['drawing_528_windows_of_100B_tokens_us']:.0f} us and no array. H200 at {H200:,} tokens/s for "
-        "GPT-2 124M, an assumption."
+        f"shards: {first} MiB at first, {last} MiB in the end. H200 at {H200:,} tokens/s for GPT-2 124M, an assumption."
     )
     return Table("Tokens a second", header, rows, note=note)
 

@@ -91,18 +91,6 @@ def unpacked(paths: list[Path], target: Path) -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
-def in_long_documents(texts: list[str], target: Path) -> Path:
-    """The same text in documents of 10 MB, which no pipeline expects."""
-    with open(target, "w", encoding="utf-8") as out:
-        while texts:
-            size, n = 0, 0
-            while n < len(texts) and size < 10_000_000:
-                size, n = size + len(texts[n]), n + 1
-            out.write(json.dumps({"text": "\n".join(texts[:n])}) + "\n")
-            texts = texts[n:]
-    return target
-
-
 def stages(source: Path, packed: list[Path], scratch: Path) -> dict[str, float]:
     """Seconds of each stage of ours for the whole text, one after the other on this thread.
 
@@ -138,7 +126,7 @@ def stages(source: Path, packed: list[Path], scratch: Path) -> dict[str, float]:
 
 
 def measure(args, scratch: Path) -> dict:
-    """Time both sides in turns, ours on other input, and each stage; refuses figures of sides whose tokens differ."""
+    """Time the sides in turns, and each stage; refuses figures of sides whose tokens differ."""
     source, out, expected = scratch / "text.jsonl", scratch / "out", []
     packed = [path for path in args.input if path.suffix == ".xz"]
     texts = unpacked(args.input, source)
@@ -147,30 +135,28 @@ def measure(args, scratch: Path) -> dict:
     ours += [f"--val-tokens={VAL_TOKENS}", f"--shard-size={SHARD_SIZE}", "--input"]
     plainly = [sys.executable, __file__, workers, "--plain-to", out, "--input", source]
 
-    def run(command: list, compare: bool = True) -> dict:
+    def run(command: list) -> dict:
         _, seconds, gb = bench.run(command)
         stream = all_tokens(out)
         expected[:] = expected or [stream]
-        if compare and not np.array_equal(expected[0], stream):
+        if not np.array_equal(expected[0], stream):
             raise RunError(f"{command[1]} gave other tokens than the other side")
         shutil.rmtree(out)
         return {"seconds": seconds, "peak_mb": 1e3 * gb}
 
     sides = {"ours": partial(run, [*ours, source]), "plain": partial(run, plainly)}
-    rounds = bench.alternate(sides, args.rounds)
-    long = in_long_documents(texts, scratch / "long.jsonl")
-    others = {"documents of 10 MB each": run([*ours, long], compare=False)}
     if packed:
-        others["from the .xz itself"] = run([*ours, *args.input])
+        sides["ours, from the .xz itself"] = partial(run, [*ours, *args.input])
+    rounds = bench.alternate(sides, args.rounds)
     return {
         "input": " + ".join(path.name for path in args.input), "documents": len(texts), "tokens": len(expected[0]),
         "mb": sum(len(text.encode()) for text in texts) / 1e6, "workers": args.workers, "rounds": rounds,
-        "ours_on_other_input": others, "stage_seconds_on_one_core": stages(source, packed, scratch),
+        "stage_seconds_on_one_core": stages(source, packed, scratch),
     }  # fmt: skip
 
 
 def tables(record: dict) -> list[Table]:
-    """The sides, ours on other input, and where its time goes."""
+    """The sides, and where the time of ours goes."""
     mb, tokens, rounds = record["mb"], record["tokens"], record["rounds"]
     seconds = {side: bench.column(rounds, side, "seconds") for side in rounds}
     rows = []
@@ -182,10 +168,6 @@ def tables(record: dict) -> list[Table]:
         minutes = bench.median([1e10 / tokens * s / 60 for s in of_side], ".1f")
         peak = f"{max(bench.column(rounds, side, 'peak_mb')):.0f} MB"
         rows.append([side, *speeds, f"{minutes} min", peak, bench.ratio(of_side, seconds["ours"])])
-    others = [
-        [name, f"{r['seconds']:.2f}", f"{mb / r['seconds']:.1f}", f"{r['peak_mb']:.0f} MB"]
-        for name, r in record["ours_on_other_input"].items()
-    ]
     spent = [
         [stage, f"{s:.2f}", f"{mb / s:.1f}" if s else ""]
         for stage, s in record["stage_seconds_on_one_core"].items()
@@ -201,7 +183,6 @@ def tables(record: dict) -> list[Table]:
     )
     return [
         Table("Sides", header, rows, note=note),
-        Table("Ours on the same text in another form", ["form", "seconds", "MB/s", "peak memory"], others),
         Table("Where the time goes", ["stage", "seconds on one core", "MB/s"], spent, note=of_stages),
     ]
 
