@@ -1,11 +1,14 @@
-"""scripts/bench/train.py and shares.py: a toy in full, tables by hand."""
+"""scripts/bench/train.py: a toy in full, tables by hand."""
 
 import json
 import time
 from unittest import mock
 
 import pytest
+from conftest import TINY
 
+import configurator
+from engine import checkpoint
 from scripts.bench import train as bench
 
 
@@ -42,13 +45,8 @@ def test_the_table_has_each_sides_ratios_with_their_spread():
     assert rows[-1][1:] == ["-"] * 8 + [0] and [row[-1] for row in rows[:4]] == [2, 2, 2, 1]
 
 
-def test_where_a_trainings_time_goes(tiny_data, tmp_path, capsys):
+def test_where_a_trainings_time_goes(tiny_data, tmp_path):
     """All of it, once; a checkpoint that takes longer has a larger share. What train.py calls is itself again after."""
-    from conftest import TINY
-
-    from engine import checkpoint
-    from scripts.bench import shares
-
     keys = TINY | {"data_dir": tiny_data, "out_dir": tmp_path / "run", "max_iters": 4, "eval_interval": 2}
     before, save = checkpoint.save, checkpoint.save
 
@@ -57,12 +55,11 @@ def test_where_a_trainings_time_goes(tiny_data, tmp_path, capsys):
         return save(*args)
 
     with mock.patch.object(checkpoint, "save", slow):
-        shares.main([f"--{k}={v}" for k, v in keys.items()])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        found = bench.shares(configurator.load(bench.flags(keys)))
     together = found.pop("evaluation, checkpoints, logging")
     assert checkpoint.save is before
     assert sum(found.values()) == pytest.approx(1) and all(share > 0 for share in found.values())
-    assert together == pytest.approx(sum(found[part] for part in shares.BESIDE))
+    assert together == pytest.approx(sum(found[part] for part in bench.BESIDE))
     assert found["checkpoints"] > 0.2
 
 

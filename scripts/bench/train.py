@@ -13,7 +13,8 @@ records included. --batch_size, --accumulate and further --key=value (attention,
 alone. The side kronecker:table is the arm with its embedding computed as scripts/gpu/candidates.py does.
 """
 
-import json
+import contextlib
+import functools
 import math
 import pickle
 import re
@@ -24,6 +25,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -32,11 +34,15 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 import numpy as np
 import torch
 
+import configurator
+import model
+import train
 from data.meta import write_meta
-from engine import flops
+from engine import checkpoint, evaluation, flops, runs
 from engine.errors import sentences
-from engine.metrics import read_metrics
-from model import GPTConfig
+from engine.metrics import Metrics, read_metrics
+from engine.progress import Progress
+from engine.step import GuardedStep
 from scripts.analysis.report import Table
 from scripts.arguments import device, names, number, some_of, whole
 from scripts.bench import rounds as bench
@@ -49,6 +55,18 @@ SETTINGS = {
     "124m": {"vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32},
     "toy": {"vocab_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4},
 }  # fmt: skip
+# The functions of a part, each as (where its caller looks it up, name); what they call is theirs.
+PARTS = {
+    "embedding": [(model.GPT, "embed")],
+    "blocks": [(model.Block, "forward")],
+    "head and loss": [(model, "cross_entropy")],
+    "backward": [(torch.Tensor, "backward")],
+    "clip and AdamW": [(GuardedStep, "step")],
+    "evaluation": [(evaluation, "evaluate"), (train, "token_counts"), (model.GPT, "wte_norms")],
+    "checkpoints": [(runs, "save"), (checkpoint, "keep_as_best")],
+    "logging": [(Metrics, "log"), (Progress, "figures"), (Progress, "line")],
+}  # fmt: skip
+BESIDE = ("evaluation", "checkpoints", "logging")
 SKIPPED = 2  # steps at a process's start that do not count
 
 # Runs a script as it is and says what the allocator's peak was.
@@ -91,7 +109,7 @@ def figures(all_ms: list[float], keys: dict, shape: dict, gb: float, device: str
     ms = statistics.median(all_ms[SKIPPED:])
     tokens = keys["batch_size"] * keys["gradient_accumulation_steps"] * shape["block_size"]
     peak = flops.peak_flops(torch.device(device))
-    work = flops.flops_per_token(GPTConfig(**{k: v for k, v in shape.items() if k != "batch_size"}))
+    work = flops.flops_per_token(model.GPTConfig(**{k: v for k, v in shape.items() if k != "batch_size"}))
     tokens_per_s = 1e3 * tokens / ms
     mfu = 100 * tokens_per_s * work / peak[0] if peak else None
     return {"ms": ms, "tokens": tokens, "tokens_per_s": tokens_per_s, "gb": gb, "mfu": mfu, "all_ms": all_ms}
@@ -137,16 +155,53 @@ def run_nanogpt(shape: dict, work: Path, args) -> dict:
     return figures(all_ms, keys, shape, gb, args.device)
 
 
+def clocked(part: str, function, seconds: dict, running: list):
+    """The function, whose time counts as its part's unless it runs inside another one, which it belongs to then."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        if running:
+            return function(*args, **kwargs)
+        running.append(part)
+        began = time.perf_counter()
+        seconds.setdefault("began", began)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            seconds[part] += time.perf_counter() - began
+            running.clear()
+
+    return run
+
+
+def shares(config) -> dict[str, float]:
+    """Share of the loop's time by part, of "the rest", and of all that is beside training; the loop lasts from its first
+    part to the run's end."""
+    seconds, running = dict.fromkeys(PARTS, 0.0), []
+    with contextlib.ExitStack() as stack:
+        for part, functions in PARTS.items():
+            for owner, name in functions:
+                timed = clocked(part, getattr(owner, name), seconds, running)
+                stack.enter_context(mock.patch.object(owner, name, timed))
+        train.main(config)
+        whole = time.perf_counter() - seconds.pop("began")
+    found = {part: s / whole for part, s in seconds.items()}
+    beside = {", ".join(BESIDE): sum(map(found.get, BESIDE))}
+    return found | {"the rest": 1 - sum(found.values())} | beside
+
+
 def run_shares(arm: str, setting: str, work: Path, args) -> dict:
     """Shares of the loop's time: of the demo as its recipe has it, of --steps steps in another setting."""
-    keys = our_keys(SETTINGS[setting], work, args)
-    command = [sys.executable, Path(__file__).with_name("shares.py")]
+    keys, recipe = our_keys(SETTINGS[setting], work, args), []
     if setting == "demo":
-        command.append(ROOT / "config" / "demo.py")
+        recipe = [str(ROOT / "config" / "demo.py")]
         keys = {k: keys[k] for k in ("data_dir", "out_dir", *args.keys)}
-    text, _, _ = bench.run([*command, arm_file(arm), *flags(keys)], work, args.left())
+    with contextlib.redirect_stdout(sys.stderr):
+        found = shares(configurator.load([*recipe, str(arm_file(arm)), *flags(keys)]))
     shutil.rmtree(keys["out_dir"])
-    return json.loads(text.splitlines()[-1])
+    return found
 
 
 def side_table(setting: str, rounds: dict) -> Table:
