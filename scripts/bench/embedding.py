@@ -1,21 +1,19 @@
 """Time, memory and growth of the Kronecker embedding beside the PyPI reference and nn.Embedding, in one run.
 
     python scripts/bench/embedding.py --text corpus.jsonl.xz --hf-tokenizer path/to/gpt2 --out results/embedding
-    python scripts/bench/embedding.py --quick
 
 Every round runs each side once, in turn; the tables give medians, and ratios round by round with the lowest and highest,
 so that what else the machine does falls on all sides alike. "prepared" is kronecker as train.py and evaluation use it:
 a step's plan made before it (by the loader's thread), and a forward pass without gradients that looks up in a kept table
 (mode="cached"). The table of conditions says how the ratios depend on what is timed. Peak memory is measured with each
-side alone in a process of its own. Without --text the ids follow a Zipf law (exponent 1) and the token bytes are drawn
-at random with GPT-2-like lengths; the page says which of the two it was.
+side alone in a process of its own. On CUDA the ways of scripts/gpu/candidates.py are sides, too. Without --text the ids
+follow a Zipf law (exponent 1) and the token bytes are drawn at random with GPT-2-like lengths; the page says which it was.
 """
 
 import contextlib
 import ctypes
 import importlib.util
 import json
-import lzma
 import multiprocessing
 import sys
 from functools import partial
@@ -30,23 +28,21 @@ import psutil
 import torch
 from torch import nn
 
-from engine.errors import RunError, sentences
+from data.files import expanded
+from data.sources import local_blocks, read_block
+from engine.errors import sentences
 from engine.ranks import keep_heap
 from kronecker import KroneckerEmbedding, build_byte_buffer
 from scripts.analysis.report import Table
 from scripts.arguments import device, whole
 from scripts.bench import rounds as bench
 from scripts.bench.growth import growth
+from scripts.gpu.candidates import WAYS, going
 from scripts.provenance import provenance
 
-SIDES = {
-    "kronecker": "kronecker",
-    "prepared": "prepared",
-    "embedding": "nn.Embedding",
-    "reference": "reference",
-}
+SIDES = ("kronecker", "prepared", *WAYS, "nn.Embedding", "reference")
 # prepared differs from kronecker only in what went before
-ALONE = [side for side in SIDES if side != "prepared"]
+ALONE = ("kronecker", "nn.Embedding", "reference")
 #            V        d     pos_dim  token counts
 SETTINGS = [
     (4_096, 128, 16, (1_024,)),
@@ -55,7 +51,6 @@ SETTINGS = [
     (131_072, 4_096, 32, (8_192,)),
 ]
 SETTINGS_CUDA = [(50_304, 768, 16, (8_192, 65_536)), (131_072, 4_096, 32, (8_192, 65_536))]
-QUICK = [(4_096, 128, 16, (1_024,)), (50_304, 768, 16, (8_192,))]
 # What grows, and from where: the other two stay as in BASE.
 BASE = {"tokens": 4_096, "vocabulary": 32_768, "width": 512}
 GROWTH = {
@@ -82,28 +77,21 @@ CONDITIONED = (50_304, 768, 16, 8_192)
 
 
 class Corpus:
-    """GPT-2 tokens of a text (.txt, .jsonl or .jsonl.xz) and the bytes of its ids; made up where there is no text."""
+    """GPT-2 tokens of a text, in a file as the preparation takes it, and the bytes of its ids; made up where there is none."""
 
-    def __init__(self, path: str | None = None):
-        self.tokens = self.pieces = None
-        self.name = "a Zipf law, random token bytes"
+    def __init__(self, path: Path | None = None):
+        self.name, self.tokens, self.pieces = "a Zipf law, random token bytes", None, None
         if path is None:
             return
         import tiktoken
 
         encoding, tokens = tiktoken.get_encoding("gpt2"), []
-        self.name = f"GPT-2 tokens of {Path(path).name}"
-        try:
-            with (lzma.open if path.endswith(".xz") else open)(path, "rt", encoding="utf8") as lines:
-                for line in lines:
-                    if ".jsonl" in path:
-                        tokens.append(encoding.eot_token)
-                        line = json.loads(line)["text"]
-                    tokens += encoding.encode_ordinary(line)
-                    if len(tokens) >= 400_000:
-                        break
-        except (OSError, ValueError, KeyError) as error:
-            raise RunError(f"cannot read the tokens of {path}: {error}") from None
+        for block in local_blocks([path], "text"):
+            for text in read_block(block, "text")[0]:
+                tokens += [encoding.eot_token, *encoding.encode_ordinary(text)]
+            if len(tokens) >= 400_000:
+                break
+        self.name = f"GPT-2 tokens of {path.name}"
         self.tokens = np.array(tokens, dtype=np.int64)
         self.pieces = [encoding.decode_single_token_bytes(i) for i in range(50_257)]
 
@@ -129,13 +117,21 @@ class Corpus:
 
 def build(side: str, V: int, d: int, pos_dim: int, buffers, device="cpu", dtype=torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    if side == "embedding":
+    if side == "nn.Embedding":
         return nn.Embedding(V, d, device=device, dtype=dtype)
     make, options = KroneckerEmbedding, {"mode": "cached"} if side == "prepared" else {}
     if side == "reference":
         from kronecker_embeddings import KroneckerEmbedding as make
     module = make(V, d, pos_dim=pos_dim, byte_buffer=buffers[0], length_buffer=buffers[1], **options)
-    return module.to(device=device, dtype=dtype)
+    module = module.to(device=device, dtype=dtype)
+    return going(WAYS[side], module) if side in WAYS else module
+
+
+def sides_at(n: int, d: int, pos_dim: int, device: str) -> tuple[list[str], str]:
+    """(those of SIDES that can be measured there, what keeps the reference from it if anything)."""
+    why = why_no_reference(n, d, 256 * pos_dim, device)
+    left_out = (() if device.startswith("cuda") else tuple(WAYS)) + (("reference",) if why else ())
+    return [side for side in SIDES if side not in left_out], why
 
 
 def step(module: nn.Module, ids: torch.Tensor, g: torch.Tensor | None) -> None:
@@ -198,8 +194,7 @@ def bench_setting(V: int, d: int, pos_dim: int, counts: tuple, corpus: Corpus, a
     what = (args.device, getattr(torch, args.dtype))
     buffers, modules, rows = corpus.buffers(V, pos_dim), {}, []
     for n, kind in ((n, kind) for n in counts for kind in ("text", "uniform")):
-        why = why_no_reference(n, d, 256 * pos_dim, args.device)
-        sides = [side for side in SIDES if side != "reference" or not why]
+        sides, why = sides_at(n, d, pos_dim, args.device)
         for side in [s for s in sides if s not in modules]:
             modules[side] = build(side, V, d, pos_dim, buffers, *what)
         ids = corpus.ids(kind, n, V).to(args.device)
@@ -219,9 +214,9 @@ def bench_setting(V: int, d: int, pos_dim: int, counts: tuple, corpus: Corpus, a
             table_ms, _ = bench.timed(kept.table, args.device)
         row["forward_ms"] = turns(forwards, n_rounds, args.device)
         row["prepared_ms"] = {"step": float(np.median(plan_ms)), "forward": table_ms}
-        if kind == "text" and args.memory:
-            size = (V, d, pos_dim, n, corpus, args.device)
-            row["peak_bytes"] = {s: peak_memory(s, *size) for s in sides if s in ALONE}
+        if kind == "text" and args.dtype == "float32":
+            what_size = (V, d, pos_dim, n, corpus, args.device)
+            row["peak_bytes"] = {s: peak_memory(s, *what_size) for s in sides if s in ALONE}
         rows.append(measured(row))
     return rows
 
@@ -231,7 +226,7 @@ def bench_conditions(corpus: Corpus, args) -> list[dict]:
     V, d, pos_dim, n = CONDITIONED
     rng, made_up = np.random.default_rng(0), Corpus()
     made_up.pieces = [rng.bytes(rng.integers(1, 13)) for _ in range(V)]
-    sides = [s for s in ALONE if s != "reference" or not why_no_reference(n, d, 256 * pos_dim, "cpu")]
+    sides = [s for s in sides_at(n, d, pos_dim, "cpu")[0] if s in ALONE]
     ids, given, rows = corpus.ids("text", n, V), torch.randn(n, d), []
     for name, what, keeps in CONDITIONS:
         if keeps:
@@ -318,7 +313,7 @@ def peak_memory(side: str, *what) -> dict[str, int] | None:
 # ---- the page
 
 
-def head(row: dict) -> list:
+def size(row: dict) -> list:
     return [f"{row['V']:,}", f"{row['d']:,}", row["pos_dim"], f"{row['tokens']:,} ({row['distinct']:,})"]
 
 
@@ -328,13 +323,13 @@ def over(ms: dict, side: str, other: str) -> str:
 
 def time_table(rows: list[dict]) -> Table:
     """Milliseconds of every side, a step and forward alone, and their ratios."""
-    cells = []
+    sides, cells = [s for s in SIDES if any(s in row["step_ms"] for row in rows)], []
     for row, what in ((row, what) for row in rows for what in ("step", "forward")):
         ms = row[f"{what}_ms"]
-        ratios = [over(ms, "kronecker", "embedding"), over(ms, "prepared", "embedding")]
+        ratios = [over(ms, "kronecker", "nn.Embedding"), over(ms, "prepared", "nn.Embedding")]
         ratios += [over(ms, "reference", "kronecker"), f"{row['prepared_ms'][what]:,.2f}"]
-        cells.append([*head(row), row["ids"], what, *(bench.median(ms.get(s, [])) for s in SIDES), *ratios])
-    header = ["V", "d", "pos_dim", "tokens (distinct)", "ids", "", *SIDES.values()]
+        cells.append([*size(row), row["ids"], what, *(bench.median(ms.get(s, [])) for s in sides), *ratios])
+    header = ["V", "d", "pos_dim", "tokens (distinct)", "ids", "", *sides]
     header += ["kronecker / nn.Embedding", "prepared / nn.Embedding", "reference / kronecker", "preparing"]
     note = (
         "Medians in ms of interleaved runs. A step is forward and backward; forward is without gradients. Prepared "
@@ -352,8 +347,8 @@ def memory_table(rows: list[dict]) -> Table:
         peaks = {s: [peak["extra"] / 1e6] for s, peak in row.get("peak_bytes", {}).items() if peak}
         if "kronecker" in peaks:
             mb = [bench.median(peaks.get(s, []), ",.1f") for s in ALONE]
-            cells.append([*head(row), *mb, over(peaks, "reference", "kronecker")])
-    header = ["V", "d", "pos_dim", "tokens (distinct)", *(SIDES[s] for s in ALONE), "reference / kronecker"]
+            cells.append([*size(row), *mb, over(peaks, "reference", "kronecker")])
+    header = ["V", "d", "pos_dim", "tokens (distinct)", *ALONE, "reference / kronecker"]
     note = "The peak of a step above what stood before it, less its output and the weight's gradient."
     return Table("Extra peak memory of a training step (MB)", header, cells, left=0, note=note)
 
@@ -364,9 +359,9 @@ def conditions_table(rows: list[dict]) -> Table:
     for row in rows:
         ms, memory = row["ms"], "kept" if row["memory_kept"] else "given back"
         times = [bench.median(ms.get(s, [])) for s in (*ALONE, "loss alone")]
-        ratios = [over(ms, "kronecker", "embedding"), over(ms, "reference", "kronecker")]
+        ratios = [over(ms, "kronecker", "nn.Embedding"), over(ms, "reference", "kronecker")]
         cells.append([row["bytes"], row["step"], memory, *times, *ratios])
-    header = ["bytes of a token", "step", "freed memory", *(SIDES[s] for s in ALONE), "loss alone"]
+    header = ["bytes of a token", "step", "freed memory", *ALONE, "loss alone"]
     note = (
         "Medians in ms; ratios round by round. The loss, which every side pays, bounds what a ratio can be: its share "
         "of nn.Embedding's step is a floor of kronecker's."
@@ -387,7 +382,7 @@ def growth_parts(rows: list[dict], folder: Path) -> list:
     for axis in GROWTH:
         of_axis = [row for row in rows if row["axis"] == axis]
         for key, what in (("ms", "Time"), ("mb", "Peak memory")):
-            values = {SIDES[s]: [row[key].get(s) for row in of_axis] for s in ALONE}
+            values = {side: [row[key].get(side) for row in of_axis] for side in ALONE}
             series = {side: ys for side, ys in values.items() if any(ys)}
             if series:
                 title, base = f"{what} of a training step by {axis}", folder / f"growth_{axis}_{key}"
@@ -395,35 +390,15 @@ def growth_parts(rows: list[dict], folder: Path) -> list:
     return parts
 
 
-def main(argv=None) -> None:
-    parser = bench.parser(__doc__, rounds=15)
-    add = parser.add_argument
-    add("--text", help=".txt, .jsonl or .jsonl.xz to take real tokens from (GPT-2's, by tiktoken)")
-    add("--hf-tokenizer", help="folder of GPT-2's transformers tokenizer: times the buffers, too")
-    add("--device", type=device, default="auto", help="cpu, cuda, auto (%(default)s)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"))
-    add("--threads", type=whole(0), default=0, help="CPU threads (0: as many as torch takes)")
-    add("--quick", action="store_true", help="two settings, neither memory nor growth")
-    args = parser.parse_args(argv)
-    with sentences():
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        measure(args, argv)
-
-
-def measure(args, argv) -> None:
-    """All settings; writes embedding_DEVICE.json and .md."""
-    kind, plain, corpus = args.device.partition(":")[0], args.dtype == "float32", Corpus(args.text)
-    args.memory = plain and not args.quick
-    made = provenance(__file__, argv)
-    if kind == "cuda":
-        made["machine"] = torch.cuda.get_device_name()
-    made["machine"] += f", torch {torch.__version__}, {torch.get_num_threads()} threads"
-    settings = QUICK if args.quick else SETTINGS_CUDA if kind == "cuda" else SETTINGS
+def measure(args) -> tuple[dict, list]:
+    """All settings: (record, the page's paragraphs and tables)."""
+    corpus = Corpus(args.text)
+    settings = SETTINGS_CUDA if args.device.startswith("cuda") else SETTINGS
     rows = [row for setting in settings for row in bench_setting(*setting, corpus, args)]
     record = {"dtype": args.dtype, "tokens_from": corpus.name, "rows": rows}
     parts = [f"{args.dtype}. Ids: {corpus.name}.", time_table(rows)]
-    parts += [memory_table(rows)] if args.memory else []
+    if args.dtype == "float32":
+        parts.append(memory_table(rows))
     if args.hf_tokenizer:
         record["buffers_ms"] = ms = bench_buffers(args.hf_tokenizer)
         listed = ", ".join(f"{side} {bench.median(values, '.1f')} ms" for side, values in ms.items())
@@ -431,16 +406,34 @@ def measure(args, argv) -> None:
         parts.append(f"Building GPT-2's byte buffer: {listed}; from transformers {ratio} the reference.")
     for row in rows[::2]:  # a row of text and one of uniform ids
         if row["reference_left_out"]:
-            size = f"V={row['V']:,}, d={row['d']:,}, {row['tokens']:,} tokens"
-            parts.append(f"The reference at {size}: not run, {row['reference_left_out']}.")
-    if kind == "cpu" and plain:
-        record["growth"] = [] if args.quick else bench_growth(corpus, args)
-        record["conditions"] = bench_conditions(corpus, args)
-        parts.append(conditions_table(record["conditions"]))
-        parts += growth_parts(record["growth"], args.out) if record["growth"] else []
-    name = f"embedding_{kind}{'' if plain else f'_{args.dtype}'}"
-    title = f"The embedding on {args.device}: time and memory"
-    bench.publish(args.out, name, title, made, record, parts)
+            where = f"V={row['V']:,}, d={row['d']:,}, {row['tokens']:,} tokens"
+            parts.append(f"The reference at {where}: not run, {row['reference_left_out']}.")
+    if args.device == "cpu" and args.dtype == "float32":
+        record["growth"], record["conditions"] = bench_growth(corpus, args), bench_conditions(corpus, args)
+        parts += [conditions_table(record["conditions"]), *growth_parts(record["growth"], args.out)]
+    return record, parts
+
+
+def main(argv=None) -> None:
+    parser = bench.parser(__doc__, rounds=15)
+    add = parser.add_argument
+    add("--text", type=expanded, help="file to take real tokens from (GPT-2's, by tiktoken), e.g. JSON lines")
+    add("--hf-tokenizer", help="folder of GPT-2's transformers tokenizer: times the buffers, too")
+    add("--device", type=device, default="auto", help="cpu, cuda, auto (%(default)s)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--threads", type=whole(0), default=0, help="CPU threads (0: as many as torch takes)")
+    args = parser.parse_args(argv)
+    with sentences():
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        made, kind = provenance(__file__, argv), args.device.partition(":")[0]
+        if kind == "cuda":
+            made["machine"] = torch.cuda.get_device_name()
+        made["machine"] += f", torch {torch.__version__}, {torch.get_num_threads()} threads"
+        record, parts = measure(args)
+        name = f"embedding_{kind}{'' if args.dtype == 'float32' else f'_{args.dtype}'}"
+        title = f"The embedding on {args.device}: time and memory"
+        bench.publish(args.out, name, title, made, record, parts)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def run_ours(side: str, shape: dict, work: Path, args) -> dict:
     """train.py as it is, or as scripts/gpu/candidates.py changes it (ARM:WAY); its clock is its own log, a row a step."""
     arm, _, way = side.partition(":")
     keys = our_keys(shape, work, args)
-    script = [ROOT / "scripts" / "gpu" / "candidates.py", "train", way] if way else [ROOT / "train.py"]
+    script = [ROOT / "scripts" / "gpu" / "candidates.py", way] if way else [ROOT / "train.py"]
     _, _, gb = bench.run([sys.executable, *script, arm_file(arm), *flags(keys)], work, args.left())
     rows = [r for r in read_metrics(keys["out_dir"]) if "train/loss" in r]
     shutil.rmtree(keys["out_dir"])

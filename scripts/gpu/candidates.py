@@ -1,7 +1,6 @@
-"""Other ways to compute the same embedding on a GPU, measured beside the package's own.
+"""Other ways to compute the same embedding on a GPU; scripts/bench/embedding.py measures them beside the package's own.
 
-    python scripts/gpu/candidates.py                     on a GPU; scripts/gpu/recipe.py embedding runs it too
-    python scripts/gpu/candidates.py train table FLAGS   train.py, its embedding going this way
+    python scripts/gpu/candidates.py table FLAGS   train.py, its embedding going this way (as scripts/bench/train.py does)
 
 kronecker/bag.py learns from the device how many of a batch's tokens are distinct, so the host waits for it: twice in
 the forward pass and, compiled, twice in the backward one. The ways here have fixed shapes and never wait:
@@ -27,13 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.errors import sentences
 from kronecker import KroneckerEmbedding
-from scripts.analysis.report import Table
-from scripts.arguments import device
-from scripts.bench import rounds as bench
-from scripts.bench.embedding import Corpus, build, step, turns
-from scripts.provenance import provenance
 
 CHUNK = 64
 
@@ -134,56 +127,15 @@ def going(way, module: KroneckerEmbedding) -> Candidate:
     return other
 
 
-#            V       d      pos_dim ids
-SETTINGS = [(50_304, 768, 16, 65_536), (50_304, 768, 16, 8_192), (131_072, 4_096, 32, 65_536)]
-TOY = [(512, 32, 8, 300)]
+def main() -> None:
+    if sys.argv[1:2] == ["--help"] or len(sys.argv) < 2 or sys.argv[1] not in WAYS:
+        raise SystemExit(__doc__.strip())
+    import model
+    import train
 
-
-def measure(settings: list, args) -> list[dict]:
-    """Milliseconds in each round of forward and backward of every way and of nn.Embedding."""
-    rows, corpus = [], Corpus()
-    for (V, d, pos_dim, n), dtype in ((s, dtype) for s in settings for dtype in ("float32", "bfloat16")):
-        what = (V, d, pos_dim, corpus.buffers(V, pos_dim), args.device, getattr(torch, dtype))
-        package = build("kronecker", *what)
-        sides = {"package": package} | {name: going(way, package) for name, way in WAYS.items()}
-        sides["nn.Embedding"] = build("embedding", *what)
-        ids = corpus.ids("text", n, V).to(args.device)
-        g = torch.randn(n, d, device=args.device, dtype=what[-1])
-        runs = {name: partial(step, module, ids, g) for name, module in sides.items()}
-        ms = turns(runs, args.rounds, args.device)
-        rows.append({"V": V, "d": d, "pos_dim": pos_dim, "tokens": n, "dtype": dtype, "ms": ms})
-    return rows
-
-
-def ways_table(rows: list[dict]) -> Table:
-    """Milliseconds of the package's way, of the candidates and of nn.Embedding."""
-    cells = []
-    for r in rows:
-        embedding = f"{r['V']:,} x {r['d']:,}, pos_dim {r['pos_dim']}"
-        times = [bench.median(ms, ".3f") for ms in r["ms"].values()]
-        cells.append([embedding, r["dtype"], f"{r['tokens']:,}", *times])
-    header = ["embedding", "dtype", "tokens", *(f"{side}, ms" for side in rows[0]["ms"])]
-    note = "Forward and backward; ids by a Zipf law."
-    return Table("Ways to the same embedding", header, cells, left=2, note=note)
-
-
-def main(argv=None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"] and argv[1:2] and argv[1] in WAYS:
-        import model
-        import train
-
-        Candidate.way = WAYS[argv[1]]
-        model.KroneckerEmbedding = Candidate
-        sys.exit(train.cli(argv[2:]))
-    parser = bench.parser(__doc__, rounds=20)
-    parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, auto (%(default)s)")
-    parser.add_argument("--toy", action="store_true", help="one small setting")
-    args = parser.parse_args(argv)
-    with sentences():
-        made, rows = provenance(__file__, argv), measure(TOY if args.toy else SETTINGS, args)
-        title = "Candidates for the embedding on a GPU"
-        bench.publish(args.out, "candidates", title, made, {"rows": rows}, [ways_table(rows)])
+    Candidate.way = WAYS[sys.argv[1]]
+    model.KroneckerEmbedding = Candidate
+    sys.exit(train.cli(sys.argv[2:]))
 
 
 if __name__ == "__main__":
