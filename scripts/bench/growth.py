@@ -8,16 +8,11 @@ from scripts.analysis import figures
 from scripts.analysis.report import SPARE_COLOURS, Table
 
 
-def points(xs: list, ys: list) -> tuple[list, list]:
-    """xs and ys without those where y is None."""
-    there = [i for i, y in enumerate(ys) if y is not None]
-    return [xs[i] for i in there], [ys[i] for i in there]
-
-
 def slope(xs: list, ys: list) -> float:
-    """Exponent k of the least-squares power law y ~ x^k: 1 is linear growth. NaN for fewer than two points."""
-    xs, ys = points(xs, ys)
-    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0]) if len(xs) > 1 else float("nan")
+    """Exponent k of the least-squares power law y ~ x^k: 1 is linear growth. NaN for fewer than two points; None is none."""
+    x, y = np.log(np.array([xs, ys], float))
+    there = ~np.isnan(y)
+    return float(np.polyfit(x[there], y[there], 1)[0]) if there.sum() > 1 else float("nan")
 
 
 def growth(title: str, x_label: str, y_label: str, xs: list, series: dict[str, list], base: Path) -> list:
@@ -31,10 +26,10 @@ def growth(title: str, x_label: str, y_label: str, xs: list, series: dict[str, l
         figure, ax = figures.plt.subplots(figsize=(5.4, 3.7))
         for (name, ys), colour in zip(series.items(), SPARE_COLOURS, strict=False):
             label = figures.label(f"{name}: slope {slopes[name]:.2f}")
-            ax.loglog(*points(xs, ys), marker="o", label=label, color=colour)
-        exponents = np.log10([y for ys in series.values() for y in ys if y is not None])
-        # whole decades, and one more for the legend
-        limits = (10 ** np.floor(exponents.min()), 10 ** (np.floor(exponents.max()) + 2))
+            ax.loglog(xs, np.array(ys, float), marker="o", label=label, color=colour)
+        values = np.array(list(series.values()), float)
+        low, high = np.floor(np.log10([np.nanmin(values), np.nanmax(values)]))
+        limits = (10**low, 10 ** (high + 2))  # whole decades, and one more for the legend
         ax.set(title=title, xlabel=x_label, ylabel=y_label, ylim=limits)
         ax.set_xticks(xs, [f"{x:,}" for x in xs])
         ax.minorticks_off()

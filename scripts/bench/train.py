@@ -271,7 +271,8 @@ def measure(setting: str, args) -> tuple[dict, list[Table]]:
         rounds = bench.alternate(sides, args.rounds, args.left)
         found, tables = {"shape": shape, "rounds": rounds}, [side_table(setting, rounds)]
         if args.shares:
-            found["shares"] = {arm: run_shares(arm, setting, work, args) for arm in args.arms}
+            arms = [arm for arm in args.arms if ":" not in arm]
+            found["shares"] = {arm: run_shares(arm, setting, work, args) for arm in arms}
             run = "config/demo.py in full" if setting == "demo" else f"{args.steps} steps of {setting}"
             tables.append(shares_table(run, found["shares"]))
     return found, tables
