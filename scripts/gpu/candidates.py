@@ -128,14 +128,17 @@ def going(way, module: KroneckerEmbedding) -> Candidate:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--help"] or len(sys.argv) < 2 or sys.argv[1] not in WAYS:
-        raise SystemExit(__doc__.strip())
+    way, *words = sys.argv[1:] or [""]
+    if way == "--help":
+        return print(__doc__)
+    if way not in WAYS:
+        raise SystemExit(f"error: there is no way {way!r}: choose from {', '.join(WAYS)}")
     import model
     import train
 
-    Candidate.way = WAYS[sys.argv[1]]
+    Candidate.way = WAYS[way]
     model.KroneckerEmbedding = Candidate
-    sys.exit(train.cli(sys.argv[2:]))
+    sys.exit(train.cli(words))
 
 
 if __name__ == "__main__":
