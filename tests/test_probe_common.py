@@ -48,7 +48,7 @@ def test_records_have_the_published_keys(shared_dir, probed_runs):
     assert set(theirs["results"][0]) <= set(ours)
     theirs, _ = published(shared_dir, "layered_probe_results.json")
     families = word_families()
-    ours = layers.measure(run, net, tokenizer, families, False, args_for(batch_size=500))
+    ours = layers.measure(run, net, tokenizer, families, args_for(batch_size=500))
     assert set(theirs["kron"]) <= set(ours)
     assert set(theirs["kron"]["sanity_checks"]) <= set(ours["sanity_checks"])
     probe = theirs["kron"]["probes"]["run"]["per_probe"][0]
@@ -79,7 +79,6 @@ def refused(name: str, argv: list[str]) -> str:
         ("spelling", ["--pairs=none.json"], "there is no none.json"),
         ("spelling", ["--generate=5"], "no validation shard"),
         ("layers", ["--baseline=none"], "no run of the baseline none"),
-        ("tradeoff", ["--prefix=" + "word " * 100], "--prefix and a word make"),
         ("norms", ["--runs", "nowhere"], "there is no folder nowhere"),
         ("generation", ["--samples=0"], "argument --samples: "),
         ("generation", ["--top_p=0"], "argument --top_p: "),
@@ -114,13 +113,8 @@ def test_a_folder_without_runs_is_one_sentence(tmp_path):
         (
             "spelling",
             "--pairs",
-            '{"prompt_pairs": [{"category": "c", "clean": "a", "typo": "b"}], "bpe": {"agg": [], "per_prompt": {}}}',
+            '{"prompt_pairs": [{"category": "c", "clean": "a", "typo": "b"}], "bpe": {"per_prompt": {}}}',
         ),
-        ("layers", "--families", '{"families": {"run": ["runs"]}}'),
-        ("layers", "--families", '{"kron": {"probes": {"run": {"family_root": "run"}}}}'),
-        ("layers", "--families", '{"prompt_pairs": []}'),
-        ("layers", "--families", "[]"),
-        ("tradeoff", "--pairs", '{"byte_similar": [["a"]], "kin": [], "synonyms": []}'),
         ("generation", "--prompts", '{"prompts": {"normal": "x"}}'),
         ("generation", "--prompts", '{"prompts": []}'),
         ("generation", "--prompts", '{"results": [{"condition": "odd"}]}'),

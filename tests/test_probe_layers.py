@@ -10,7 +10,7 @@ from scripts.probes import layers
 
 
 def test_layer_scores_and_aggregates_as_published(shared_dir):
-    content, path = published(shared_dir, "layered_probe_results.json")
+    content, _ = published(shared_dir, "layered_probe_results.json")
     for arm in ("bpe", "kron"):
         probes = content[arm]["probes"]
         for f in probes.values():
@@ -27,15 +27,13 @@ def test_layer_scores_and_aggregates_as_published(shared_dir):
             assert set(levels) == set(ours["per_family_aggregate"][family])
             for level, values in levels.items():
                 assert ours["per_family_aggregate"][family][level] == pytest.approx(values, abs=2e-4)
-    families, arms = layers.read_families(path)
-    assert len(families) == 6 and set(arms) == {"bpe", "kron"}
 
 
 def test_layer_neighbours_against_a_plain_search(probed_runs):
     net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
     families = word_families()
     run = Run("x", "kronecker", 1337, {}, {})
-    result = layers.measure(run, net, tokenizer, families, False, args_for(batch_size=100))
+    result = layers.measure(run, net, tokenizer, families, args_for(batch_size=100))
     assert result["sanity_checks"]["self_retrieval_pass"] and result["sanity_checks"]["probe_in_vocab_pass"]
     n = tokenizer.n_vocab
     t = net.transformer

@@ -41,7 +41,7 @@ def test_spelling_of_equal_prompts_is_zero(probed_runs):
 def test_spelling_aggregates_as_published(shared_dir):
     content, path = published(shared_dir, "robustness_results.json")
     for arm in ("bpe", "kron"):
-        ours = spelling.aggregate(arm, content[arm]["per_prompt"])
+        ours = spelling.aggregate(arm, {1337: content[arm]["per_prompt"]})
         theirs = content[arm]["agg"]
         assert ours["overall"] == pytest.approx(theirs["overall"])
         assert set(ours["by_category"]) == set(theirs["by_category"])
@@ -52,8 +52,8 @@ def test_spelling_aggregates_as_published(shared_dir):
     assert c["kl_percent"] == pytest.approx(-7.56, abs=0.01)  # the paper's 7.6%
     assert c["top1_difference"]["mean"] == pytest.approx(0.0818, abs=1e-4)  # its 8.2 points
     assert c["categories_won_or_tied"] == [10, 11]
-    pairs, agg = typos.read_pairs(path)
-    assert len(pairs) == 110 and set(agg) == {"bpe", "kron"}
+    pairs, arms = typos.read_pairs(path)
+    assert len(pairs) == 110 and set(arms) == {"bpe", "kron"}
 
 
 def test_untrained_twin_is_step_zero(probed_runs):

@@ -1,18 +1,16 @@
 """scripts/probes/tradeoff.py: cosines by hand."""
 
-import json
-
 import pytest
 import torch
 
 from sample import load_run
-from scripts.probes import common, tradeoff
+from scripts.probes import tradeoff
 
 
 def test_tradeoff_cosines(probed_runs):
     net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
-    pairs = tradeoff.read_pairs(common.DATA / "tradeoff_pairs.json", 0)
-    result = tradeoff.measure(None, net, tokenizer, pairs, "")
+    pairs = tradeoff.word_pairs(0)
+    result = tradeoff.measure(None, net, tokenizer, pairs)
     assert result["levels"] == ["embedding", "block 0", "block 1"]
     words = sorted({w for p in pairs.values() for pair in p for w in pair})
     table = net.wte_table().detach()
@@ -23,14 +21,3 @@ def test_tradeoff_cosines(probed_runs):
     assert got == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-4)
     assert result["cosine"]["kin"][0] > result["cosine"]["synonyms"][0] + 0.2
     assert abs(result["cosine"]["random"][0]) < 0.1
-
-
-def test_pairs_without_the_papers_examples(probed_runs, tmp_path, capsys):
-    pairs = {kind: [["house", "horse"], ["helper", "help"]] for kind in ("byte_similar", "kin", "synonyms")}
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    tradeoff.main(
-        ["--runs", str(probed_runs), "--pairs", str(tmp_path / "pairs.json"), "--out", str(tmp_path)]
-    )
-    assert "2 pairs kin" in " ".join(capsys.readouterr().out.split())
-    (table,) = (tmp_path / "compare" / "probes" / "tradeoff.md").read_text().split("\n## ")[1:]
-    assert "examples" not in table

@@ -1,6 +1,7 @@
 """What the probes share: their outline, how a model is asked, and how seeds' figures become a table's cell."""
 
 import importlib.util
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from pathlib import Path
 import torch
 
 from data.files import write_json, write_text
-from data.records import validated
 from engine.errors import RunError, sentences
 from sample import load_run
 from scripts.analysis import figures, report, stats
@@ -104,12 +104,9 @@ def installed(package: str, path: str, pip_name: str) -> Path:
     return there
 
 
-def published_arms(path, content: dict, schema) -> dict:
-    """{arm: its results as the schema has them} of one of the paper's files: the objects with all of its keys."""
-    arms = {
-        a: x for a, x in content.items() if isinstance(x, dict) and schema.model_fields.keys() <= x.keys()
-    }
-    return {a: validated(x, schema, f"{path}, {a}", "published results") for a, x in arms.items()}
+def own(name: str) -> dict:
+    """A file of words and prompts that were written for the probes."""
+    return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def progress(message: str) -> None:
@@ -169,8 +166,9 @@ def cell(entry: dict | None, digits: int = 3, scale: float = 1.0) -> str:
 
 
 def mean_cell(values, digits: int = 3, scale: float = 1.0) -> str:
-    """mean ± SD of one arm's figures over its seeds."""
-    return cell(stats.interval(values), digits, scale)
+    """mean ± SD of one arm's figures over its seeds; "-" where there are none."""
+    values = list(values)
+    return cell(stats.interval(values) if values else None, digits, scale)
 
 
 def interval_cell(d: dict | None, digits: int = 3, scale: float = 1.0) -> str:

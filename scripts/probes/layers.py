@@ -1,7 +1,6 @@
 """Layers: what lies near a word in the embedding and after the first blocks.
 
     python scripts/probes/layers.py --runs out/demo
-    python scripts/probes/layers.py --runs out/demo --families layered_probe_results.json   the paper's families
 
 Every token of the vocabulary goes through the model alone, at position 0. At each level (E_raw: the embedding;
 E_post: with its position, what enters block 0; L0, L1: after block 0 and 1) the vectors are centred over the
@@ -16,7 +15,6 @@ token (with or without a space before it), and the summary over whole words stan
 """
 
 from itertools import product
-from pathlib import Path
 
 if not __package__:
     import by_path  # noqa: F401
@@ -24,8 +22,6 @@ if not __package__:
 import numpy as np
 import torch
 
-from data.records import Record, read_record, validated
-from engine.errors import RunError
 from scripts.analysis import figures, report
 from scripts.analysis.report import Table
 from scripts.arguments import whole
@@ -39,49 +35,6 @@ NOTE = (
 )
 
 
-class Family(Record):
-    family: str
-    family_root: str
-    exact_family: list[str]
-    probes: list[str]
-
-
-class Families(Record):
-    """Our own file of word families."""
-
-    families: list[Family]
-
-
-class PublishedProbe(Record):
-    probe: str
-
-
-class PublishedFamily(Record):
-    family_root: str
-    exact_family: list[str]
-    per_probe: list[PublishedProbe]
-
-
-class PublishedArm(Record):
-    probes: dict[str, PublishedFamily]
-    overall_aggregate: dict[str, dict[str, float]]
-
-
-def read_families(path: Path) -> tuple[list[dict], dict]:
-    """(families, published results or {}) from our file or the published one."""
-    content = read_record(path, dict[str, object], "word families")
-    if "families" in content:
-        return validated(content, Families, str(path), "word families").model_dump()["families"], {}
-    arms = common.published_arms(path, content, PublishedArm)
-    if not arms:
-        raise RunError(f"{path} holds neither 'families' nor published 'probes'")
-    families = [
-        f.model_dump() | {"family": name, "probes": [p.probe for p in f.per_probe]}
-        for name, f in next(iter(arms.values())).probes.items()
-    ]
-    return families, {arm: x.overall_aggregate for arm, x in arms.items()}
-
-
 def scores(strings: list[str], probe: str, root: str, family) -> dict:
     """The three counts of a list of neighbours, as shares."""
     forms = [s.strip().lower() for s in strings]
@@ -89,9 +42,9 @@ def scores(strings: list[str], probe: str, root: str, family) -> dict:
     return {score: sum(map(test, forms)) / len(forms) for score, test in tests.items()}
 
 
-def probe_token(word: str, tokenizer, bare: bool) -> tuple[int, bool]:
+def probe_token(word: str, tokenizer) -> tuple[int, bool]:
     """(token id that stands for a word, whether it is the whole word)."""
-    for form in [word] if bare else [" " + word, word]:
+    for form in (" " + word, word):
         ids = tokenizer.encode(form)
         if len(ids) == 1:
             return ids[0], True
@@ -109,7 +62,7 @@ def vocabulary_states(model, ids: np.ndarray, batch_size: int) -> dict[str, torc
     return {level: x - x.mean(0) for level, x in rows.items()}
 
 
-def measure(run, model, tokenizer, families: list[dict], bare: bool, args) -> dict:
+def measure(run, model, tokenizer, families: list[dict], args) -> dict:
     """One run in the published schema; `whole` on each probe and the *_whole aggregates are ours."""
     ids = np.nonzero(tokenizer.byte_lengths()[: model.config.vocab_size])[0].astype(np.int64)
     centred = vocabulary_states(model, ids, args.batch_size)
@@ -121,7 +74,7 @@ def measure(run, model, tokenizer, families: list[dict], bare: bool, args) -> di
     for family in families:
         entries = []
         for word in family["probes"]:
-            token, whole = probe_token(word, tokenizer, bare)
+            token, whole = probe_token(word, tokenizer)
             if token not in ids:
                 in_vocab = False
                 continue
@@ -191,7 +144,7 @@ def aggregate(probes: dict) -> dict:
     }
 
 
-def make_tables(by_run: dict, levels: list[str], baseline: str, published: dict) -> list[Table]:
+def make_tables(by_run: dict, levels: list[str], baseline: str) -> list[Table]:
     runs = [r for mine in by_run.values() for r in mine.values()]
     n, n_whole = (runs[0][k] for k in ("all_probes", "whole_probes"))
     kinds = {"overall_aggregate": f"all {n} probes"}
@@ -209,10 +162,6 @@ def make_tables(by_run: dict, levels: list[str], baseline: str, published: dict)
             cells = [common.cell(found[level, s][arm], 1, 100) for s in "LMS"]
             less = common.interval_cell(found[level, "S"][arm]["difference"], 1, 100)
             rows.append([arm if level == "E_raw" else "", level, *cells, less])
-        for arm, overall in published.items() if kind == "overall_aggregate" else ():
-            for level in [x for x in levels if x in overall]:
-                cells = [f"{100 * overall[level][s]:.1f}" for s in "LMS"]
-                rows.append([f"paper: {arm}" if level == "E_raw" else "", level, *cells, ""])
         tables.append(Table(f"Of the 10 nearest tokens, per cent: {words}", header, rows, left=2, note=NOTE))
     return [*tables, sanity_table(by_run, levels)]
 
@@ -250,14 +199,12 @@ def draw(by_run: dict, levels: list[str]):
 
 
 def arguments(add) -> None:
-    ours = str(common.DATA / "word_families.json")
-    add("--families", default=ours, help="word families (default: ours)")
     add("--batch_size", type=whole(1), default=4096, help="tokens at a time (%(default)s)")
 
 
 def probe(args) -> common.Finding:
-    families, published = read_families(Path(args.families))
-    by_run, baseline = common.measure_runs(args, "layers", measure, families, bool(published), args)
+    families = common.own("word_families")["families"]
+    by_run, baseline = common.measure_runs(args, "layers", measure, families, args)
     runs = common.by_name(by_run)
     # centred, E_post is E_raw; a model of one block has no L1
     levels = [x for x in LEVELS if x != "E_post" and all(x in r["overall_aggregate"] for r in runs.values())]
@@ -265,11 +212,9 @@ def probe(args) -> common.Finding:
     # in the published place: the first seed of each arm, neighbours and all
     result = {arm: mine[min(mine)] for arm, mine in by_run.items()}
     result["by_run"] = {name: {k: r[k] for k in keep} for name, r in runs.items()}
-    tables, figure = make_tables(by_run, levels, baseline, published), draw(by_run, levels)
+    tables, figure = make_tables(by_run, levels, baseline), draw(by_run, levels)
     return common.Finding(
-        "layers_published" if published else "layers",
-        "Nearest neighbours by layer" + (", the paper's families" if published else ""),
-        40 + bool(published), result, {"seed": args.seed}, tables, figure, common.BANDS,
+        "layers", "Nearest neighbours by layer", 40, result, {"seed": args.seed}, tables, figure, common.BANDS,
         "Which tokens lie nearest to a word, in the embedding and after the first two blocks? Strict kin near a "
         "word means morphology in the geometry; variants of case and spacing mean typography.",
     )  # fmt: skip

@@ -37,7 +37,6 @@ from scripts.analysis import figures
 from scripts.analysis.report import Table
 from scripts.probes import common, tables
 from scripts.probes.generation import read_prompts
-from scripts.probes.layers import read_families
 from scripts.probes.spaces import POS_DIM, CodecSpace, TableSpace
 
 SPACES = {"trained": "#0072B2", "codec": "#D55E00", "random": "#7F7F7F"}  # with their colours
@@ -282,7 +281,7 @@ def probe(args) -> common.Finding:
     if not args.models and not args.runs:
         raise RunError("there is nothing to look at: give --models or --runs")
     args.out = args.out or (None if args.runs else "out/probe_models")
-    families, _ = read_families(common.DATA / "word_families.json")
+    families = common.own("word_families")["families"]
     prompts, _ = read_prompts(common.DATA / "generation_prompts.json")
     asked = families, [p["oov_target"] for p in prompts if p["oov_target"]], args.seed
     groups = {}

@@ -42,11 +42,11 @@ METRICS = {  # name in agg: (key of a record, heading, digits, scale)
 }
 PLAIN = list(METRICS)[:4]
 CONTINUED = ["top1_match_rate", "mean_kl", "mean_bpb_clean", "mean_bpb_cost"]  # of pairs with a continuation
-STRATA = {  # name: (key of a pair or record, its values in their order)
-    "source": ("category", ()),
-    "edit": ("edit", (*typos.EDITS, "several")),
-    "tokens added": ("added", ("none", "1", "2 and more")),
-    "frequency": ("frequency", tuple(typos.FREQUENCIES)),
+STRATA = {  # key of a pair or record: its values in their order
+    "category": (),
+    "edit": (*typos.EDITS, "several"),
+    "inflation": ("none", "1", "2 and more"),
+    "frequency": tuple(typos.FREQUENCIES),
 }
 PANELS = {"top1_match_rate": "Top-1 kept", "mean_kl": "KL (nats)", "mean_bpb_cost": "Cost (bits per byte)"}
 TEXTS = ("clean", "typo", "top5_clean", "top5_typo", "top1_clean_str", "top1_typo_str")
@@ -98,7 +98,7 @@ def add_costs(model, tokenizer, pairs: list[dict], records: list[dict]) -> None:
     for r in records:
         r["bpb_cost"] = r["bpb_typo"] - r["bpb_clean"]
         more = r["n_tokens_typo"] - r["n_tokens_clean"]
-        r["added"] = "none" if more < 1 else "1" if more == 1 else "2 and more"
+        r["inflation"] = "none" if more < 1 else "1" if more == 1 else "2 and more"
 
 
 def untrained_twin(model, tokenizer, config: dict, seed: int):
@@ -125,11 +125,13 @@ def summarise(records: list[dict]) -> dict:
     return {"n": len(records)} | means | {"median_kl": kl, "mean_token_inflation": float(added.mean())}
 
 
-def aggregate(arm: str, records: list[dict]) -> dict:
-    """The published aggregate of an arm's records, overall and by category."""
+def aggregate(arm: str, mine: dict[int, list[dict]]) -> dict:
+    """The published aggregate of an arm's records, overall and by category, and that of each seed."""
+    records = [*chain(*mine.values())]
     categories = dict.fromkeys(r["category"] for r in records)
     by_category = {c: summarise([r for r in records if r["category"] == c]) for c in categories}
-    return {"arm": arm, "overall": summarise(records), "by_category": by_category}
+    by_seed = {seed: summarise(of) for seed, of in mine.items()}
+    return {"arm": arm, "overall": summarise(records), "by_category": by_category, "by_seed": by_seed}
 
 
 def columns(by_run: dict, arm: str, seeds, key: str) -> np.ndarray:
@@ -146,9 +148,6 @@ def compare_arms(by_run: dict, arm: str, over: str, seed: int) -> dict | None:
     def both(key: str) -> list[np.ndarray]:
         return [columns(by_run, a, seeds, key) for a in (arm, over)]
 
-    def detectable(differences) -> float | None:
-        return stats.detectable_mean(float(differences.std(ddof=1)), n) if n > 1 else None
-
     (kept, other_kept), (kl, other_kl) = both("top1_matches"), both("kl_clean_to_typo")
     of = np.array([r["category"] for r in by_run[arm][seeds[0]]])
     won = [bool(kept[:, of == c].mean() >= other_kept[:, of == c].mean()) for c in dict.fromkeys(of)]
@@ -159,24 +158,18 @@ def compare_arms(by_run: dict, arm: str, over: str, seed: int) -> dict | None:
         "seeds": seeds,
         "top1_difference": stats.interval(kept.mean(1) - other_kept.mean(1)),
         "mcnemar_by_seed": {str(s): stats.mcnemar(kept[k], other_kept[k]) for k, s in enumerate(seeds)},
-        "mcnemar_majority": stats.mcnemar(kept.mean(0) > 0.5, other_kept.mean(0) > 0.5),
         "kl_difference": stats.bootstrap_mean(kl.mean(0) - other_kl.mean(0), seed=seed),
-        "kl_difference_over_seeds": stats.interval(kl.mean(1) - other_kl.mean(1)),
         "kl_percent": 100 * (kl.mean() / other_kl.mean() - 1) if other_kl.mean() else None,
         "categories_won_or_tied": [sum(won), len(won)],
-        "power": {
-            "pairs": n,
-            "discordant": discordant,
-            "top1": stats.detectable_rate(discordant, n),
-            "top1_of_110": stats.detectable_rate(discordant, 110),
-            "kl": detectable(kl.mean(0) - other_kl.mean(0)),
-        },
+        "power": {"pairs": n, "discordant": discordant, "top1": stats.detectable_rate(discordant, n)},
     }
+    differences = {"kl": kl - other_kl}
     if "bpb_cost" in by_run[arm][seeds[0]][0]:
-        cost = np.subtract(*both("bpb_cost"))
+        cost = differences["bpb_cost"] = np.subtract(*both("bpb_cost"))
         found["cost_difference"] = stats.interval(cost.mean(0))
         found["cost_difference_over_seeds"] = stats.interval(cost.mean(1))
-        found["power"]["bpb_cost"] = detectable(cost.mean(0))
+    for name, d in differences.items() if n > 1 else ():
+        found["power"][name] = stats.detectable_mean(float(d.mean(0).std(ddof=1)), n)
     return found
 
 
@@ -186,42 +179,35 @@ def stratified(by_run: dict, pairs: list[dict], comparisons: list[dict]) -> list
     Pairs from a file have their categories, generated ones several strata, and the difference of costs in each.
     """
     first = next(iter(next(iter(by_run.values())).values()))
-    cost = "bpb_cost" in first[0]
-    strata = {"all": (None, ())} | (STRATA if cost else {"category": ("category", ())})
+    seen = [p | r for p, r in zip(pairs, first, strict=True)]
     keys = {m: METRICS[m][0] for m in CONTINUED if METRICS[m][0] in first[0]}
     values = {a: {m: columns(by_run, a, mine, key) for m, key in keys.items()} for a, mine in by_run.items()}
     over = {}
-    for c in comparisons if cost else ():
+    for c in comparisons if "bpb_cost" in first[0] else ():
         mine, other = (columns(by_run, a, c["seeds"], "bpb_cost") for a in (c["arm"], c["over"]))
         over[f"{c['arm']} over {c['over']}"] = (mine - other).mean(0)
     rows = []
-    for stratum, (key, order) in strata.items():
-        of = np.array([(r | p).get(key, "all") for p, r in zip(pairs, first, strict=True)])
-        for value in [v for v in order or dict.fromkeys(of.tolist()) if v in of]:
+    for stratum, order in ({"all": ("all",)} | STRATA).items():
+        of = np.array([x.get(stratum, stratum) for x in seen])
+        for value in [v for v in order or dict.fromkeys(of) if v in of]:
             here = of == value
             arms = {
                 a: {m: x[:, here].mean(1).tolist() for m, x in found.items()} for a, found in values.items()
             }
             differences = {name: stats.interval(x[here]) for name, x in over.items()}
-            row = {"stratum": stratum, "value": value, "pairs": int(here.sum())}
+            row = {"stratum": stratum, "value": str(value), "pairs": int(here.sum())}
             rows.append(row | {"arms": arms, "over": differences})
     return rows
 
 
-def main_table(by_run: dict, untrained: dict, result: dict, what: str, shown: list[str]) -> Table:
+def main_table(by_run: dict, what: str, shown: list[str]) -> Table:
+    """An arm a row; by_run holds untrained models and the paper's beside ours."""
     rows = []
-    for label, source in (("", by_run), (", untrained", untrained)):
-        for arm, mine in source.items():
-            found = [summarise(records) for records in mine.values()]
-            cells = [common.mean_cell([x[m] for x in found], *METRICS[m][2:]) for m in shown]
-            overall = (result["untrained"][arm] if label else result[arm]["agg"])["overall"]
-            rows.append([arm + label, *cells, overall])
-    for arm, agg in result["published"].items():
-        cells = [
-            f"{agg['overall'][m] * scale:.{digits}f}" for m in shown for *_, digits, scale in [METRICS[m]]
-        ]
-        rows.append([f"paper: {arm}", *cells, agg["overall"]])
-    rows = [[*row, f"{x['median_kl']:.3f}", f"{x['mean_token_inflation']:+.2f}"] for *row, x in rows]
+    for arm, mine in by_run.items():
+        found = [summarise(records) for records in mine.values()]
+        cells = [common.mean_cell([x[m] for x in found], *METRICS[m][2:]) for m in shown]
+        median = np.mean([x["median_kl"] for x in found])
+        rows.append([arm, *cells, f"{median:.3f}", f"{found[0]['mean_token_inflation']:+.2f}"])
     note = (
         "Mean ± SD over seeds. KL(clean || typo) at the last position; lower is more robust. untrained: the same "
         "architecture before its first step, which knows no words: what an arm keeps there it owes to its "
@@ -232,7 +218,7 @@ def main_table(by_run: dict, untrained: dict, result: dict, what: str, shown: li
             " bits per byte: of the text's next words after the clean prompt, which says what there is to lose; "
             "typo's cost: how much more after the misspelled one."
         )
-    elif not result["published"]:
+    elif not any(arm.startswith("paper: ") for arm in by_run):
         note += " The paper (124M, 110 other pairs): top-1 55.5% against 47.3%, KL -7.6%."
     header = ["arm", *(METRICS[m][1] for m in shown), "median KL", "tokens added"]
     return Table(f"Spelling robustness over {what}", header, rows, note=note)
@@ -251,7 +237,7 @@ def comparison_tables(comparisons: list[dict]) -> list[Table]:
             won = "{} of {}".format(*c["categories_won_or_tied"])
             last = [common.interval_cell(c["kl_difference"]), percent, won]
         rows.append([*start, common.interval_cell(c["top1_difference"], 1, 100), p, *last])
-        w, shown = c["power"], {"top1": (1, 100), "top1_of_110": (1, 100), "kl": (3, 1), "bpb_cost": (4, 1)}
+        w, shown = c["power"], {"top1": (1, 100), "kl": (3, 1), "bpb_cost": (4, 1)}
         least = ["-" if (x := w.get(k)) is None else f"{x * f:.{d}f}" for k, (d, f) in shown.items()]
         power.append([*start, f"{w['pairs']:,}", f"{100 * w['discordant']:.1f}", *least])
     last = ["typo's cost, over pairs", "over seeds"] if continued else ["KL, nats", "KL", "won or tied"]
@@ -265,7 +251,7 @@ def comparison_tables(comparisons: list[dict]) -> list[Table]:
         "of one seed, given the share of pairs on which the two differ; the paired t test on the seeds' means. Other "
         "prompts only: what another training would give is in the intervals over seeds."
     )
-    header = ["arm", "over", "pairs", "differ, %", "top-1, points", "of 110 pairs", "KL, nats", "typo's cost"]
+    header = ["arm", "over", "pairs", "differ, %", "top-1, points", "KL, nats", "typo's cost"]
     return [table, Table("What so many pairs can show", header, power, left=2, note=note)]
 
 
@@ -283,7 +269,7 @@ def kind_tables(strata: list[dict]) -> list[Table]:
     tables = [Table(f"By kind: top-1 kept, {name}", ["", "", "pairs", *arms], rows, left=2)]
     if over:
         note = (
-            "Bits per byte; t interval over pairs of the seeds' mean, 95%. tokens added: by the misspelling; frequency: "
+            "Bits per byte; t interval over pairs of the seeds' mean, 95%. inflation: tokens that the misspelling adds; frequency: "
             "of the word in the text that the pairs are drawn from."
         )
         header = ["", "", "pairs", *over]
@@ -320,33 +306,31 @@ def probe(args) -> common.Finding:
     measured, baseline = common.measure_runs(args, "spelling", with_twin, pairs, args.batch_size)
     by_run, untrained = (common.each(measured, itemgetter(k)) for k in (0, 1))
     wanted = common.pairs_to_compare(by_run, baseline)
-    comparisons = [c for a, b in wanted if (c := compare_arms(by_run, a, b, args.seed))]
-    theirs = {f"paper: {a}": {1337: x["per_prompt"]} for a, x in published.items()}
-    strata = stratified(by_run | theirs, pairs, comparisons)
-    if {"bpe", "kron"} <= set(published):  # the same tests on the paper's own records, one seed
-        comparisons.append(compare_arms(theirs, "paper: kron", "paper: bpe", args.seed))
-
-    result = {}
-    for arm, mine in by_run.items():
-        agg = aggregate(arm, [*chain(*mine.values())]) | {
-            "by_seed": {s: summarise(x) for s, x in mine.items()}
-        }
-        result[arm] = {"agg": agg, "per_prompt": [r | {"seed": s} for s, x in mine.items() for r in x]}
-    result |= {
-        "untrained": {arm: aggregate(arm, [*chain(*mine.values())]) for arm, mine in untrained.items()},
+    # the paper's own records, one seed, go through the same tests
+    with_theirs = by_run | {f"paper: {arm}": {1337: records} for arm, records in published.items()}
+    if {"bpe", "kron"} <= set(published):
+        wanted.append(("paper: kron", "paper: bpe"))
+    comparisons = [c for a, b in wanted if (c := compare_arms(with_theirs, a, b, args.seed))]
+    strata = stratified(with_theirs, pairs, comparisons)
+    records = {
+        arm: [r | {"seed": seed} for seed, of in mine.items() for r in of] for arm, mine in by_run.items()
+    }
+    result = {
+        "untrained": {arm: aggregate(arm, mine) for arm, mine in untrained.items()},
         "comparisons": comparisons,
         "strata": strata,
-        "published": {a: x["agg"] for a, x in published.items()},
-        "prompt_pairs": pairs,
     }
     items = None
     if args.generate:  # other people's text, and very many records: kept beside the figures, not among them
-        items = {"prompt_pairs": result.pop("prompt_pairs"), "per_prompt": {}}
-        for arm in by_run:
-            records = result[arm].pop("per_prompt")
-            items["per_prompt"][arm] = [{k: r[k] for k in r if k not in TEXTS} for r in records]
+        short = {arm: [{k: r[k] for k in r if k not in TEXTS} for r in of] for arm, of in records.items()}
+        items = {"prompt_pairs": pairs, "per_prompt": short}
+        result |= {arm: {"agg": aggregate(arm, mine)} for arm, mine in by_run.items()}
+    else:
+        result |= {"prompt_pairs": pairs}
+        result |= {a: {"agg": aggregate(a, mine), "per_prompt": records[a]} for a, mine in by_run.items()}
     shown = CONTINUED if args.generate else PLAIN
-    tables = [main_table(by_run, untrained, result, what, shown), *comparison_tables(comparisons)]
+    rows = with_theirs | {f"{arm}, untrained": mine for arm, mine in untrained.items()}
+    tables = [main_table(rows, what, shown), *comparison_tables(comparisons)]
     sources = args.sources if args.generate else None
     return common.Finding(
         name, TITLES[name], 20 + list(TITLES).index(name), result,

@@ -4,21 +4,16 @@
 
 A byte codec puts compute next to commute and nation next to notion. For such pairs, for synonyms, for
 morphological kin and for random pairs: cosine at the embedding and after each block. A word goes through the
-model by itself (or after --prefix); its vector at a level is the mean over its tokens, centred over all the
-probe's words. `separation` is the cosine of kin less that of the byte-alike: above 0, kin are nearer.
+model by itself; its vector at a level is the mean over its tokens, centred over all the probe's words.
+`separation` is the cosine of kin less that of the byte-alike: above 0, kin are nearer.
 """
-
-from pathlib import Path
-from typing import Annotated
 
 if not __package__:
     import by_path  # noqa: F401
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from data.records import Record, read_record
 from engine.errors import RunError
 from scripts.analysis import figures, report
 from scripts.analysis.report import Table
@@ -26,93 +21,66 @@ from scripts.probes import common
 
 KINDS = {"byte_similar": "alike in bytes", "kin": "kin", "synonyms": "synonyms", "random": "random"}
 COLOURS = ("#D55E00", "#009E73", "#0072B2", "#7F7F7F")
-EXAMPLES = ("compute/commute", "nation/notion")
-
-Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
-class WordPairs(Record):
-    byte_similar: list[Pair]
-    kin: list[Pair]
-    synonyms: list[Pair]
-
-
-def read_pairs(path: Path, seed: int) -> dict[str, list]:
-    """Pairs of words by kind, and 300 random pairs of the same words."""
-    kinds = read_record(path, WordPairs, "word pairs").model_dump(include=set(WordPairs.model_fields))
-    if not all(kinds.values()):
-        raise RunError(f"{path} must hold pairs of words under {', '.join(WordPairs.model_fields)}")
+def word_pairs(seed: int) -> dict[str, list]:
+    """Our pairs of words by kind, and 300 random pairs of the same words."""
+    found = common.own("tradeoff_pairs")
+    kinds = {kind: found[kind] for kind in list(KINDS)[:-1]}
     words = sorted({w for pairs in kinds.values() for p in pairs for w in p})
     rng = np.random.default_rng(seed)
-    random = [tuple(rng.choice(words, 2, replace=False).tolist()) for _ in range(300)]
-    return kinds | {"random": random}
+    return kinds | {"random": [rng.choice(words, 2, replace=False).tolist() for _ in range(300)]}
 
 
-def word_states(model, tokenizer, words: list[str], prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+def word_states(model, tokenizer, words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """((levels, words, n_embd), centred over the words; (words,), whether a word is one token)."""
-    before = tokenizer.encode(prefix) if prefix else []
-    ids = [before + tokenizer.encode(" " + w) for w in words]
-    longest = max(map(len, ids))
-    if longest > model.config.block_size:
-        raise RunError(f"--prefix and a word make {longest} tokens, the context is {model.config.block_size}")
+    ids = [tokenizer.encode(" " + w) for w in words]
+    if max(map(len, ids)) > model.config.block_size:
+        raise RunError(f"a word is longer than the context, which is {model.config.block_size} tokens")
     rows = [None] * len(words)
     for batch in common.by_length(ids, len(words)):
         states = common.block_states(model, torch.tensor([ids[i] for i in batch]))
-        means = torch.stack([s[:, len(before) :].mean(1) for s in states])
+        means = torch.stack([s.mean(1) for s in states])
         for k, i in enumerate(batch):
             rows[i] = means[:, k]
     levels = torch.stack(rows, dim=1)
-    return levels - levels.mean(1, keepdim=True), torch.tensor([len(x) == len(before) + 1 for x in ids])
+    return levels - levels.mean(1, keepdim=True), torch.tensor([len(x) == 1 for x in ids])
 
 
-def measure(run, model, tokenizer, pairs: dict, prefix: str) -> dict:
-    """Cosines of one run by kind of pair and level, of all pairs and of those that are single tokens."""
+def measure(run, model, tokenizer, pairs: dict) -> dict:
+    """Cosines of one run: {"levels", "cosine": {kind: mean a level}, "n", "pairs": {kind: {pair: a level}}, "separation"}."""
     words = sorted({w for members in pairs.values() for pair in members for w in pair})
-    levels, single = word_states(model, tokenizer, words, prefix)
-    cosine, of_single, n, each = {}, {}, {}, {}
+    levels, single = word_states(model, tokenizer, words)
+    cosine, n, each = {}, {}, {}
     for kind, members in pairs.items():
         i, j = torch.tensor([[words.index(w) for w in pair] for pair in members]).T
-        cosines = torch.nn.functional.cosine_similarity(levels[:, i], levels[:, j], dim=-1).T.contiguous()
-        one = single[i] & single[j]
+        cosines = torch.nn.functional.cosine_similarity(levels[:, i], levels[:, j], dim=-1).T
         cosine[kind] = cosines.mean(0).tolist()
-        of_single[kind] = cosines[one].mean(0).tolist() if one.any() else None
-        n[kind] = {"pairs": len(members), "single_token": int(one.sum())}
-        if kind != "random":
-            rounded = [[round(c, 4) for c in row] for row in cosines.tolist()]
-            each[kind] = {"/".join(pair): row for pair, row in zip(members, rounded, strict=True)}
+        n[kind] = {"pairs": len(members), "single_token": int((single[i] & single[j]).sum())}
+        each[kind] = dict(zip(map("/".join, members), cosines.tolist(), strict=True))
     return {
         "levels": ["embedding", *(f"block {k}" for k in range(len(levels) - 1))],
         "cosine": cosine,
-        "cosine_single_token": of_single,
         "n": n,
         "pairs": each,
         "separation": [k - a for k, a in zip(cosine["kin"], cosine["byte_similar"], strict=True)],
     }
 
 
-def make_tables(by_run: dict, levels: list[str]) -> list[Table]:
-    rows, examples = [], []
+def make_table(by_run: dict, levels: list[str]) -> Table:
+    rows = []
     for arm, mine in by_run.items():
         for k, level in enumerate(levels):
             found = [[r["cosine"][kind][k] for r in mine.values()] for kind in KINDS]
             found.append([r["separation"][k] for r in mine.values()])
             rows.append([arm if k == 0 else "", level, *map(common.mean_cell, found)])
-    first = next(iter(mine.values()))
-    for pair in [p for p in EXAMPLES if p in first["pairs"]["byte_similar"]]:
-        for number, (arm, mine) in enumerate(by_run.items()):
-            by_level = list(zip(*(r["pairs"]["byte_similar"][pair] for r in mine.values()), strict=False))
-            cells = map(common.mean_cell, by_level[: len(levels)])
-            examples.append(["" if number else pair, arm, *cells])
     counted = ", ".join(
         f"{n['pairs']} pairs {KINDS[kind]} ({n['single_token']} of single tokens)"
-        for kind, n in first["n"].items()
+        for kind, n in next(iter(mine.values()))["n"].items()
     )
     note = f"Mean ± SD over seeds; {counted}. separation: kin less alike in bytes."
     header = ["arm", "level", *KINDS.values(), "separation"]
-    tables = [Table("Cosine of word pairs, centred, by level", header, rows, left=2, note=note)]
-    if examples:
-        tables.append(Table("The paper's two examples", ["pair", "arm", *levels], examples, left=2))
-    return tables
+    return Table("Cosine of word pairs, centred, by level", header, rows, left=2, note=note)
 
 
 def draw(by_run: dict, levels: list[str]):
@@ -130,25 +98,19 @@ def draw(by_run: dict, levels: list[str]):
     return figure
 
 
-def arguments(add) -> None:
-    add("--pairs", default=str(common.DATA / "tradeoff_pairs.json"), help="word pairs (default: ours)")
-    add("--prefix", default="", help="text before the word, for instance 'The word'")
-
-
 def probe(args) -> common.Finding:
-    pairs = read_pairs(Path(args.pairs), args.seed)
-    by_run, _ = common.measure_runs(args, "trade-off", measure, pairs, args.prefix)
+    by_run, _ = common.measure_runs(args, "trade-off", measure, word_pairs(args.seed))
     runs = common.by_name(by_run)
     levels = min((r["levels"] for r in runs.values()), key=len)
     return common.Finding(
         "tradeoff", "Alike in bytes, not in meaning", 45, {"by_run": runs},
-        {"seed": args.seed, "prefix": args.prefix}, make_tables(by_run, levels), draw(by_run, levels), common.BANDS,
+        {"seed": args.seed}, [make_table(by_run, levels)], draw(by_run, levels), common.BANDS,
         "A codec of bytes cannot know that compute and commute mean different things; the blocks have to pull "
         "such pairs apart. In the pictures the orange line should fall and the green one stay.",
     )  # fmt: skip
 
 
-main = common.command(__doc__, __file__, probe, arguments)
+main = common.command(__doc__, __file__, probe)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 from rapidfuzz.distance import OSA, Hamming
 
-from data.records import Record, read_record
+from data.records import Record, read_record, validated
 from data.shards import find_shards, open_shard
 from data.sources import check_files, local_blocks, read_block
 from engine.errors import RunError
@@ -84,29 +84,27 @@ class TypoPairs(Record):
     prompt_pairs: Annotated[list[TypoPair], Field(min_length=1)]
 
 
-class Aggregate(Record):
-    overall: dict[str, float]
-
-
 class PublishedRecord(Record):
     category: str
     top1_matches: bool
     kl_clean_to_typo: float
+    cosine_hidden: float
+    logprob_drop: float
     n_tokens_clean: int
     n_tokens_typo: int
 
 
 class PublishedArm(Record):
-    agg: Aggregate
     per_prompt: list[PublishedRecord]
 
 
 def read_pairs(path: Path) -> tuple[list[dict], dict]:
-    """(pairs, published figures or {}): our own file, or the paper's results, which hold both."""
+    """(pairs, {arm: its published records} or {}): our own file, or the paper's results, which hold both."""
     content = read_record(path, TypoPairs, "typo pairs").model_dump()
-    return content["prompt_pairs"], {
-        a: content[a] for a in common.published_arms(path, content, PublishedArm)
-    }
+    arms = {a: x for a, x in content.items() if isinstance(x, dict) and "per_prompt" in x}
+    for arm, found in arms.items():
+        validated(found, PublishedArm, f"{path}, {arm}", "published results")
+    return content["prompt_pairs"], {arm: found["per_prompt"] for arm, found in arms.items()}
 
 
 def draw_pairs(text: str, n: int, seed: int, sources=SOURCES) -> list[dict]:
