@@ -27,15 +27,13 @@ NOTE = (
 
 
 def drift(series: dict[int, float]) -> dict:
-    """first, last, ratio, lowest and highest of one run's {iter: value}, and its late slope per 1,000 steps (relative)."""
+    """first, last and ratio of one run's {iter: value}, and its late slope per 1,000 steps (relative)."""
     values, late = list(series.values()), [i for i in series if i >= max(series) / 2]
     slope = stats.slope(late, [series[i] for i in late])
     return {
         "first": values[0],
         "last": values[-1],
         "ratio": values[-1] / values[0] if values[0] else None,
-        "lowest": min(values),
-        "highest": max(values),
         "late_slope_per_1000": 1000 * slope / values[-1] if slope is not None and values[-1] else None,
     }
 
