@@ -89,5 +89,5 @@ def manual_forward(net, ids):
 def args_for(**changes):
     import argparse
 
-    base = dict(max_new_tokens=5, temperature=0.7, top_p=0.9, batch_size=8, seed=42, samples=2)
+    base = dict(max_new_tokens=5, batch_size=8, seed=42, samples=2)
     return argparse.Namespace(**(base | changes))

@@ -39,20 +39,17 @@ def test_echo_and_gibberish_rules():
     def judged(completion):
         return tuple(generation.judge(["zorblescope"], completion).values())
 
-    assert judged("of a Zorblescope!") == (True, True, False)
-    assert judged("the zorblesc is") == (False, True, False)
-    assert judged("the scope is a a a a") == (False, False, False)
-    assert judged("a b a c a d a e a") == (False, False, True)
+    assert judged("of a Zorblescope!") == (True, False)
+    assert judged("the scope is a a a a") == (False, False)
+    assert judged("a b a c a d a e a") == (False, True)
     assert generation.changed_words("The telescpoe is used", "The telescope is used") == ["telescpoe"]
-    assert judged("unzorblesly")[1] and not judged("unzorblely")[1]  # 7 of 11 letters, 6 of 11
 
 
 def test_gibberish_rule_gives_the_published_flags(shared_dir):
     content, path = published(shared_dir, "generation_probe_results.json")
     for r in content["results"]:
         assert generation.judge([], r["completion"])["gibberish_flag"] == r["gibberish_flag"]
-    prompts, rates = generation.read_prompts(path)
+    prompts = generation.read_prompts(path)
     assert len(prompts) == 44
     forced = [p for p in prompts if p["condition"] == "forced_oov"]
     assert forced[0]["text"] == "{{kubernetes}} is a system for" and forced[0]["targets"] == ["kubernetes"]
-    assert rates["misspelled"]["kron"]["echo"] > 0

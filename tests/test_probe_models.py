@@ -52,7 +52,7 @@ def save_model(kind, folder, tokenizer_file):
 
 def find(folder, tensor=None):
     """(a local model's files, where its table lies)."""
-    source = tables.open_model(str(folder), "main", folder)
+    source = tables.open_model(str(folder), "main")
     return source, tables.find_table(source, tensor)
 
 
@@ -152,11 +152,11 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_the_hub_costs_one_tensor_and_a_second_time_nothing(hub, tmp_path, tokenizer_file, monkeypatch):
+def test_the_hub_costs_one_tensor(hub, tokenizer_file, monkeypatch):
     """The real client of the hub, against a server on this machine."""
     model = save_model("untied", hub.root, tokenizer_file)
     monkeypatch.setattr(tables, "CHUNK", 10_000)  # several requests for the table
-    source = tables.open_model("someone/model", "main", tmp_path / "cache")
+    source = tables.open_model("someone/model", "main")
     info = tables.find_table(source)
     table = tables.load_table(source, info)
     wanted = model.get_input_embeddings().weight.detach()
@@ -164,39 +164,24 @@ def test_the_hub_costs_one_tensor_and_a_second_time_nothing(hub, tmp_path, token
     sent = sum(n for name, n in hub.sent if name.endswith(".safetensors"))
     assert sent == source.bytes_read - (hub.root / "model.safetensors.index.json").stat().st_size
     assert wanted.numel() * 2 < sent < wanted.numel() * 2 + 5_000  # bf16: the table and one header
-    before = len(hub.sent)
-    assert torch.equal(tables.load_table(source, info), wanted) and len(hub.sent) == before
     assert b" play" in tables.load_tokens(source)
 
 
-def test_a_download_that_broke_off_goes_on(hub, tmp_path, tokenizer_file, monkeypatch):
-    model = save_model("tied", hub.root, tokenizer_file)
+def test_a_download_that_breaks_off_is_one_sentence(hub, tokenizer_file, monkeypatch):
+    save_model("tied", hub.root, tokenizer_file)
     monkeypatch.setattr(tables, "CHUNK", 10_000)
-    source = tables.open_model("someone/model", "main", tmp_path / "cache")
+    source = tables.open_model("someone/model", "main")
     info = tables.find_table(source)
     hub.broken_after = 3
     with pytest.raises(RunError, match="its licence accepted"):
         tables.load_table(source, info)
-    hub.broken_after, hub.sent = None, []
-    raw = model.get_input_embeddings().weight.detach().numpy().tobytes()
-    assert tables.load_table(source, info).numpy().tobytes() == raw
-    assert sum(n for _, n in hub.sent) == len(raw) - 30_000
 
 
-def test_names_of_others_stay_inside_the_cache(hub, tmp_path, tokenizer_file):
-    """A tensor or a shard named like a path elsewhere: the one is cached under a hash, the other refused."""
-    evil = str(tmp_path / "outside" / "embed_tokens.weight")
-    save_file({evil: torch.randn(300, 8)}, hub.root / "model.safetensors")
-    source = tables.open_model("someone/model", "main", tmp_path / "cache")
-    assert tables.load_table(source, tables.find_table(source, evil)).shape == (300, 8)
-    assert not (tmp_path / "outside").exists()
-    (kept,) = (tmp_path / "cache").iterdir()
-    assert len(kept.stem) == 64
+def test_an_index_names_no_file_elsewhere(tmp_path):
     index = {"weight_map": {"embed_tokens.weight": "../../precious.safetensors"}}
-    (tmp_path / "local").mkdir()
-    (tmp_path / "local" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match="is not a plain file name"):
-        find(tmp_path / "local")
+        find(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -224,11 +209,11 @@ def test_records_of_another_shape_are_one_sentence(tmp_path, file, content, told
     assert isinstance(e.value, RunError | DataError) and file in str(e.value) and "\n" not in str(e.value)
 
 
-def test_no_network_is_one_sentence(tmp_path, monkeypatch):
+def test_no_network_is_one_sentence(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     tables.HfFileSystem.clear_instance_cache()
     with pytest.raises(SystemExit) as e:
-        models.main(["--models", "someone/model", "--cache", str(tmp_path)])
+        models.main(["--models", "someone/model"])
     assert str(e.value).startswith("error: cannot read") and "\n" not in str(e.value)
 
 
@@ -280,15 +265,12 @@ def test_a_table_that_knows_case_is_found_out(tokenizer_file):
             kin_table[i] = 0.1 * noise[i] + by_form.setdefault(
                 ("kin", family), torch.randn(64, generator=generator)
             )
-    a = models.measure_model("case", case_table, tokens, FAMILIES, ["zorp"], 0)["spaces"]
-    b = models.measure_model("kin", kin_table, tokens, FAMILIES, ["zorp"], 0)["spaces"]
-    assert (
-        a["trained"]["neighbours_at_5"]["typographic"]
-        > 2 * a["random"]["neighbours_at_5"]["typographic"] + 0.1
-    )
-    assert b["trained"]["neighbours_at_5"]["kin"] > 0.5 > b["random"]["neighbours_at_5"]["kin"]
-    assert b["trained"]["in_family_cosine"] > 0.9 and abs(b["random"]["in_family_cosine"]) < 0.2
-    assert abs(a["random"]["random_pair_cosine"]) < 0.02
+    a = models.measure_model("case", case_table, tokens, FAMILIES, ["zorp"], 0)[0]["spaces"]
+    b = models.measure_model("kin", kin_table, tokens, FAMILIES, ["zorp"], 0)[0]["spaces"]
+    assert a["trained"]["typographic"] > 2 * a["random"]["typographic"] + 0.1
+    assert b["trained"]["kin"] > 0.5 > b["random"]["kin"]
+    assert b["trained"]["in family"] > 0.9 and abs(b["random"]["in family"]) < 0.2
+    assert abs(a["random"]["random pair"]) < 0.02
 
 
 def test_command_end_to_end(tmp_path, tokenizer_file, capsys):
@@ -302,6 +284,5 @@ def test_command_end_to_end(tmp_path, tokenizer_file, capsys):
     result = json.loads((out / "compare" / "probes" / "models.json").read_text())
     # one tokenizer, so the codec must agree with itself perfectly, and two random models must not
     (pair,) = result["agreement"]
-    assert pair["rsa"]["codec"] == pytest.approx(1.0) and pair["jaccard"]["codec"] == 1.0
-    assert abs(pair["rsa"]["trained"]) < 0.2
+    assert pair["codec"] == pytest.approx(1.0) and abs(pair["trained"]) < 0.2
     assert "Across models" in (out / "compare" / "report.html").read_text()

@@ -9,16 +9,13 @@ bytes (forced OOV); a stock arm has no such slot and reads the word in pieces. S
 and greedy beside it, 30 tokens each.
 
 echo: a word that was misspelled or made up comes back in the continuation; as a control, in the plain condition
-the same place's ordinary word. partial: a piece of it does, of at least 4 letters and 60% of it. gibberish: some
-word comes back five times or more (this rule gives the published flag of all 88 published records).
+the same place's ordinary word. gibberish: some word comes back five times or more (this rule gives the published
+flag of all 88 published records). Where no arm echoes, copying.py measures what there is.
 """
 
-import math
 import re
 from collections import Counter
-from difflib import SequenceMatcher
 from itertools import chain, product
-from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -33,13 +30,17 @@ from engine.errors import RunError
 from engine.prompts import SLOT, parse_prompt
 from scripts.analysis import figures
 from scripts.analysis.report import Table
-from scripts.arguments import number, whole
+from scripts.arguments import whole
 from scripts.probes import common
 
 CONDITIONS = ("normal", "misspelled", "forced_oov")
-RATES = ("echo", "partial_echo", "gibberish_flag")
-SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")
-GREEDY = {key: "greedy_" + key.removesuffix("_flag") for key in RATES}  # the same of greedy continuations
+RATES = {  # key of a record: heading
+    "echo": "echo",
+    "gibberish_flag": "gibberish",
+    "greedy_echo": "greedy echo",
+    "greedy_gibberish_flag": "gibberish",
+}
+SAMPLED = {"temperature": 0.7, "top_p": 0.9}  # as the paper has it
 
 
 class Prompt(Record):
@@ -54,55 +55,47 @@ class PublishedRecord(Record):
     condition: Literal["normal", "misspelled", "forced_oov"]
     prompt_text: str
     oov_target: str | None = None
-    arm: str
-    completion: str
 
 
 class Prompts(Record):
     """Our own file of prompts, or the published results."""
 
-    prompts: list[Prompt] | None = None
-    results: list[PublishedRecord] | None = None
+    prompts: list[Prompt] = []
+    results: list[PublishedRecord] = []
 
 
-def read_prompts(path: Path) -> tuple[list[dict], dict]:
-    """(prompts, rates of the published continuations or {}), from our file or the published one.
+def read_prompts(path: Path) -> list[dict]:
+    """Prompts from our file or the published results, whose made-up words get their braces.
 
-    A prompt is {"prompt_id", "condition", "text", "prompt_text": without braces, "targets", "oov_target"}; the rates
-    are {condition: {arm: {rate: mean}}}.
+    A prompt is {"prompt_id", "condition", "text", "prompt_text": without braces, "targets", "oov_target"}.
     """
     content = read_record(path, Prompts, "prompts")
-    ours, published = content.prompts, content.results if content.prompts is None else None
-    texts = {(p.prompt_id, c): text for p in ours or () for c in CONDITIONS if (text := getattr(p, c))}
-    for r in published or ():
+    texts = {(p.prompt_id, c): text for p in content.prompts for c in CONDITIONS if (text := getattr(p, c))}
+    for r in content.results:
         text, target = r.prompt_text, r.oov_target
         if r.condition == "forced_oov" and target:  # the word stands in the text, in any case
             text = re.sub(re.escape(target), "{{" + target + "}}", text, count=1, flags=re.IGNORECASE)
         texts[r.prompt_id, r.condition] = text
     if not texts:
         raise RunError(f"{path} holds neither 'prompts' nor published 'results'")
-    prompts = {}
+    prompts = []
     for prompt_id, condition in sorted(texts, key=lambda x: (x[0], CONDITIONS.index(x[1]))):
         text = texts[prompt_id, condition]
         targets = slots = SLOT.findall(text)
         if condition != "forced_oov":
             other = "misspelled" if condition == "normal" else "normal"
             targets = changed_words(text, texts.get((prompt_id, other), ""))
-        prompts[prompt_id, condition] = {
-            "prompt_id": prompt_id,
-            "condition": condition,
-            "text": text,
-            "prompt_text": text.replace("{{", "").replace("}}", ""),
-            "targets": targets,
-            "oov_target": slots[0] if slots else None,
-        }
-    judged, rates = {}, {}
-    for r in published or ():
-        found = judge(prompts[r.prompt_id, r.condition]["targets"], r.completion)
-        judged.setdefault((r.condition, r.arm), []).append(list(found.values()))
-    for (condition, arm), of in judged.items():
-        rates.setdefault(condition, {})[arm] = dict(zip(RATES, np.mean(of, 0).tolist(), strict=True))
-    return list(prompts.values()), rates
+        prompts.append(
+            {
+                "prompt_id": prompt_id,
+                "condition": condition,
+                "text": text,
+                "prompt_text": text.replace("{{", "").replace("}}", ""),
+                "targets": targets,
+                "oov_target": slots[0] if slots else None,
+            }
+        )
+    return prompts
 
 
 def changed_words(mine: str, other: str) -> list[str]:
@@ -112,21 +105,17 @@ def changed_words(mine: str, other: str) -> list[str]:
 
 
 def judge(targets: list[str], completion: str) -> dict[str, bool]:
-    """Does a target come back whole, or at least in part, and does some word come back five times or more?"""
-    low = completion.lower()
-    whole, part = any(t.lower() in low for t in targets), False
-    for t in targets:
-        common_part = SequenceMatcher(None, t.lower(), low, autojunk=False).find_longest_match()
-        part |= common_part.size >= max(4, math.ceil(0.6 * len(t)))
+    """Does a target come back, and does some word come back five times or more?"""
+    echo = any(t.lower() in completion.lower() for t in targets)
     often = max(Counter(completion.split()).values(), default=0)
-    return {"echo": whole, "partial_echo": whole or part, "gibberish_flag": often >= 5}
+    return {"echo": echo, "gibberish_flag": often >= 5}
 
 
 @torch.no_grad()
 def complete(model, prompts: list[tuple], args, greedy: bool) -> list[list[int]]:
     """Continuations (ids) of prompts [(ids, {position: bytes})]; prompts of one length go as one batch."""
     device, result = model.transformer.wpe.weight.device, [None] * len(prompts)
-    drawn = {"temperature": 0} if greedy else {"temperature": args.temperature, "top_p": args.top_p}
+    drawn = {"temperature": 0} if greedy else SAMPLED
     for batch in common.by_length([ids for ids, _ in prompts], args.batch_size):
         overrides = {(row, p): b for row, i in enumerate(batch) for p, b in prompts[i][1].items()}
         steps = model.generate(
@@ -148,7 +137,7 @@ def measure(run, model, tokenizer, prompts: list[dict], args) -> list[dict]:
     encoded = [parse_prompt(text, tokenizer, model.config.vocab_size) for text in texts]
     greedy = complete(model, encoded, args, True)
     sampled = complete(model, encoded * args.samples, args, False)
-    records = []
+    settings, records = SAMPLED | {"max_new_tokens": args.max_new_tokens, "seed": args.seed}, []
     for i, (p, (ids, _)) in enumerate(zip(prompts, encoded, strict=True)):
         greedy_text = tokenizer.decode(greedy[i])
         of_prompt = {k: v for k, v in p.items() if k != "text"} | {
@@ -157,9 +146,9 @@ def measure(run, model, tokenizer, prompts: list[dict], args) -> list[dict]:
             "bpe_oov_equivalence_flag": p["condition"] == "forced_oov" and not kronecker,
             "input_token_count": len(ids),
             "input_tokens": ids,
-            "settings": {k: getattr(args, k) for k in SETTINGS},
+            "settings": settings,
             "greedy_completion": greedy_text,
-            **{GREEDY[k]: x for k, x in judge(p["targets"], greedy_text).items()},
+            **{f"greedy_{k}": x for k, x in judge(p["targets"], greedy_text).items()},
         }
         for k, tokens in enumerate(sampled[i :: len(prompts)]):
             text = tokenizer.decode(tokens)
@@ -168,16 +157,10 @@ def measure(run, model, tokenizer, prompts: list[dict], args) -> list[dict]:
     return records
 
 
-def sanity(model, tokenizer) -> dict:
-    """What a run finds likeliest after "The"."""
-    logits, _ = common.last_states(model, [tokenizer.encode("The")])
-    return {"top5_after_The": [tokenizer.decode([i]) for i in logits[0].topk(5).indices.tolist()]}
-
-
 def rates(by_run: dict, baseline: str) -> dict:
-    """{condition: {rate: {arm: over seeds}}}, of sampled continuations and (greedy_...) greedy ones."""
+    """{condition: {key of RATES: {arm: over seeds}}} of the conditions that the prompts have."""
     found = {}
-    for condition, key in product(CONDITIONS, (*RATES, *GREEDY.values())):
+    for condition, key in product(CONDITIONS, RATES):
 
         def mean(records, condition=condition, key=key) -> float | None:
             values = [r[key] for r in records if r["condition"] == condition]
@@ -187,27 +170,24 @@ def rates(by_run: dict, baseline: str) -> dict:
     return {c: by_rate for c, by_rate in found.items() if by_rate["echo"][baseline]}
 
 
-def make_tables(found: dict, baseline: str, published: dict, n: int) -> list[Table]:
+def make_tables(found: dict, baseline: str, n: int) -> list[Table]:
     rows = []
     for condition, by_rate in found.items():
-        for arm, partial in by_rate["partial_echo"].items():
-            keys = (*RATES, "greedy_echo", "greedy_gibberish")
-            cells = [common.cell(by_rate[k][arm], 1, 100) for k in keys]
-            rows.append([condition, arm, *cells, common.interval_cell(partial["difference"], 1, 100)])
-        for arm, of in published.get(condition, {}).items():
-            rows.append([condition, f"paper: {arm}", *(f"{100 * of[k]:.1f}" for k in RATES), "-", "-", ""])
+        for arm, echo in by_rate["echo"].items():
+            cells = [common.cell(by_rate[k][arm], 1, 100) for k in RATES]
+            rows.append([condition, arm, *cells, common.interval_cell(echo["difference"], 1, 100)])
     title = f"Echo of the novel or misspelled word, in per cent ({n} continuations a condition and run)"
-    header = ["condition", "arm", "echo", "partial", "gibberish", "greedy echo", "gibberish"]
+    header = ["condition", "arm", *RATES.values(), f"echo less {baseline}'s"]
     note = (
         "Mean ± SD over seeds; last column: paired over seeds, 95%. normal: the ordinary word of the same "
         "place, as a control. forced_oov: one position made from bytes on kronecker arms, pieces on stock arms."
     )
-    return [Table(title, [*header, f"partial less {baseline}'s"], rows, left=2, note=note)]
+    return [Table(title, header, rows, left=2, note=note)]
 
 
 def draw(found: dict, arms):
     panels = []
-    for key, title in (("partial_echo", "Echo, whole or in part (%)"), ("gibberish_flag", "Gibberish (%)")):
+    for key, title in (("echo", "Echo (%)"), ("gibberish_flag", "Gibberish (%)")):
         of = {a: [[100 * v for v in by[key][a]["by_seed"].values()] for by in found.values()] for a in arms}
         panels.append((title, of))
     figure = figures.dot_figure([c.replace("_", " ") for c in found], panels)
@@ -221,13 +201,12 @@ def examples(by_run: dict) -> list[dict]:
     firsts = [r for mine in by_run.values() for r in mine[min(mine)] if r["sample"] == 0]
     with_slot = {r["prompt_id"] for r in firsts if r["condition"] == "forced_oov"}
     wanted = sorted(with_slot or {r["prompt_id"] for r in firsts})[:4]
-    shown = [
-        r for n in wanted for c in CONDITIONS for r in firsts if (r["prompt_id"], r["condition"]) == (n, c)
-    ]
-    quotes = [
-        [f"{r['prompt_text']} ({r['condition'].replace('_', ' ')}, {r['arm']})", r["completion"]]
-        for r in shown
-    ]
+    quotes = []
+    for prompt_id, condition in product(wanted, CONDITIONS):
+        for r in firsts:
+            if (r["prompt_id"], r["condition"]) == (prompt_id, condition):
+                what = f"{r['prompt_text']} ({condition.replace('_', ' ')}, {r['arm']})"
+                quotes.append([what, r["completion"]])
     return [{"details": "Some continuations", "blocks": [{"quotes": quotes}]}]
 
 
@@ -235,32 +214,22 @@ def arguments(add) -> None:
     add("--prompts", default=str(common.DATA / "generation_prompts.json"), help="prompts (default: our 20)")
     add("--samples", type=whole(1, 10_000), default=4, help="sampled continuations a prompt (%(default)s)")
     add("--max_new_tokens", type=whole(1, 100_000), default=30, help="tokens of a continuation (%(default)s)")
-    add("--temperature", type=number(1e-4, 100), default=0.7, help="of sampling (%(default)s)")
-    add("--top_p", type=number(0, 1, above=True), default=0.9, help="of sampling (%(default)s)")
     add("--batch_size", type=whole(1), default=256, help="continuations at a time (%(default)s)")
 
 
 def probe(args) -> common.Finding:
-    prompts, published = read_prompts(Path(args.prompts))
-
-    def measure_both(run, model, tokenizer) -> tuple[list[dict], dict]:
-        return measure(run, model, tokenizer, prompts, args), sanity(model, tokenizer)
-
-    measured, baseline = common.measure_runs(args, "generation", measure_both)
-    by_run, checks = (common.each(measured, itemgetter(k)) for k in (0, 1))
+    prompts = read_prompts(Path(args.prompts))
+    by_run, baseline = common.measure_runs(args, "generation", measure, prompts, args)
     found = rates(by_run, baseline)
     result = {
         "results": list(chain(*common.by_name(by_run).values())),
-        "sanity": common.by_name(checks),
-        "settings": {k: getattr(args, k) for k in (*SETTINGS, "samples")},
+        "settings": SAMPLED | {k: getattr(args, k) for k in ("max_new_tokens", "samples", "seed")},
         "rates": found,
-        "published_rates": published,
     }
     n = sum(p["condition"] == "normal" for p in prompts) * args.samples
     return common.Finding(
-        "generation_published" if published else "generation",
-        "Generation" + (", the paper's prompts" if published else ""), 30 + bool(published), result, {},
-        make_tables(found, baseline, published, n), draw(found, by_run), common.POINTS,
+        "generation", "Generation", 30, result, {},
+        make_tables(found, baseline, n), draw(found, by_run), common.POINTS,
         "Does a misspelled or made-up word of the prompt come back in what the model writes?",
         examples(by_run),
     )  # fmt: skip

@@ -4,9 +4,9 @@
     python scripts/probes/models.py --runs out/demo
 
 Only the embedding matrix is read, never the model: its place comes from the safetensors index and header,
-its bytes from a local folder or by range requests from the hub (kept under --cache, resumed where a download
-broke off), so that a model of 671B parameters costs one tensor. Beside each trained table stand the codec of
-the same vocabulary (no training at all) and a random table of the same shape.
+its bytes from a local folder or by range requests from the hub, so that a model of 671B parameters costs one
+tensor. Beside each trained table stand the codec of the same vocabulary (no training at all) and a random table
+of the same shape.
 
 The paper's six, 135M to 671B: HuggingFaceTB/SmolLM2-135M, meta-llama/Llama-3.2-1B (gated),
 google/gemma-3-1b-pt (gated), Qwen/Qwen3-32B, openai/gpt-oss-120b, deepseek-ai/DeepSeek-V3-Base. Gated ones
@@ -19,8 +19,7 @@ tokenizers.
 """
 
 import re
-from itertools import combinations
-from pathlib import Path
+from itertools import combinations, product
 
 if not __package__:
     import by_path  # noqa: F401
@@ -32,16 +31,16 @@ from rapidfuzz.process import cpdist
 from scipy.stats import spearmanr
 
 from engine.errors import RunError
+from engine.prompts import SLOT
 from kronecker import token_bytes
 from scripts.analysis import figures
 from scripts.analysis.report import Table
 from scripts.probes import common, tables
-from scripts.probes.generation import read_prompts
 from scripts.probes.spaces import POS_DIM, CodecSpace, TableSpace
 
 SPACES = {"trained": "#0072B2", "codec": "#D55E00", "random": "#7F7F7F"}  # with their colours
 KINDS = ("typographic", "kin", "other")
-DISTANCES = [str(d) for d in range(1, 8)]  # of two words, in edits; 7 stands for 7 and more
+DISTANCES = [*"123456", "7+"]  # of two words, in edits
 
 
 def canonical(token: bytes) -> str:
@@ -56,57 +55,39 @@ def find_words(words: list[str], row_of: dict) -> dict[str, int]:
     return {w: row for w, row in rows.items() if row is not None}
 
 
-def nearest(cosines: np.ndarray, tokens: list[bytes]) -> list[list]:
-    """The 5 tokens of the highest cosines of each row, as [[token, cosine]]."""
-    top = np.argsort(-cosines, axis=1, kind="stable")[:, :5]
-    return [[[tokens[t], line[t]] for t in found] for line, found in zip(cosines, top, strict=True)]
-
-
-def shown(found: list[list]) -> list[list]:
-    """Nearest tokens as text, bytes that are none as escapes, with rounded cosines."""
-    return [[t.decode("utf-8", errors="backslashreplace"), round(float(c), 4)] for t, c in found]
+def nearest(cosines: np.ndarray, tokens: list[bytes]) -> list[list[bytes]]:
+    """The 5 tokens of the highest cosines of each row."""
+    return [[tokens[t] for t in row] for row in np.argsort(-cosines, axis=1, kind="stable")[:, :5]]
 
 
 def measure_space(
-    space, tokens: list[bytes], row_of: dict, families: list[dict], seed: int
-) -> tuple[dict, dict]:
-    """(cosines inside families and of random pairs, what the 5 nearest tokens of every probe are; {probe: their forms})."""
+    space, tokens: list[bytes], row_of: dict, families: list[dict], pairs: tuple, seed: int
+) -> dict[str, float | None]:
+    """Mean cosines inside families, of random pairs and of pairs of words by edit distance, and shares of KINDS.
+
+    pairs: (rows, rows, their edit distances) of pairs of words.
+    """
     i, j = np.random.default_rng(seed).integers(0, len(tokens), (2, 5000))
-    inside, shares, examples, forms_of = [], [], {}, {}
+    found = {"in family": [], "random pair": space.pairs(i[i != j], j[i != j])} | {kind: [] for kind in KINDS}
     for family in families:
         kin = set(family["exact_family"])
         rows = sorted(set(find_words(family["exact_family"], row_of).values()))
         if len(rows) > 1:
-            inside.append(float(space.pairs(*np.array(list(combinations(rows, 2))).T).mean()))
+            found["in family"].append(space.pairs(*np.array(list(combinations(rows, 2))).T).mean())
         probes = find_words(family["probes"], row_of)
         at = np.array(list(probes.values()), dtype=int)
         cosines = space.against_all(at)
         cosines[np.arange(len(at)), at] = -2.0
         for word, near in zip(probes, nearest(cosines, tokens), strict=True):
-            own, forms = canonical(word.encode()), [canonical(t) for t, _ in near]
-            typographic, related = forms.count(own) / 5, sum(f in kin and f != own for f in forms) / 5
-            shares.append([typographic, related, 1 - typographic - related])
-            examples[word], forms_of[word] = shown(near), set(forms)
-    shares = np.mean(shares, 0).tolist() if shares else [None] * 3
-    return {
-        "random_pair_cosine": float(space.pairs(i[i != j], j[i != j]).mean()),
-        "in_family_cosine": float(np.mean(inside)) if inside else None,
-        "families_used": len(inside),
-        "probes_used": len(examples),
-        "neighbours_at_5": dict(zip(KINDS, shares, strict=True)),
-        "examples": examples,
-    }, forms_of
-
-
-def falloff(space, rows: np.ndarray, i: np.ndarray, j: np.ndarray, distance: np.ndarray) -> dict:
-    """Mean cosine of word pairs by edit distance."""
-    result = {}
-    for d in DISTANCES:
-        which = np.nonzero(np.minimum(distance, 7) == int(d))[0][:20000]
-        if len(which):
-            cosines = space.pairs(rows[i[which]], rows[j[which]])
-            result[d] = {"mean": float(cosines.mean()), "n": len(which)}
-    return result
+            forms = list(map(canonical, near))
+            typographic, related = forms.count(word) / 5, sum(f in kin and f != word for f in forms) / 5
+            for kind, share in zip(KINDS, (typographic, related, 1 - typographic - related), strict=True):
+                found[kind].append(share)
+    one, other, distance = pairs
+    for d, name in enumerate(DISTANCES, 1):
+        which = np.nonzero(np.minimum(distance, len(DISTANCES)) == d)[0][:20000]
+        found[name] = space.pairs(one[which], other[which])
+    return {name: float(np.mean(x)) if len(x) else None for name, x in found.items()}
 
 
 def thinned(words, most: int, rng) -> list[str]:
@@ -115,15 +96,26 @@ def thinned(words, most: int, rng) -> list[str]:
     return words if len(words) <= most else sorted(rng.choice(words, most, replace=False).tolist())
 
 
-def oov_neighbours(tokens: list[bytes], strings: list[str]) -> dict:
+def word_pairs(words: dict[str, int], rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, rows, edit distances) of all pairs of up to 900 of the words {word: row}."""
+    sample = thinned(words, 900, rng)
+    i, j = np.triu_indices(len(sample), 1)
+    first, second = ([sample[k] for k in which] for which in (i, j))
+    distance = cpdist(first, second, scorer=Levenshtein.distance, dtype=np.int16)
+    rows = np.array([words[w] for w in sample], dtype=int)
+    return rows[i], rows[j], distance
+
+
+def oov_neighbours(tokens: list[bytes], strings: list[str]) -> dict[str, list[str]]:
     """Nearest tokens of strings without a token, in codec space: what a forced-OOV slot would lie next to."""
     space = CodecSpace([*tokens, *(s.encode() for s in strings)])
     cosines = space.against_all(np.arange(len(tokens), len(tokens) + len(strings)))[:, : len(tokens)]
-    return {s: shown(near) for s, near in zip(strings, nearest(cosines, tokens), strict=True)}
+    near = [[t.decode("utf-8", errors="backslashreplace") for t in row] for row in nearest(cosines, tokens)]
+    return dict(zip(strings, near, strict=True))
 
 
-def measure_model(name: str, table: torch.Tensor, tokens: list[bytes], families, strings, seed: int) -> dict:
-    """Everything about one model, JSON-able but for the keys that start with "_" (kept for agreement())."""
+def measure_model(name: str, table: torch.Tensor, tokens: list[bytes], families, strings, seed: int):
+    """(all figures of one model, its spaces, {word: row} of its words that are one token after a space)."""
     ids = np.array([i for i in range(min(len(tokens), table.shape[0])) if tokens[i]])
     kept = [tokens[i] for i in ids]
     row_of = {token: row for row, token in reversed(list(enumerate(kept)))}
@@ -133,105 +125,68 @@ def measure_model(name: str, table: torch.Tensor, tokens: list[bytes], families,
     random = torch.randn(len(ids), min(table.shape[1], 768), generator=generator)
     random = TableSpace(random, np.arange(len(ids)))
     spaces = {"trained": TableSpace(table, ids), "codec": CodecSpace(kept), "random": random}
-    # lower-case words of 3 to 12 letters that are one token after a space
     words = {t[1:].decode(): r for r, t in enumerate(kept) if re.fullmatch(rb" [a-z]{3,12}", t)}
-    rng = np.random.default_rng(seed)
-    sample = thinned(words, 1500, rng)
-    i, j = np.triu_indices(len(sample), 1)
-    if len(i) > 400_000:
-        pick = rng.choice(len(i), 400_000, replace=False)
-        i, j = i[pick], j[pick]
-    first, second = ([sample[k] for k in which] for which in (i, j))
-    distance = cpdist(first, second, scorer=Levenshtein.distance, dtype=np.int16)
-    rows = np.array([words[w] for w in sample])
-    measured = {k: measure_space(space, kept, row_of, families, seed) for k, space in spaces.items()}
-    return {
+    asked = kept, row_of, families, word_pairs(words, np.random.default_rng(seed)), seed
+    found = {
         "model": name,
         "vocab": len(ids),
         "width": table.shape[1],
         "words": len(words),
-        "spaces": {k: found for k, (found, _) in measured.items()},
-        "falloff": {k: falloff(s, rows, i, j, distance) for k, s in spaces.items()} if len(i) else {},
+        "probes": sum(len(find_words(family["probes"], row_of)) for family in families),
+        "spaces": {kind: measure_space(space, *asked) for kind, space in spaces.items()},
         "oov": oov_neighbours(kept, strings),
-        "_words": words,
-        "_spaces": spaces,
-        "_forms": {k: forms for k, (_, forms) in measured.items()},
     }
+    return found, spaces, words
 
 
-def agreement(one: dict, other: dict, seed: int) -> dict:
-    """Do the same words lie alike in two models? Over the words that are one token in both.
+def agreement(one: tuple, other: tuple, seed: int) -> dict:
+    """Do the same words lie alike in two models (see measure_model)? Over up to 400 words that are one token in both.
 
-    "rsa": Spearman correlation of the two cosine matrices over up to 400 shared words.
-    "jaccard": overlap of the forms of the 5 nearest tokens of the probe words, each in its own vocabulary.
+    {kind of table: Spearman correlation of the words' cosines}; empty below 10 words.
     """
-    shared = thinned(one["_words"].keys() & other["_words"].keys(), 400, np.random.default_rng(seed))
-    found = {"models": [one["model"], other["model"]], "shared_words": len(shared)}
-    if len(shared) >= 10:
-        i, j = np.triu_indices(len(shared), 1)
-        rows = [np.array([m["_words"][w] for w in shared]) for m in (one, other)]
-        found["rsa"] = {}
-        for kind in SPACES:
-            of = [m["_spaces"][kind].pairs(at[i], at[j]) for m, at in zip((one, other), rows, strict=True)]
-            found["rsa"][kind] = float(spearmanr(*of).statistic)
-    forms = {k: (one["_forms"][k], other["_forms"][k]) for k in SPACES}
-    if probes := [w for w in forms["codec"][0] if w in forms["codec"][1]]:
-        found["jaccard"] = {
-            k: float(np.mean([len(a[w] & b[w]) / len(a[w] | b[w]) for w in probes]))
-            for k, (a, b) in forms.items()
-        }
-        found["probes"] = len(probes)
+    (mine, my_spaces, my_words), (theirs, their_spaces, their_words) = one, other
+    shared = thinned(my_words.keys() & their_words.keys(), 400, np.random.default_rng(seed))
+    found = {"models": [mine["model"], theirs["model"]], "shared_words": len(shared)}
+    if len(shared) < 10:
+        return found
+    i, j = np.triu_indices(len(shared), 1)
+    here, there = (np.array([words[w] for w in shared]) for words in (my_words, their_words))
+    for kind in SPACES:
+        cosines = my_spaces[kind].pairs(here[i], here[j]), their_spaces[kind].pairs(there[i], there[j])
+        found[kind] = float(spearmanr(*cosines).statistic)
     return found
 
 
-def average(members: list[dict], kind: str) -> dict[str, float | None]:
-    """The figures of one kind of table, means over the models that have them."""
-    figures_of = []
-    for m in members:
-        space, by_distance = m["spaces"][kind], m["falloff"].get(kind, {})
-        cosines = {"in family": space["in_family_cosine"], "random pair": space["random_pair_cosine"]}
-        falls = {d: by_distance.get(d, {}).get("mean") for d in DISTANCES}
-        figures_of.append(cosines | space["neighbours_at_5"] | falls)
-    values = {key: [of[key] for of in figures_of if of[key] is not None] for key in figures_of[0]}
-    return {key: float(np.mean(x)) if x else None for key, x in values.items()}
-
-
-def figure_cell(value: float | None, form: str = "{:+.3f}") -> str:
-    return "-" if value is None else form.format(value)
+def values(members: list[dict], kind: str, figure: str) -> list[float]:
+    """One figure of one kind of table, of the models that have it."""
+    return [x for m in members if (x := m["spaces"][kind][figure]) is not None]
 
 
 def make_tables(results: list[dict], pairs: list[dict], groups: dict) -> list[Table]:
     near, by_distance = [], []
-    for name, members in groups.items():
-        for kind in SPACES:
-            mean, start = average(members, kind), [name if kind == "trained" else "", kind]
-            cosines = [figure_cell(mean[k]) for k in ("in family", "random pair")]
-            shares = [figure_cell(mean[k], "{:.0%}") for k in KINDS]
-            near.append([*start, *cosines, *shares, str(members[0]["spaces"][kind]["probes_used"])])
-            by_distance.append([*start, *(figure_cell(mean[d]) for d in DISTANCES)])
+    for (name, members), kind in product(groups.items(), SPACES):
+        start = [name if kind == "trained" else "", kind]
+        cosines = [common.mean_cell(values(members, kind, k)) for k in ("in family", "random pair")]
+        shares = [common.mean_cell(values(members, kind, k), 0, 100) for k in KINDS]
+        near.append([*start, *cosines, *shares, str(members[0]["probes"])])
+        by_distance.append([*start, *(common.mean_cell(values(members, kind, d), 2) for d in DISTANCES)])
     note = (
-        "Cosines are centred. typographic, kin, other: share of the 5 nearest tokens that are the probe in another "
+        "Cosines are centred. typographic, kin, other: per cent of the 5 nearest tokens that are the probe in another "
         "case or spacing, a word of its family, or neither (the paper counts all that is not typographic as "
         "morphological)."
     )
     header = ["model", "table", "in family", "random pair", *KINDS, "probes"]
     found = [Table("Word families and nearest neighbours", header, near, left=2, note=note)]
-    header = ["model", "table", *DISTANCES[:-1], "7+"]
+    header = ["model", "table", *DISTANCES]
     found.append(Table("Cosine of two words by their edit distance", header, by_distance, left=2))
     rows = []
-    for p in pairs[:30]:
-        values = [p.get(key, {}).get(k) for key in ("rsa", "jaccard") for k in SPACES]
-        cells = [figure_cell(x, "{:.2f}") for x in values]
+    for p in pairs:
+        cells = [f"{p[kind]:.2f}" if kind in p else "-" for kind in SPACES]
         rows.append([" / ".join(p["models"]), str(p["shared_words"]), *cells])
     if rows:
-        note = (
-            "rsa: rank correlation of the cosines of shared words; nn: Jaccard overlap of the 5 nearest tokens' "
-            "forms, each in its own vocabulary."
-        )
-        header = ["models", "words", *(f"rsa {k}" for k in SPACES), *(f"nn {k}" for k in SPACES)]
-        found.append(Table("Agreement of two models", header, rows, note=note))
-    strings = list(results[0]["oov"].items())[:8]
-    rows = [[s, ", ".join(repr(t) for t, _ in tokens[:4])] for s, tokens in strings]
+        note = "Rank correlation of the cosines of all pairs of the words that both have."
+        found.append(Table("Agreement of two models", ["models", "words", *SPACES], rows, note=note))
+    rows = [[s, ", ".join(map(repr, near[:4]))] for s, near in list(results[0]["oov"].items())[:8]]
     title = f"Strings without a token: nearest in codec space ({results[0]['model']})"
     return [*found, Table(title, ["string", "nearest tokens"], rows, left=2)]
 
@@ -240,15 +195,16 @@ def draw(results: list[dict], groups: dict):
     size = (10.5, 0.5 * len(groups) + 3.4)
     figure, (left, right) = figures.plt.subplots(1, 2, figsize=size, width_ratios=[1.1, 1])
 
+    def mean(members: list[dict], kind: str, figure: str) -> float:
+        return np.mean(values(members, kind, figure) or np.nan)
+
     def line(members: list[dict], kind: str, **style) -> None:
-        mean = average(members, kind)
-        right.plot(range(1, 8), np.array([mean[d] for d in DISTANCES], dtype=float), **style)
+        right.plot(DISTANCES, [mean(members, kind, d) for d in DISTANCES], **style)
 
     for k, (kind, colour) in enumerate(SPACES.items()):
-        means = [average(members, kind) for members in groups.values()]
         y, start = np.arange(len(groups)) + (k - 1) * 0.27, 0
         for what, alpha in (("typographic", 1.0), ("kin", 0.55)):
-            share = np.array([100 * (mean[what] or 0) for mean in means])
+            share = np.nan_to_num([100 * mean(members, kind, what) for members in groups.values()])
             style = {"color": colour, "alpha": alpha, "linewidth": 0, "label": f"{kind}: {what}"}
             left.barh(y, share, 0.25, left=start, **style)
             start = start + share
@@ -263,7 +219,6 @@ def draw(results: list[dict], groups: dict):
     blues = figures.plt.get_cmap("Blues")(np.linspace(0.9, 0.4, len(groups)))
     for (name, members), shade in zip(groups.items(), blues, strict=True):
         line(members, "trained", color=shade, marker=".", linewidth=1.4, label=name)
-    right.set_xticks(range(1, 8), [*DISTANCES[:-1], "7+"])
     right.set_xlabel("edit distance of two words")
     right.set_title("Centred cosine")
     right.legend()
@@ -274,7 +229,6 @@ def arguments(add) -> None:
     add("--models", nargs="+", default=[], help="model folders, or names on the hub (owner/name)")
     add("--tensor", help="the table's name, where it is an unusual one (for all --models)")
     add("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
-    add("--cache", default="out/embeddings", help="where downloaded tables are kept (%(default)s)")
 
 
 def probe(args) -> common.Finding:
@@ -282,38 +236,42 @@ def probe(args) -> common.Finding:
         raise RunError("there is nothing to look at: give --models or --runs")
     args.out = args.out or (None if args.runs else "out/probe_models")
     families = common.own("word_families")["families"]
-    prompts, _ = read_prompts(common.DATA / "generation_prompts.json")
-    asked = families, [p["oov_target"] for p in prompts if p["oov_target"]], args.seed
-    groups = {}
+    made_up = [SLOT.search(p["forced_oov"])[1] for p in common.own("generation_prompts")["prompts"]]
+    asked = families, made_up, args.seed
+    measured = []  # (model or arm, see measure_model)
     for name in args.models:
-        source = tables.open_model(name, args.revision, Path(args.cache))
+        source = tables.open_model(name, args.revision)
         info = tables.find_table(source, args.tensor)
         tokens = tables.load_tokens(source)
-        result = measure_model(source.name, tables.load_table(source, info), tokens, *asked)
-        result["source"] = {"name": name, **info, "bytes_read": source.bytes_read}
-        groups.setdefault(result["model"], []).append(result)
+        found, *more = measure_model(source.name, tables.load_table(source, info), tokens, *asked)
+        found["source"] = {"name": name, **info, "bytes_read": source.bytes_read}
+        measured.append((source.name, (found, *more)))
         common.progress(
             f"{name}: {info['tensor']} {info['shape']}, {source.bytes_read / 2**20:,.1f} MiB read"
         )
 
-    def measure_run(run, model, tokenizer) -> dict:
+    def measure_run(run, model, tokenizer):
         """Our own run as if it were a model."""
         table, tokens = model.wte_table().detach().float().cpu(), token_bytes(tokenizer.backend)
         return measure_model(f"{run.arm}_s{run.seed}", table, tokens, *asked)
 
-    for arm, mine in common.measure_runs(args, "table", measure_run)[0].items() if args.runs else ():
-        groups.setdefault(arm, []).extend(mine.values())
-    results = [m for members in groups.values() for m in members]
-    pairs = [agreement(a, b, args.seed) for a, b in combinations(results, 2)]
-    models = [{k: v for k, v in r.items() if not k.startswith("_")} for r in results]
+    if args.runs:
+        by_run = common.measure_runs(args, "table", measure_run)[0]
+        measured += [(arm, found) for arm, mine in by_run.items() for found in mine.values()]
+    groups = {}
+    for name, (found, *_) in measured:
+        groups.setdefault(name, []).append(found)
+    results = [found for _, (found, *_) in measured]
+    # runs of one vocabulary alone have nothing to agree on across tokenizers
+    couples = combinations([found for _, found in measured], 2) if args.models else ()
+    pairs = [agreement(one, other, args.seed) for one, other in couples]
     return common.Finding(
-        "models", "Across models", 50, {"models": models, "agreement": pairs},
-        {"seed": args.seed, "pos_dim": POS_DIM},
-        make_tables(results, pairs if args.models else [], groups), draw(results, groups),
+        "models", "Across models", 50, {"models": results, "agreement": pairs},
+        {"seed": args.seed, "pos_dim": POS_DIM}, make_tables(results, pairs, groups), draw(results, groups),
         "Left: share of the 5 nearest tokens that are typographic variants (full colour) or kin (pale). "
         "Right: mean centred cosine of word pairs by edit distance; blue: each trained table.",
         "What lies near what in the input embedding: the trained table, the untrained codec of the same "
-        "vocabulary, and a random table of the same shape. Our own runs appear as arms, means over seeds.",
+        "vocabulary, and a random table of the same shape. Our own runs appear as arms, mean ± SD over seeds.",
     )  # fmt: skip
 
 

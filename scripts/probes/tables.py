@@ -1,7 +1,5 @@
 """The embedding table and the tokens of a public model, read without the rest of it: from a folder or from the hub."""
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -9,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -17,7 +14,6 @@ from huggingface_hub import HfFileSystem
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from data.files import publish
 from data.records import PlainName, Record, parsed, validated
 from engine.errors import RunError
 from kronecker import token_bytes
@@ -65,7 +61,6 @@ class Source:
     files: AbstractFileSystem
     root: str
     name: str
-    cache: Path | None = None  # where a matrix of the hub is kept
     bytes_read: int = 0
 
     def read(self, file: str, start: int = 0, end: int | None = None) -> bytes | None:
@@ -100,26 +95,8 @@ class Source:
             raise RunError(f"{file} of {self.name} is not a safetensors file")
         return (self.json(file, dict, 8, 8 + n), 8 + n) if size else ({}, 0)
 
-    def matrix(self, info: dict) -> tuple[Path, int]:
-        """(file on disk, where in it the tensor begins); a download that broke off goes on where it stopped."""
-        if self.cache is None:
-            self.bytes_read += info["length"]
-            return Path(self.root) / info["file"], info["start"]
-        self.cache.mkdir(parents=True, exist_ok=True)
-        # a name that others chose is no file's name
-        key = hashlib.sha256(json.dumps([self.root, info]).encode()).hexdigest()
-        done, part, length = self.cache / f"{key}.bin", self.cache / f"{key}.part", info["length"]
-        if not done.exists():
-            with open(part, "ab") as f:
-                while (have := f.tell()) < length:
-                    ends = (info["start"] + n for n in (have, min(have + CHUNK, length)))
-                    f.write(self.read(info["file"], *ends))
-                    progress(f"{self.name}: {f.tell() / 2**20:,.0f} of {length / 2**20:,.0f} MiB")
-            publish(part, done)
-        return done, 0
 
-
-def open_model(name: str, revision: str, cache: Path) -> Source:
+def open_model(name: str, revision: str) -> Source:
     """The files of a local folder, or of a repository on the hub."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -127,7 +104,7 @@ def open_model(name: str, revision: str, cache: Path) -> Source:
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise RunError(f"there is no folder {name}, and it is not a name of the hub (owner/name)")
     hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), token=os.environ.get("HF_TOKEN") or False)
-    return Source(hub, f"{name}@{revision}", name.split("/")[-1], cache)
+    return Source(hub, f"{name}@{revision}", name.split("/")[-1])
 
 
 def find_table(source: Source, tensor: str | None = None) -> dict:
@@ -151,7 +128,7 @@ def find_table(source: Source, tensor: str | None = None) -> dict:
         raise RunError(f"there is no {where}, where the index says it is")
     entry = validated(entries[name], TensorEntry, where, "a tensor's entry")
     first, last = entry.data_offsets
-    if entry.dtype not in DTYPES or len(entry.shape) != 2:
+    if entry.dtype not in DTYPES or len(entry.shape) != 2 or min(entry.shape) < 1:
         what = f"{entry.dtype} {entry.shape}, not a matrix of floats"
         raise RunError(f"{where} is {what}; name another tensor (--tensor)")
     if first < 0 or last - first != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
@@ -177,12 +154,13 @@ def choose_table(source: Source, weight_map: dict) -> str:
 
 
 def load_table(source: Source, info: dict) -> torch.Tensor:
-    """(rows, width) in the file's own dtype, memory-mapped: rows become fp32 only as they are used."""
-    path, start = source.matrix(info)
-    if path.stat().st_size < start + info["length"]:
-        raise RunError(f"{path} ends in the middle of {info['tensor']}: download it again")
-    flat = np.memmap(path, dtype=np.uint8, mode="c", offset=start, shape=(info["length"],))
-    return torch.from_numpy(flat).view(DTYPES[info["dtype"]]).reshape(info["shape"])
+    """(rows, width) in the file's own dtype."""
+    data, length = bytearray(), info["length"]
+    while len(data) < length:
+        start = info["start"] + len(data)
+        data += source.read(info["file"], start, min(start + CHUNK, info["start"] + length))
+        progress(f"{source.name}: {len(data) / 2**20:,.0f} of {length / 2**20:,.0f} MiB")
+    return torch.frombuffer(data, dtype=DTYPES[info["dtype"]]).reshape(info["shape"])
 
 
 def load_tokens(source: Source) -> list[bytes]:
