@@ -103,19 +103,15 @@ def measure(model, tokenizer, words: dict, sentences_each: int) -> dict:
     return result
 
 
-def saved(by_run: dict, arm: str, condition: str) -> dict[int, np.ndarray]:
-    """{seed: what the first mention saves, of each pair} of an arm; {} where it has no such words."""
-    return {s: np.array(x[condition]["saved"]) for s, x in by_run[arm].items() if condition in x}
-
-
 def compare(by_run: dict, mine: tuple[str, str], other: tuple[str, str]) -> dict | None:
     """What (arm, condition) saves less what the other does, on the same pairs of words and seeds."""
-    ours, theirs = saved(by_run, *mine), saved(by_run, *other)
-    seeds = [s for s in ours if s in theirs]
+    (arm, word), (over, over_word) = mine, other
+    seeds = [s for s in by_run[arm] if s in by_run[over]]
     if not seeds:
         return None
-    d = np.array([ours[s] - theirs[s] for s in seeds])
-    names = {"arm": mine[0], "word": mine[1], "over": other[0], "over_word": other[1], "seeds": seeds}
+    d = np.array([by_run[arm][s][word]["saved"] for s in seeds])
+    d -= [by_run[over][s][over_word]["saved"] for s in seeds]
+    names = {"arm": arm, "word": word, "over": over, "over_word": over_word, "seeds": seeds}
     return names | {"over_words": stats.interval(d.mean(0)), "over_seeds": stats.interval(d.mean(1))}
 
 
@@ -172,7 +168,7 @@ def probe(args) -> common.Finding:
 
     by_run, baseline = common.measure_runs(args, "copying", measure_run)
     wanted = [((a, c), (baseline, c)) for c in ("ordinary", "pieces") for a in by_run if a != baseline]
-    for arm in [a for a in by_run if saved(by_run, a, "slot")]:
+    for arm in [a for a, mine in by_run.items() if "slot" in next(iter(mine.values()))]:
         wanted += [((arm, "slot"), (over, "pieces")) for over in dict.fromkeys((arm, baseline))]
     comparisons = [c for mine, other in wanted if (c := compare(by_run, mine, other))]
     runs = [{"arm": a, "seed": s, "bits_per_byte": x} for a, mine in by_run.items() for s, x in mine.items()]
