@@ -284,5 +284,5 @@ def test_command_end_to_end(tmp_path, tokenizer_file, capsys):
     result = json.loads((out / "compare" / "probes" / "models.json").read_text())
     # one tokenizer, so the codec must agree with itself perfectly, and two random models must not
     (pair,) = result["agreement"]
-    assert pair["codec"] == pytest.approx(1.0) and abs(pair["trained"]) < 0.2
+    assert pair["codec"] == pytest.approx(1.0) and abs(pair["trained"]) < 0.2 > abs(pair["random"])
     assert "Across models" in (out / "compare" / "report.html").read_text()

@@ -19,6 +19,7 @@ tokenizers.
 """
 
 import re
+import zlib
 from itertools import combinations, product
 
 if not __package__:
@@ -121,7 +122,8 @@ def measure_model(name: str, table: torch.Tensor, tokens: list[bytes], families,
     row_of = {token: row for row, token in reversed(list(enumerate(kept)))}
     if len(row_of) < 100:
         raise RunError(f"{name}: only {len(row_of)} tokens match rows of the table; wrong tokenizer?")
-    generator = torch.Generator().manual_seed(seed)
+    # another for each model: where vocabularies are alike, nothing random may agree
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     random = torch.randn(len(ids), min(table.shape[1], 768), generator=generator)
     random = TableSpace(random, np.arange(len(ids)))
     spaces = {"trained": TableSpace(table, ids), "codec": CodecSpace(kept), "random": random}
