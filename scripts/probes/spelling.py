@@ -269,8 +269,8 @@ def kind_tables(strata: list[dict]) -> list[Table]:
     tables = [Table(f"By kind: top-1 kept, {name}", ["", "", "pairs", *arms], rows, left=2)]
     if over:
         note = (
-            "Bits per byte; t interval over pairs of the seeds' mean, 95%. inflation: tokens that the misspelling adds; frequency: "
-            "of the word in the text that the pairs are drawn from."
+            "Bits per byte; t interval over pairs of the seeds' mean, 95%. inflation: tokens that the misspelling "
+            "adds; frequency: of the word in the text that the pairs are drawn from."
         )
         header = ["", "", "pairs", *over]
         tables.append(Table("By kind: difference of the typo's cost", header, differences, left=2, note=note))

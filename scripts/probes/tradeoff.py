@@ -48,7 +48,7 @@ def word_states(model, tokenizer, words: list[str]) -> tuple[torch.Tensor, torch
 
 
 def measure(run, model, tokenizer, pairs: dict) -> dict:
-    """Cosines of one run: {"levels", "cosine": {kind: mean a level}, "n", "pairs": {kind: {pair: a level}}, "separation"}."""
+    """Cosines of one run: means by kind and level, and of each pair by level."""
     words = sorted({w for members in pairs.values() for pair in members for w in pair})
     levels, single = word_states(model, tokenizer, words)
     cosine, n, each = {}, {}, {}
