@@ -26,7 +26,7 @@ def test_commands_write_json_figure_and_section(probed_runs, name, capsys):
     assert "kronecker" in printed and max(map(len, printed.splitlines())) <= 120
     folder = probed_runs / "compare"
     result = json.loads((folder / "probes" / f"{name}.json").read_text())
-    assert result["provenance"]["command"].startswith("python ") and result["provenance"]["date"]
+    assert result["command"].startswith("python ") and result["date"]
     assert (folder / "probes" / f"{name}.png").stat().st_size > 5000
     section = json.loads((folder / "sections" / f"{name}.json").read_text())
     page = html.unescape((folder / "report.html").read_text())

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from data.files import write_json, write_text
+from data.files import write_json
 from engine.errors import RunError, sentences
 from sample import load_run
 from scripts.analysis import figures, report, stats
 from scripts.analysis.report import Table, arm_sort_key
 from scripts.analysis.runs import Run, default_out, find_run_folders, load_folder, refuse_twins
 from scripts.arguments import Parser, device, whole
-from scripts.provenance import provenance
+from scripts.provenance import provenance, write_page
 
 DATA = Path(__file__).resolve().parent / "data"
 BANDS = "Line: mean over seeds; band: lowest to highest seed."
@@ -238,17 +238,12 @@ class Finding:
 
     def write(self, out: Path, made: dict) -> None:
         """Write all files below out, print the tables and where everything lies; made: see provenance."""
-        folder = out / "compare" / "probes"
-        folder.mkdir(parents=True, exist_ok=True)
-        base = folder / self.name
-        write_json(f"{base}.json", self.result | {"provenance": made | {"settings": self.settings}})
+        base = out / "compare" / "probes" / self.name
+        intro = self.intro.split("\n\n")
+        parts = [*intro, *self.tables, f"![{self.title}]({self.name}.svg)"]
+        write_page(base, self.title, made, {"settings": self.settings} | self.result, parts)
         if self.items:
             write_json(f"{base}_items.json", self.items)
-        intro, commit = self.intro.split("\n\n"), f", commit {made['commit']}" if made["commit"] else ""
-        tables = [t.markdown() for t in self.tables]
-        where = f"`{made['command']}`{commit}, {made['machine']}, {made['date']}."
-        parts = [f"# {self.title}", *intro, *tables, f"![{self.title}]({self.name}.svg)", where]
-        write_text(f"{base}.md", "\n\n".join(parts) + "\n")
         figures.save(self.figure, base)
         blocks = [{"text": intro}, *(t.block() for t in self.tables)]
         blocks += [{"figures": [f"probes/{self.name}.svg"], "caption": self.caption}, *self.extra]
