@@ -1,10 +1,9 @@
 """The bytes of every token of a tokenizer, and the buffers the embedding reads them from.
 
 True bytes (`byte_extraction="bytes"`) are what the token stands for in encoded text: tiktoken's own bytes, a
-byte-level piece mapped back through its byte-to-unicode alphabet, U+2581 of a SentencePiece piece as a space,
-`<0xNN>` as one byte, an added or special token's literal text. Going through `decode()` instead, as the
-reference package does, turns every piece that is not whole UTF-8 into U+FFFD and so gives many tokens the
-same embedding; that way stays available as `byte_extraction="decode"`.
+byte-level piece mapped back through its alphabet, U+2581 of a SentencePiece piece as a space, `<0xNN>` as one byte,
+an added or special token's literal text. `decode()`, the reference package's way (`byte_extraction="decode"`), turns
+every piece that is not whole UTF-8 into U+FFFD and so gives many tokens the same embedding.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ EXTRACTIONS = ("bytes", "decode")
 def build_byte_buffer(tokenizer, pos_dim: int = 32, byte_extraction: str = "bytes") -> tuple[Tensor, Tensor]:
     """Bytes and lengths of every token: uint8 (V, pos_dim) zero-padded, int16 (V,).
 
-    tokenizer: a tiktoken.Encoding, a transformers tokenizer, a tokenizers.Tokenizer, mistral-common's
-    Tekkenizer or the path of a tekken*.json, a SentencePieceProcessor, or a plain list of bytes (one entry a
-    token id). Longer tokens keep their first pos_dim bytes; with byte_extraction="decode" (the reference's
-    way) they are cut before the character that would cross pos_dim. Ids without a token have length 0.
+    tokenizer: a tiktoken.Encoding, a fast transformers tokenizer, a tokenizers.Tokenizer, mistral-common's
+    Tekkenizer or the path of a tekken*.json, or a plain list of bytes (one entry a token id). Longer tokens keep
+    their first pos_dim bytes; with byte_extraction="decode" (the reference's way) they are cut before the
+    character that would cross pos_dim. Ids without a token have length 0.
     Raises TypeError for a tokenizer of an unknown kind, ValueError for an unknown byte_extraction.
     """
     import torch
@@ -44,9 +43,7 @@ def build_byte_buffer(tokenizer, pos_dim: int = 32, byte_extraction: str = "byte
         raise ValueError(f"pos_dim must be between 1 and {np.iinfo(np.int16).max}, but it is {pos_dim}")
     lengths_V = lengths_V.clip(max=pos_dim).astype(np.int16)
     position_P = np.arange(pos_dim, dtype=np.int16)
-    flat_K = np.concatenate(
-        (flat_K, np.zeros(pos_dim, dtype=np.uint8))
-    )  # the last token, too, is read pos_dim wide
+    flat_K = np.concatenate((flat_K, np.zeros(pos_dim, dtype=np.uint8)))  # each token is read pos_dim wide
     bytes_VxP = np.lib.stride_tricks.sliding_window_view(flat_K, pos_dim)[starts_V]
     bytes_VxP *= position_P < lengths_V[:, None]
     return torch.from_numpy(bytes_VxP), torch.from_numpy(lengths_V)
@@ -134,10 +131,6 @@ def _read(tokenizer, byte_extraction: str) -> list[bytes] | Spelled:
         tokenizer = tokenizer.backend_tokenizer
     if hasattr(tokenizer, "get_added_tokens_decoder") and hasattr(tokenizer, "id_to_token"):
         return _huggingface(tokenizer, byte_extraction, special)
-    if hasattr(tokenizer, "id_to_piece") and hasattr(tokenizer, "is_byte"):
-        return _sentencepiece(tokenizer.get_piece_size(), tokenizer.id_to_piece, byte_extraction)
-    if hasattr(tokenizer, "sp_model"):  # a slow transformers tokenizer
-        return _sentencepiece(len(tokenizer), tokenizer.convert_ids_to_tokens, byte_extraction)
     if isinstance(tokenizer, list | tuple):
         pieces = _checked_list(tokenizer)
     elif isinstance(tokenizer, str | Path):
@@ -151,12 +144,10 @@ def _read(tokenizer, byte_extraction: str) -> list[bytes] | Spelled:
     else:
         raise TypeError(
             f"cannot read the token bytes of a {type(tokenizer).__module__}.{type(tokenizer).__name__}: give a "
-            "tiktoken Encoding, a transformers fast tokenizer, a tokenizers.Tokenizer, a Tekkenizer, "
-            "a SentencePieceProcessor, or a list with the bytes of each token id"
+            "tiktoken Encoding, a transformers fast tokenizer, a tokenizers.Tokenizer, a Tekkenizer, or a list with "
+            "the bytes of each token id"
         )
-    if (
-        byte_extraction == "decode"
-    ):  # what decode() leaves: each broken UTF-8 sequence becomes U+FFFD (3 bytes)
+    if byte_extraction == "decode":  # each broken UTF-8 sequence becomes U+FFFD
         return [piece.decode("utf-8", errors="replace").encode("utf-8") for piece in pieces]
     return pieces
 
@@ -164,9 +155,7 @@ def _read(tokenizer, byte_extraction: str) -> list[bytes] | Spelled:
 def _checked_list(pieces) -> list[bytes]:
     for i, piece in enumerate(pieces):
         if not isinstance(piece, bytes | bytearray):
-            raise TypeError(
-                f"a list of token bytes must hold bytes, but entry {i} is a {type(piece).__name__}"
-            )
+            raise TypeError(f"a list of token bytes must hold bytes, but entry {i} is {type(piece).__name__}")
     return list(map(bytes, pieces))
 
 
@@ -202,22 +191,10 @@ def read_tekken_file(path: str | Path) -> list[bytes]:
         raise ValueError(f"{path} is not a readable tekken JSON file ({error})") from None
 
 
-def _sentencepiece(n_tokens: int, id_to_piece, byte_extraction: str) -> list[bytes]:
-    if byte_extraction == "decode":
-        raise ValueError(
-            "byte_extraction='decode' needs a transformers or tiktoken tokenizer, not SentencePiece's own"
-        )
-    return [_metaspace_piece(id_to_piece(i) or "", "\u2581") for i in range(n_tokens)]
-
-
 def _byte_piece(piece: str) -> bytes:
     """The byte that a piece <0xNN> stands for; b"" for another piece."""
     byte = BYTE_PIECE.fullmatch(piece)
     return bytes([int(byte.group(1), 16)]) if byte else b""
-
-
-def _metaspace_piece(piece: str, space: str) -> bytes:
-    return _byte_piece(piece) or piece.replace(space, " ").encode("utf-8")
 
 
 def _huggingface(backend, byte_extraction: str, special: set[int] | None) -> list[bytes] | Spelled:
@@ -243,7 +220,7 @@ def _huggingface(backend, byte_extraction: str, special: set[int] | None) -> lis
             f"{', '.join(sorted(kinds)) or 'none'}): byte-level and SentencePiece (Metaspace) kinds are known; "
             "give a list with the bytes of each token id, or byte_extraction='decode'"
         )
-    spelled = [_metaspace_piece(piece, space) for piece in pieces]
+    spelled = [_byte_piece(piece) or piece.replace(space, " ").encode("utf-8") for piece in pieces]
     for token_id, token in added.items():
         spelled[token_id] = token.content.encode("utf-8")
     return spelled
@@ -273,24 +250,20 @@ def _byte_level(vocab: dict[str, int], literal: dict[int, str]) -> Spelled:
     table = np.full(325, -1, dtype=np.int16)  # its last entry serves every character beyond the alphabet
     for byte, character in byte_level_alphabet().items():
         table[ord(character)] = byte
-    for end in range(0x10FFFF, 0, -1):  # behind each piece, a character that no piece has
-        text = chr(end).join([*vocab, ""]).encode("utf-32-le", "surrogatepass")
-        codes_K = np.frombuffer(text, dtype="<i4")
-        ends = np.flatnonzero(codes_K == end).astype(np.int32)
-        if len(ends) == len(vocab):
-            break
+    codes_K = np.frombuffer("".join(vocab).encode("utf-32-le", "surrogatepass"), dtype="<i4")
     bytes_K = table.take(codes_K, mode="clip")
-    starts = np.concatenate((np.zeros(1, dtype=np.int32), ends[:-1] + 1))
     ids = np.fromiter(vocab.values(), dtype=np.int64, count=len(vocab))
+    lengths = np.fromiter(map(len, vocab), dtype=np.int32, count=len(vocab))
+    starts = lengths.cumsum(dtype=np.int32) - lengths
 
-    outside = np.flatnonzero((bytes_K < 0) & (codes_K != end))
+    outside = np.flatnonzero(bytes_K < 0)
     if len(outside):
         names = list(vocab)
-        odd = np.unique(np.searchsorted(ends, outside)).tolist()
+        odd = np.unique(np.searchsorted(starts, outside, side="right") - 1).tolist()
         literal = {int(ids[i]): names[i] for i in odd} | literal
     more = _spelled([piece.encode("utf-8") for piece in literal.values()])
     starts_V, lengths_V = np.zeros((2, _count(ids)), dtype=np.int32)
-    starts_V[ids], lengths_V[ids] = starts, ends - starts
+    starts_V[ids], lengths_V[ids] = starts, lengths
     at = list(literal)
     starts_V[at], lengths_V[at] = len(codes_K) + more.starts_V, more.lengths_V
     return Spelled(np.concatenate((bytes_K.astype(np.uint8), more.flat_K)), starts_V, lengths_V)
@@ -306,10 +279,6 @@ def _count(ids: np.ndarray) -> int:
 
 def byte_level_alphabet() -> dict[int, str]:
     """GPT-2's byte -> character map: printable Latin-1 as it is, the other bytes U+0100, U+0101, ..."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
