@@ -15,6 +15,7 @@ import os
 import sys
 import unicodedata
 from collections import defaultdict
+from contextlib import suppress
 from functools import cache
 
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
@@ -31,23 +32,15 @@ CAUSES = {
 }
 
 
-def audit(
-    tokenizer,
-    pos_dim: int = 32,
-    byte_extraction: str = "bytes",
-    d_model: int = 768,
-    char_dim: int = 256,
-) -> dict:
+def audit(tokenizer, pos_dim=32, byte_extraction="bytes", d_model=768, char_dim=256) -> dict:
     """A JSON-able report on a tokenizer (of any kind build_byte_buffer takes) at this pos_dim.
 
     The stock table that it is compared with has a row for each of the tokenizer's ids.
     """
     true = token_bytes(tokenizer)
     extracted = true if byte_extraction == "bytes" else token_bytes(tokenizer, byte_extraction)
-    if byte_extraction == "decode":
-        kept = [utf8_safe_truncate(piece, pos_dim) for piece in extracted]
-    else:
-        kept = [piece[:pos_dim] for piece in extracted]
+    cut = utf8_safe_truncate if byte_extraction == "decode" else lambda piece, n: piece[:n]
+    kept = [cut(piece, pos_dim) for piece in extracted]
     real = [i for i, piece in enumerate(true) if piece]
     lengths = [len(extracted[i]) for i in real]
     truncated = {i for i in real if len(extracted[i]) > pos_dim}
@@ -66,16 +59,18 @@ def audit(
             entry["examples"].append({"tokens": len(ids), "first": shown})
     colliding = {i for ids in groups for i in ids}
 
-    by_script: dict[str, dict] = defaultdict(
-        lambda: {"tokens": 0, "bytes": 0, "truncated": 0, "colliding": 0}
-    )
+    written = defaultdict(list)
     for i in real:
-        row = by_script[script(true[i])]
-        row["tokens"] += 1
-        row["bytes"] += len(extracted[i])
-        row["truncated"] += i in truncated
-        row["colliding"] += i in colliding
-    ordered = sorted(by_script.items(), key=lambda item: -item[1]["tokens"])
+        written[script(true[i])].append(i)
+    by_script = {
+        name: {
+            "tokens": len(ids),
+            "truncated": len(truncated.intersection(ids)),
+            "colliding": len(colliding.intersection(ids)),
+            "mean_bytes": sum(len(extracted[i]) for i in ids) / len(ids),
+        }
+        for name, ids in sorted(written.items(), key=lambda item: -len(item[1]))
+    }
 
     D, V = codec_output_dim(char_dim, pos_dim), len(true)
     return {
@@ -92,7 +87,7 @@ def audit(
         "collision_groups": len(groups),
         "largest_group": len(groups[0]) if groups else 0,
         "by_cause": by_cause,
-        "by_script": {name: {**row, "mean_bytes": row.pop("bytes") / row["tokens"]} for name, row in ordered},
+        "by_script": by_script,
         "buffer_bytes": V * (pos_dim + 2),
         "parameters": D * d_model,
         "stock_parameters": V * d_model,
@@ -103,9 +98,8 @@ def audit(
 
 def audit_line(report: dict) -> str:
     """The report in one line, for a training log."""
-    causes = ", ".join(
-        f"{row['tokens']} by {cause}" for cause, row in report["by_cause"].items() if row["tokens"]
-    )
+    counts = {cause: row["tokens"] for cause, row in report["by_cause"].items()}
+    causes = ", ".join(f"{n} by {cause}" for cause, n in counts.items() if n)
     share = report["parameters"] / report["stock_parameters"]
     return (
         f"kronecker: {report['tokens']:,} tokens, mean {report['mean_bytes']:.1f} bytes (longest "
@@ -139,11 +133,11 @@ def audit_text(report: dict) -> str:
         f"parameters           {r['parameters']:,} at d_model {r['d_model']}, against {r['stock_parameters']:,} of the "
         f"table ({r['parameters'] / r['stock_parameters']:.1%})"
     )
-    lines.append(
-        f"break-even           the projection is smaller from a vocabulary of {r['break_even_vocab']:,} on"
-    )
-    lines.append("")
-    lines.append(f"{'script':<24}{'tokens':>9}{'mean bytes':>12}{'truncated':>11}{'colliding':>11}")
+    lines += [
+        f"break-even           the projection is smaller from a vocabulary of {r['break_even_vocab']:,} on",
+        "",
+        f"{'script':<24}{'tokens':>9}{'mean bytes':>12}{'truncated':>11}{'colliding':>11}",
+    ]
     for name, row in r["by_script"].items():
         lines.append(
             f"{name:<24}{row['tokens']:>9,}{row['mean_bytes']:>12.2f}{row['truncated']:>11,}{row['colliding']:>11,}"
@@ -165,9 +159,8 @@ def show(piece: bytes) -> str:
         return "0x" + piece.hex()
     if len(text) <= 24:
         return repr(text)
-    return (
-        f"{text[0]!r} x {len(text)}" if len(set(text)) == 1 else f"{text[:20]!r}... ({len(text)} characters)"
-    )
+    same = len(set(text)) == 1
+    return f"{text[0]!r} x {len(text)}" if same else f"{text[:20]!r}... ({len(text)} characters)"
 
 
 # first words of the names of letters and marks that belong to no script, or do not say to which
@@ -204,65 +197,39 @@ def script(piece: bytes) -> str:
 
 
 def find_tokenizer(name: str):
-    """A tokenizer from a tiktoken name, a tokenizer.json, a tekken*.json, or a transformers folder or hub name.
+    """A tokenizer from a tiktoken name, a tokenizer.json or a folder with one, a tekken*.json, or a hub name.
 
-    Code that comes with a tokenizer is never run. Raises ValueError, saying what was tried, when there is none.
+    Files are read and nothing else, so that no code which comes with a tokenizer is ever run.
+    Raises ValueError, saying what was tried, when there is none.
     """
-    if name.endswith(".json") and os.path.isfile(name):
-        return tokenizer_file(name)
-    if not os.path.exists(name):
-        try:
-            import tiktoken
-
-            if name in tiktoken.list_encoding_names():
-                return tiktoken.get_encoding(name)
-        except ImportError:
-            pass
-        except OSError as error:
-            raise ValueError(
-                f"tiktoken cannot fetch the files of {name!r} ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
-                "a folder that has them, or go online once"
-            ) from None
+    local = os.path.exists(name)
     try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ValueError(
-            f"{name!r} is not a tiktoken encoding or a tokenizer file, and transformers is not installed"
-        ) from None
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers passes on whatever a file that it does not expect raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "custom code" in reason:
-            reason = "it needs code of its own, which is never run: give its tokenizer.json, if it has one"
-        raise ValueError(
-            f"there is no tokenizer {name!r}: not a tiktoken encoding, not a file, and transformers says: {reason}"
-        ) from None
+        if not local:
+            with suppress(ImportError):
+                import tiktoken
 
+                if name in tiktoken.list_encoding_names():
+                    return tiktoken.get_encoding(name)
+        from tokenizers import Tokenizer
 
-def tokenizer_file(path: str):
-    """The tokenizer in a tokenizer.json, or the path itself of a tekken*.json, which token_bytes reads."""
-    from tokenizers import Tokenizer
-
-    try:
+        if not local:
+            return Tokenizer.from_pretrained(name)
+        path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         if isinstance(content, dict) and {"config", "vocab"} <= content.keys():
-            return path
+            return path  # tekken's, which token_bytes reads
         return Tokenizer.from_file(path)
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise ValueError(f"{path} is no readable tokenizer.json or tekken.json ({error})") from None
+    except Exception as error:  # tokenizers raises nothing more precise, the hub's client several kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = "readable tokenizer.json or tekken.json" if local else "file, and no name that is known"
+        raise ValueError(f"{name} is no {what} ({reason})") from None
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kronecker.audit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, help="tiktoken name, tokenizer file, or transformers folder or name"
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m kronecker.audit", description=__doc__, formatter_class=form)
+    parser.add_argument("--tokenizer", required=True, help="tiktoken name, file or folder, or hub name")
     parser.add_argument("--pos-dim", type=positive, default=16)
     parser.add_argument("--char-dim", type=positive, default=256)
     parser.add_argument("--d-model", type=positive, default=768)
