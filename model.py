@@ -1,9 +1,8 @@
 """GPT-2 in one file, with the input embedding as a switch.
 
-`wte` is 'stock' (a learned table), 'kronecker' (a fixed byte codec and one learned projection, arXiv 2605.29459),
-or a control of the codec's size ('lowrank', 'hash'); the head is tied to it or has its own weights. Parameters bear nanoGPT's names, so that its
-checkpoints load, and each is drawn from a generator seeded by (seed, its own name): whatever the embedding
-draws, the body of every arm is the same bit for bit.
+`wte` is 'stock' (a learned table), 'kronecker' (a fixed byte codec and one learned projection, arXiv 2605.29459), or a
+control of the codec's size ('lowrank', 'hash'); the head is tied to it or has its own weights. Parameters bear nanoGPT's
+names, and each is drawn from a generator seeded by (seed, its own name): the body of every arm is the same bit for bit.
 """
 
 import hashlib
@@ -22,12 +21,6 @@ from kronecker import KroneckerEmbedding, controls
 
 # RMS of an embedding's output at the start: a learned table's in GPT-2, and the projection's in the paper.
 USUAL_RMS = {"stock": 0.02, "lowrank": 0.02, "hash": 0.02, "kronecker": 1.0}
-CHOICES = {
-    "gelu": ("none", "tanh"),
-    "wte": tuple(USUAL_RMS),
-    "wte_norm": ("none", "rms"),
-    "loss": ("auto", "full", "chunked", "liger"),
-}
 # The trainable matrix whose norms are logged.
 WTE_MATRIX = {"stock": "weight", "lowrank": "u", "hash": "rows", "kronecker": "projection.weight"}
 
@@ -61,18 +54,11 @@ class GPTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: change one")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, but it must be at least 0 and below 1")
-        for name, known in CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(known)}")
         for name in ("wte_permute_seed", "wte_ngrams", "wte_rank"):
             if self.wte != "kronecker" and getattr(self, name):
                 raise ValueError(f"{name} means nothing with wte={self.wte!r}: it belongs to wte='kronecker'")
         usual = USUAL_RMS[self.wte]
         self.wte_init_rms = self.wte_init_rms or usual
-        if self.wte_init_rms < 0:
-            raise ValueError(f"wte_init_rms is {self.wte_init_rms}, but it must be above 0 (or 0: the usual)")
         if self.wte == "kronecker" and self.wte_init_rms != usual and not self.z_normalize:
             raise ValueError("wte_init_rms means nothing with z_normalize=False: codes have no RMS of 1")
 
@@ -160,12 +146,11 @@ class GPT(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer)
             elif p.dim() == 2:
                 std = 0.02
+            elif name.endswith(".bias"):
+                std = 0.0
             else:
-                continue  # LayerNorms start as ones and biases as zeros, as they were made
+                continue  # LayerNorms start as ones, as they were made
             p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator(seed, name)))
-        for name, p in self.named_parameters():
-            if name.endswith(".bias"):
-                p.zero_()
         if self.config.wte != "stock":
             self.transformer.wte.reset_parameters(lambda name: generator(seed, f"transformer.wte.{name}"))
 
@@ -247,8 +232,7 @@ class GPT(nn.Module):
         """Yield max_new_tokens tensors (B, 1) that continue idx (B, T); temperature 0 takes the likeliest token.
 
         Rows of different lengths are filled up at the left, `padding` (B,) saying by how much (see forward).
-        Keys and values are cached until the context is full; after that the window slides, every position
-        changes with it, and the whole window is computed anew for each token, as nanoGPT always does.
+        Keys and values are cached until the context is full; after that the whole window is computed for each token.
         """
         block_size, overrides = self.config.block_size, dict(byte_overrides or {})
         length = min(block_size, idx.size(1) + max_new_tokens)
@@ -313,23 +297,21 @@ def input_embedding(config: GPTConfig, byte_buffers: tuple[Tensor, Tensor] | Non
         return controls.HashEmbedding(V, d, controls.hash_buckets(V, d, budget), init_rms=rms)
     if byte_buffers is None:
         raise ValueError("wte='kronecker' needs the bytes of the tokens: pass byte_buffers")
-    byte_buffer, length_buffer = byte_buffers
     if config.wte_permute_seed:
-        byte_buffer, length_buffer = controls.permute_bytes(*byte_buffers, config.wte_permute_seed)
-    padding = V - len(length_buffer)  # ids past the tokenizer's have no bytes
-    same = {
-        name: getattr(config, name) for name in ("char_dim", "pos_dim", "length_normalize", "z_normalize")
-    }
+        byte_buffers = controls.permute_bytes(*byte_buffers, config.wte_permute_seed)
     return KroneckerEmbedding(
         V,
         d,
-        byte_buffer=F.pad(byte_buffer, (0, 0, 0, padding)),
-        length_buffer=F.pad(length_buffer, (0, padding)),
+        byte_buffer=byte_buffers[0],
+        length_buffer=byte_buffers[1],
         mode="cached",  # generation and evaluation look up in a table; training never keeps one
+        char_dim=config.char_dim,
+        pos_dim=config.pos_dim,
+        length_normalize=config.length_normalize,
+        z_normalize=config.z_normalize,
         init_rms=rms,
         ngrams=config.wte_ngrams,
         rank=config.wte_rank,
-        **same,
     )
 
 

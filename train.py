@@ -30,10 +30,10 @@ from data.tokenizers import load_tokenizer
 from engine import checkpoint, contract, costs, evaluation, flops, metrics, plan, pretrained, runs, settings
 from engine import ranks as engine_ranks
 from engine.errors import RunError, sentences
-from engine.progress import Progress
+from engine.metrics import Progress
 from engine.step import GuardedStep, dropout_seed, make_optimizer
+from kronecker.additions import row_entropy_penalty
 from kronecker.audit import audit, audit_line
-from kronecker.regularizer import row_entropy_penalty
 from model import GPT, GPTConfig
 
 
@@ -88,9 +88,8 @@ def main(config) -> None:
 
     # ---- who this run is: what must be equal in runs that are compared, and what made it
     facts = runs.data_facts(data_dir, train, val, config.max_iters)
-    facts |= {"body_sha256": model.body_sha256(), "params": params, "codec": codec}
-    facts |= {"flops_per_token": flops_token, "tokens_per_step": tokens_per_step}
-    facts |= {"world": world, "micro_batch": micro_batch}
+    facts |= {"body_sha256": model.body_sha256(), "params": params, "codec": codec, "world": world}
+    facts |= {"flops_per_token": flops_token, "tokens_per_step": tokens_per_step, "micro_batch": micro_batch}
     run = runs.identity(config, facts, device)
     if config.check_only:
         print0(json.dumps(run | {"config": dataclasses.asdict(config)}))

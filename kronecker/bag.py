@@ -2,10 +2,9 @@
 
     e = W z = scale_L * sum_p W[:, byte_p * pos_dim + p]  -  shift_L * W.sum(1)
 
-(`bag_coefficients` in codec.py gives scale and shift for each length L), so a token costs at most pos_dim
-rows of W^T and the (tokens, D) codec never exists. A bag holds only the token's real bytes, five and not
-pos_dim of them in text. The gradient runs the same two sums backwards, always in the same order: the slots of
-a token into one row, then the tokens of a byte into one row of W^T.
+(scale and shift: `bag_coefficients` in codec.py), so a token costs one row of W^T for each of its real bytes,
+about five in text. The gradient runs the same two sums backwards, always in the same order: the slots of a
+token into one row, then the tokens of a byte into one row of W^T.
 
 What is summed to what follows from the ids alone: the plan of a batch, which a loader's thread may make ahead
 (`plan_ahead`), since in a small model it takes as long as the sums. On the CPU it is NumPy's (a fifth of torch's
@@ -28,7 +27,7 @@ On every other device all of it is torch's, on the distinct tokens, with its seg
 there one row that half of the tokens share must not be summed by one thread. To know how many tokens are
 distinct the host waits for the device twice a call.
 
-All of it reads W^T as (D, M = d_model) contiguous; KroneckerEmbedding lays its parameter out so by default.
+All of it reads W^T as (D, M = d_model) contiguous, as KroneckerEmbedding lays its parameter out by default.
 """
 
 from __future__ import annotations
@@ -278,25 +277,9 @@ class _Embed(torch.autograd.Function):
         return plan.forward(weight_MxD.t().contiguous()).view(*ids.shape, len(weight_MxD))
 
     @staticmethod
-    def backward(ctx, g):
-        g_NxM = g.reshape(-1, g.size(-1))
-        if torch.is_grad_enabled():  # only with create_graph=True
-            return None, _EmbedGrad.apply(ctx.plan, g_NxM), None
-        return None, _backward(ctx.plan, g_NxM).t(), None
-
-
-class _EmbedGrad(torch.autograd.Function):
-    """The gradient as a function of g, for double backward: linear, and its transpose is _forward again."""
-
-    @staticmethod
-    def forward(ctx, plan, g_NxM):
-        ctx.plan = plan
-        return _backward(plan, g_NxM).t()
-
-    @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gg_MxD):
-        return None, ctx.plan.forward(gg_MxD.t().contiguous())
+    def backward(ctx, g):
+        return None, _backward(ctx.plan, g.reshape(-1, g.size(-1))).t(), None
 
 
 # The same as opaque operators: torch.compile keeps them whole instead of breaking the graph on data that
@@ -304,12 +287,10 @@ class _EmbedGrad(torch.autograd.Function):
 
 
 @torch.library.custom_op("kronecker::embed", mutates_args=())
-def _embed_op(
-    ids_N: Tensor, wT_DxM: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef_Lx2: Tensor
-) -> Tensor:
+def _embed_op(ids_N: Tensor, wT_DxM: Tensor, bytes_VxP: Tensor, lengths_V: Tensor, coef: Tensor) -> Tensor:
     if ids_N.numel() == 0:
         return wT_DxM.new_empty(0, wT_DxM.size(1))
-    return _plan(ids_N, (bytes_VxP, lengths_V, coef_Lx2), len(wT_DxM)).forward(wT_DxM)
+    return _plan(ids_N, (bytes_VxP, lengths_V, coef), len(wT_DxM)).forward(wT_DxM)
 
 
 @_embed_op.register_fake

@@ -1,9 +1,8 @@
 """The Kronecker codec (arXiv 2605.29459, section 3): the definition, and its moments in closed form.
 
 A token with bytes b_1..b_L is the sum over positions p of onehot(b_p) (x) onehot(p), scaled by 1/sqrt(L) and
-z-normalised over its D = char_dim * pos_dim entries. `kronecker_codec` writes that down densely and
-literally: it is what the fast path is tested against, and nothing in training calls it. `bag_coefficients`
-gives the two numbers a token of length L needs when the codec is never made dense (see bag.py).
+z-normalised over its D = char_dim * pos_dim entries. `kronecker_codec` writes that down densely, for tests;
+`bag_coefficients` gives the two numbers a token of length L needs when the codec is never made dense (bag.py).
 """
 
 from __future__ import annotations
@@ -95,15 +94,11 @@ def bag_coefficients(
 def check_buffers(byte_buffer: Tensor, length_buffer: Tensor, char_dim: int, pos_dim: int) -> None:
     """Raise ValueError, in one sentence, when bytes and lengths do not describe tokens of this codec."""
     if byte_buffer.dim() != 2 or byte_buffer.size(1) != pos_dim:
-        raise ValueError(
-            f"the byte buffer must have shape (tokens, pos_dim={pos_dim}), but it has "
-            f"{tuple(byte_buffer.shape)}"
-        )
+        shape = tuple(byte_buffer.shape)
+        raise ValueError(f"the byte buffer must have shape (tokens, pos_dim={pos_dim}), but it has {shape}")
     if length_buffer.shape != byte_buffer.shape[:1]:
-        raise ValueError(
-            f"the length buffer must have shape ({len(byte_buffer)},) like the byte buffer's rows, "
-            f"but it has {tuple(length_buffer.shape)}"
-        )
+        shape = f"({len(byte_buffer)},), as the byte buffer has rows"
+        raise ValueError(f"the length buffer must have shape {shape}, not {tuple(length_buffer.shape)}")
     if byte_buffer.is_floating_point() or length_buffer.is_floating_point():
         raise ValueError("the byte and length buffers must hold integers")
     if length_buffer.numel() == 0:
@@ -117,7 +112,5 @@ def check_buffers(byte_buffer: Tensor, length_buffer: Tensor, char_dim: int, pos
     wrong = ((byte_buffer.short() >= char_dim) | (byte_buffer.short() < 0)) & real
     if wrong.any():
         row, position = (int(i) for i in wrong.nonzero()[0])
-        raise ValueError(
-            f"token {row} has byte {int(byte_buffer[row, position])} at position {position}, "
-            f"outside 0..char_dim-1={char_dim - 1}"
-        )
+        byte = int(byte_buffer[row, position])
+        raise ValueError(f"token {row} has byte {byte} at {position}, outside 0..char_dim-1={char_dim - 1}")

@@ -24,9 +24,8 @@ class LowRankEmbedding(nn.Module):
     """A factorised table u @ v: ids (...) -> embeddings (..., d_model). ALBERT (arXiv 1909.11942), section 3.1.
 
     Parameters: u (vocab_size, rank) and v (rank, d_model), so rank * (vocab_size + d_model) numbers.
-    init_rms: RMS of the embeddings at the start. u starts as a learned table of width `rank` would, from
-        N(0, init_rms^2), and v as a projection that keeps the scale of what it is given, from N(0, 1/rank): so
-        at every init_rms a step moves the two factors in the proportion usual for a table and a linear layer.
+    init_rms: RMS of the embeddings at the start. u starts as a learned table would, from N(0, init_rms^2), and v as
+        a projection that keeps the scale of what it is given, from N(0, 1/rank).
     Raises ValueError for a rank below 1.
     """
 
@@ -66,33 +65,18 @@ class HashEmbedding(nn.Module):
         e(t) = sum_i weights[t, i] * rows[h_i(t)],   i < k = n_hashes          (arXiv 1709.03933, section 2)
 
     Parameters: rows (buckets, d_model) and weights (vocab_size, n_hashes), so buckets * d_model +
-    vocab_size * n_hashes numbers. Tokens that share a row, or even all of their rows, are told apart by their
-    weights, which are their own.
+    vocab_size * n_hashes numbers. Tokens that share rows are told apart by their weights.
 
-    The hashes are fixed by `seed` (`hash_rows`), never learned or saved, and the k rows of a token are always
-    k different ones, since a row met twice would leave a token with fewer rows than the others for nothing.
-
+    The hashes are fixed by `seed` (`hash_rows`), never learned or saved; the k rows of a token are different ones.
     init_rms: RMS of the embeddings at the start. The weights start at 1, so that the start is the plain
-        hashing trick, and the rows from N(0, init_rms^2 / k). (Weights that start near zero, the other
-        possibility, make the start nearly zero too, and keep the rows from learning until the weights have.)
+        hashing trick, and the rows from N(0, init_rms^2 / k).
     Raises ValueError for fewer rows than hashes, or no hash.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        d_model: int,
-        buckets: int,
-        n_hashes: int = 2,
-        init_rms: float = 0.02,
-        seed: int = 0,
-    ):
+    def __init__(self, vocab_size: int, d_model: int, buckets: int, n_hashes=2, init_rms=0.02, seed=0):
         super().__init__()
         if n_hashes < 1 or buckets < n_hashes:
-            raise ValueError(
-                f"a hash embedding needs at least 1 hash and a row for each, "
-                f"but n_hashes is {n_hashes} and buckets is {buckets}"
-            )
+            raise ValueError(f"{buckets} rows, {n_hashes} hashes: there must be a hash, and a row for each")
         self.num_embeddings, self.embedding_dim = vocab_size, d_model
         self.buckets, self.n_hashes, self.init_rms, self.seed = buckets, n_hashes, init_rms, seed
         self.rows = nn.Parameter(torch.empty(buckets, d_model))
@@ -120,9 +104,7 @@ class HashEmbedding(nn.Module):
         return self._sum(self._hashed_Vxk, self.weights)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_embeddings}, {self.embedding_dim}, buckets={self.buckets}, n_hashes={self.n_hashes}"
-        )
+        return f"{self.num_embeddings}, {self.embedding_dim}, rows={self.buckets}, n_hashes={self.n_hashes}"
 
     def _sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         rows_Nxk, weights_Nxk = rows.reshape(-1, self.n_hashes), weights.reshape(-1, self.n_hashes)
@@ -139,9 +121,7 @@ def lowrank_rank(vocab_size: int, d_model: int, budget: int) -> int:
     """The largest rank of a LowRankEmbedding of at most `budget` parameters; ValueError where there is none."""
     rank = budget // (vocab_size + d_model)
     if rank < 1:
-        raise ValueError(
-            f"{budget:,} parameters do not pay for a factorised table: rank 1 takes {vocab_size + d_model:,}"
-        )
+        raise ValueError(f"{budget:,} parameters are too few for a table of rank 1: {vocab_size + d_model:,}")
     return rank
 
 
@@ -175,10 +155,8 @@ def hash_rows(vocab_size: int, buckets: int, n_hashes: int, seed: int) -> np.nda
 def permute_bytes(byte_buffer_VxP: Tensor, length_buffer_V: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Buffers (as build_byte_buffer makes them) whose byte strings are dealt out anew among tokens of equal length.
 
-    Equal means equal in the buffers: what is longer than pos_dim there has length pos_dim. So each token keeps
-    its length, the vocabulary keeps its strings, ids without bytes keep none, and a token whose length no other
-    has keeps its string. Within a length every dealing is equally likely (a few tokens may get back their own).
-    The k-th token of a length gets the string of the token with the k-th smallest number in splitmix64(seed).
+    Equal in the buffers: what is longer than pos_dim has length pos_dim. Within a length every dealing is equally
+    likely: its k-th token gets the string of the token with the k-th smallest number in splitmix64(seed).
     """
     lengths_V = length_buffer_V.cpu().numpy()
     key_V = splitmix64(seed, len(lengths_V))

@@ -1,22 +1,20 @@
 """KroneckerEmbedding: the nn.Embedding that holds no table.
 
-ids -> bytes of each token -> fixed Kronecker codec -> one learned projection W (d_model, D). The codec is
-never made dense (bag.py), so the module costs its (d_model, D) weight and one small byte buffer, whatever the
-vocabulary.
+ids -> bytes of each token -> fixed Kronecker codec, never made dense (bag.py) -> one learned projection (d_model, D).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from kronecker.additions import EMPTY, ngram_buckets
 from kronecker.bag import embed, plan_ahead
 from kronecker.codec import bag_coefficients, check_buffers, codec_output_dim
-from kronecker.ngrams import EMPTY, ngram_buckets
 from kronecker.tokens import build_byte_buffer, utf8_safe_truncate
 
 GeneratorFor = Callable[[str], torch.Generator]  # a parameter's name -> what it is drawn from
@@ -26,29 +24,23 @@ class KroneckerEmbedding(nn.Module):
     """Drop-in replacement for nn.Embedding: ids (...) -> embeddings (..., d_model). Paper: section 3.
 
     vocab_size: number of ids; ids past the tokenizer's own have no bytes and embed to zero.
-    tokenizer: whatever build_byte_buffer takes; or give byte_buffer (vocab_size, pos_dim) and length_buffer
-        (vocab_size,) instead.
+    tokenizer: whatever build_byte_buffer takes; or give what it makes, byte_buffer (V, pos_dim) and length_buffer (V,).
     mode: "dynamic" computes embeddings from the weight at each call; "cached" keeps the (vocab_size, d_model)
         table while the module is in eval() mode and gradients are off, and so costs what nn.Embedding costs there.
-        Training is the same in both.
     projection_init: "normal" (std init_rms/sqrt(D), the paper's at init_rms 1) or "xavier" (times init_rms).
     length_normalize, z_normalize: the codec's two normalisations (both on in the paper).
     byte_extraction: "bytes" for the tokens' true bytes, "decode" for what the reference package extracts.
-    row_major: lay projection.weight out as usual instead of transposed. The transposed layout (the default)
-        has the same shape and values, and spares a transposed copy of the weight and of its gradient at each
-        step. FSDP2's fully_shard takes row-major parameters only.
+    row_major: lay projection.weight out as usual, as FSDP2's fully_shard demands, instead of transposed, which
+        spares a transposed copy of the weight and of its gradient at each step.
 
     Additions that the paper does not have, off by default (ngrams and rank add nothing at the start):
-    init_rms: RMS of the embeddings at the start, for z-normalised codes, whose entries have RMS 1. It scales the
-        initial projection and nothing else: no factor stays in the forward pass.
+    init_rms: RMS of the embeddings of z-normalised codes at the start: it scales the initial projection alone.
     ngrams: number of buckets of a bag of hashed byte 2- and 3-grams, ngram.weight (ngrams, d_model), summed and
         divided by the square root of their count.
-    rank: rank of a residual of each token's own, residual_u[id] @ residual_v, (vocab_size, rank) and
-        (rank, d_model).
+    rank: of a residual of each token's own, residual_u[id] @ residual_v, (vocab_size, rank) and (rank, d_model).
 
-    state_dict() is exactly {"projection.weight": (d_model, D)}, row-major, and the additions' parameters where
-    they are on. The bytes are no part of it and follow the module's device as plain attributes, so neither
-    half() nor a meta-device start can spoil them.
+    state_dict() is exactly {"projection.weight": (d_model, D)}, row-major, and the additions' parameters. The bytes
+    follow the module's device as plain attributes, so neither half() nor a meta-device start can spoil them.
     Raises ValueError for arguments that do not fit together, TypeError for a tokenizer of an unknown kind.
     """
 
@@ -78,9 +70,7 @@ class KroneckerEmbedding(nn.Module):
         if projection_init not in ("normal", "xavier"):
             raise ValueError(f"projection_init must be 'normal' or 'xavier', but it is {projection_init!r}")
         if ngrams < 0 or ngrams == 1 or (ngrams and pos_dim < 3):
-            raise ValueError(
-                f"ngrams is {ngrams} at pos_dim {pos_dim}: it needs 2 buckets and 3 bytes, or is 0"
-            )
+            raise ValueError(f"ngrams is {ngrams} at pos_dim {pos_dim}: it needs 2 buckets and 3 bytes, or 0")
         if rank < 0:
             raise ValueError(f"rank is {rank}, but it must be at least 0")
         self.vocab_size, self.d_model = vocab_size, d_model
@@ -93,25 +83,16 @@ class KroneckerEmbedding(nn.Module):
             if tokenizer is None:
                 raise ValueError("give either a tokenizer or both byte_buffer and length_buffer")
             byte_buffer, length_buffer = build_byte_buffer(tokenizer, pos_dim, byte_extraction)
-            missing = vocab_size - len(length_buffer)
-            if missing < 0:
-                raise ValueError(
-                    f"vocab_size is {vocab_size}, but the tokenizer has {len(length_buffer)} tokens"
-                )
-            byte_buffer = nn.functional.pad(byte_buffer, (0, 0, 0, missing))
-            length_buffer = nn.functional.pad(length_buffer, (0, missing))
         check_buffers(byte_buffer, length_buffer, char_dim, pos_dim)
-        if len(length_buffer) != vocab_size:
-            raise ValueError(
-                f"the byte buffer describes {len(length_buffer)} tokens, but vocab_size is {vocab_size}"
-            )
+        missing = vocab_size - len(length_buffer)
+        if missing < 0:
+            raise ValueError(f"vocab_size is {vocab_size}, but there are {len(length_buffer)} tokens")
+        byte_buffer = nn.functional.pad(byte_buffer, (0, 0, 0, missing))
+        length_buffer = nn.functional.pad(length_buffer, (0, missing))
 
         self.projection = nn.Linear(self.D, d_model, bias=False)
         if not row_major:
-            weight = self.projection.weight
-            self.projection.weight = nn.Parameter(
-                torch.empty_like(weight.t(), memory_format=torch.contiguous_format).t()
-            )
+            self.projection.weight = nn.Parameter(torch.empty(self.D, d_model).t())
         if ngrams:
             zeros = torch.zeros(ngrams, d_model)  # given, so that no random number is drawn for it
             self.ngram = nn.EmbeddingBag(ngrams, d_model, mode="sum", padding_idx=EMPTY, _weight=zeros)
@@ -132,10 +113,8 @@ class KroneckerEmbedding(nn.Module):
 
     def init_std(self) -> dict[str, float]:
         """Standard deviation that each parameter is drawn with, by name; the others start at zero."""
-        if self.projection_init == "normal":
-            std = {"projection.weight": self.init_rms * self.D**-0.5}
-        else:
-            std = {"projection.weight": self.init_rms * math.sqrt(2 / (self.D + self.d_model))}
+        fan = self.D if self.projection_init == "normal" else (self.D + self.d_model) / 2
+        std = {"projection.weight": self.init_rms * fan**-0.5}
         if self.rank:  # u tells tokens apart from the first step, v = 0 starts at the paper's embedding
             std["residual_u"] = self.rank**-0.5
         return std
@@ -186,10 +165,8 @@ class KroneckerEmbedding(nn.Module):
         """
         if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
             raise TypeError(f"token ids must be integers, but they are {input_ids.dtype}")
-        if self._caches():
-            return nn.functional.embedding(input_ids.long(), self.table())
         ids = input_ids.long()
-        return self._embeddings(ids)
+        return nn.functional.embedding(ids, self.table()) if self._caches() else self._embeddings(ids)
 
     def plan_ahead(self, input_ids: Tensor) -> None:
         """Do the part of forward() that needs no weights now, for this very tensor: for the thread of a loader.
@@ -200,10 +177,7 @@ class KroneckerEmbedding(nn.Module):
             plan_ahead(input_ids, (self._byte_buffer, self._length_buffer, self._coef), self.D)
 
     def table(self) -> Tensor:
-        """The whole table codec(all tokens) W^T (vocab_size, d_model): differentiable, fresh each call.
-
-        In mode="cached", while the module is in eval() mode and gradients are off, it is the kept one: do not write to it.
-        """
+        """The whole table codec(all tokens) W^T (vocab_size, d_model), differentiable; mode="cached" may keep it."""
         if self._caches():
             weights = [self.projection.weight]  # parameters() would take longer than a look-up of 1,024 ids
             weights += [self.ngram.weight] if self.ngrams else []
@@ -224,42 +198,29 @@ class KroneckerEmbedding(nn.Module):
     def forward_with_byte_override(
         self,
         input_ids: Tensor,
-        position_byte_overrides: Mapping[int | tuple[int, ...], bytes]
-        | Sequence[Mapping[int, bytes] | None]
-        | None = None,
+        position_byte_overrides: Mapping[int | tuple[int, int], bytes] | None = None,
     ) -> Tensor:
         """forward(), but with the given bytes in place of some tokens (forced-OOV inference, section 6.12).
 
-        Overrides of a single row (ids (L,) or (1, L)): {position: bytes}. Of a batch: {(row, position):
-        bytes}, or a list with one {position: bytes} (or None) a row. Bytes past pos_dim are dropped as the
-        tokens' own are.
+        Overrides of a single row (ids (L,) or (1, L)): {position: bytes}; of a batch: {(row, position): bytes}.
+        Bytes past pos_dim are dropped as the tokens' own are.
         Raises IndexError for a position outside the input, TypeError for a value that is not bytes.
         """
         out = self.forward(input_ids)
         if not position_byte_overrides:
             return out
-        flat_R, kept = [], []
-        for position, raw in _by_position(input_ids, position_byte_overrides):
+        rows_R = _flat_positions(input_ids, position_byte_overrides)
+        kept = []
+        for raw in position_byte_overrides.values():
             if not isinstance(raw, bytes | bytearray):
-                raise TypeError(
-                    f"the override at position {position} must be bytes, not {type(raw).__name__}"
-                )
-            raw = bytes(raw)
-            kept.append(
-                utf8_safe_truncate(raw, self.pos_dim)
-                if self.byte_extraction == "decode"
-                else raw[: self.pos_dim]
-            )
-            flat_R.append(position)
-        if not kept:
-            return out
-        device = self.projection.weight.device
+                raise TypeError(f"an override must be bytes, not {type(raw).__name__}")
+            decoded = self.byte_extraction == "decode"
+            kept.append(utf8_safe_truncate(bytes(raw), self.pos_dim) if decoded else raw[: self.pos_dim])
         bytes_RxP, lengths_R = build_byte_buffer(kept, self.pos_dim)
         check_buffers(bytes_RxP, lengths_R, self.char_dim, self.pos_dim)
-        ids_R = torch.arange(len(kept), device=device)
-        bytes_RxP, lengths_R = bytes_RxP.to(device), lengths_R.to(device)
-        e_RxM = self._of_bytes(ids_R, bytes_RxP, lengths_R)
-        rows_R = torch.tensor(flat_R, device=device)
+        device = self.projection.weight.device
+        ids_R, rows_R = torch.arange(len(kept), device=device), torch.tensor(rows_R, device=device)
+        e_RxM = self._of_bytes(ids_R, bytes_RxP.to(device), lengths_R.to(device))
         return out.reshape(-1, self.d_model).index_copy(0, rows_R, e_RxM).view_as(out)
 
     def buffer_bytes(self) -> int:
@@ -267,10 +228,8 @@ class KroneckerEmbedding(nn.Module):
         return sum(t.numel() * t.element_size() for t in (self._byte_buffer, self._length_buffer, self._coef))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.vocab_size}, {self.d_model}, char_dim={self.char_dim}, pos_dim={self.pos_dim}, "
-            f"D={self.D}, mode={self.mode!r}"
-        )
+        dims = f"char_dim={self.char_dim}, pos_dim={self.pos_dim}, D={self.D}"
+        return f"{self.vocab_size}, {self.d_model}, {dims}, mode={self.mode!r}"
 
     # ---- inside ----
 
@@ -351,27 +310,20 @@ def _sum_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _by_position(input_ids: Tensor, overrides):
-    """Yield (flat position, bytes) of either form of overrides, checking the range."""
-    shape = tuple(input_ids.shape)
-    if not shape:
+def _flat_positions(input_ids: Tensor, overrides: Mapping) -> list[int]:
+    """Where each override stands in the flattened ids; its place is a position, or (row, position)."""
+    if not input_ids.dim():
         raise IndexError("byte overrides need ids with at least one dimension")
-    n_rows, L = math.prod(shape[:-1]), shape[-1]
-    if not isinstance(overrides, Mapping):
-        if len(overrides) != n_rows:
-            raise IndexError(f"there are {len(overrides)} rows of overrides for {n_rows} rows of ids")
-        overrides = {
-            (row, p): raw for row, of_row in enumerate(overrides) for p, raw in (of_row or {}).items()
-        }
-    for key, raw in overrides.items():
-        row, p = key if isinstance(key, tuple) else (0, key)
+    n_rows, L = math.prod(input_ids.shape[:-1]), input_ids.size(-1)
+    flat = []
+    for key in overrides:
         if not isinstance(key, tuple) and n_rows != 1:
-            raise ValueError(
-                f"the ids have {n_rows} rows: name each override by (row, position), not {key!r}"
-            )
+            raise ValueError(f"the ids have {n_rows} rows: name overrides by (row, position), not {key!r}")
+        row, p = key if isinstance(key, tuple) else (0, key)
         if not (0 <= row < n_rows and 0 <= p < L):
             raise IndexError(f"override position {key!r} is outside the {n_rows} x {L} ids")
-        yield row * L + p, raw
+        flat.append(row * L + p)
+    return flat
 
 
 def _row_major_state(module: KroneckerEmbedding, state: dict, prefix: str, _metadata) -> None:
@@ -389,7 +341,5 @@ def _check_loaded_shape(module: KroneckerEmbedding, state: dict, prefix: str, *_
     hint = ""
     if weight.dim() == 2 and weight.size(1) != module.D and weight.size(1) % module.char_dim == 0:
         hint = f" (its pos_dim was {weight.size(1) // module.char_dim}, here it is {module.pos_dim})"
-    raise ValueError(
-        f"the checkpoint's {prefix}projection.weight has shape {tuple(weight.shape)}, "
-        f"but this embedding needs {(module.d_model, module.D)}{hint}"
-    )
+    shapes = f"{tuple(weight.shape)}, but this embedding needs {(module.d_model, module.D)}"
+    raise ValueError(f"the checkpoint's {prefix}projection.weight has shape {shapes}{hint}")

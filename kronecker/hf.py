@@ -28,24 +28,18 @@ from kronecker.tokens import build_byte_buffer
 BYTES_FILE = "kronecker.safetensors"
 TIES = ("untie", "induced")
 # What config.json says of the embedding: its options, and what became of the head.
-OPTIONS = {
-    "pos_dim": int,
-    "char_dim": int,
-    "length_normalize": bool,
-    "z_normalize": bool,
+OPTIONS = dict.fromkeys(("pos_dim", "char_dim", "ngrams", "rank"), int)
+OPTIONS |= dict.fromkeys(("length_normalize", "z_normalize"), bool) | {
     "byte_extraction": str,
     "init_rms": float,
-    "ngrams": int,
-    "rank": int,
 }
 
 
 class InducedHead(nn.Module):
-    """Output head tied to the Kronecker embedding: logits = scale * x E^T with E = embedding.table().
+    """Output head tied to the Kronecker embedding: x (..., d_model) -> logits scale * x table()^T (..., vocab_size).
 
-    The table's rows have a norm of about sqrt(d_model), fifty times a usual head's, so one learned scalar,
-    started at 0.02, brings the logits back. The embedding's weight stays the embedding's: only the scalar is
-    a parameter here. x (..., d_model) -> logits (..., vocab_size).
+    The table's rows have a norm of about sqrt(d_model), fifty times a usual head's: one learned scalar, which
+    starts at 0.02, brings the logits back. It is the only parameter here.
     """
 
     def __init__(self, embedding: KroneckerEmbedding):
@@ -57,30 +51,21 @@ class InducedHead(nn.Module):
         return nn.functional.linear(x * self.scale, self._tied_to[0].table())
 
 
-def swap_input_embeddings(
-    model, tokenizer=None, pos_dim: int = 32, tie: str | None = None, **options
-) -> KroneckerEmbedding:
+def swap_input_embeddings(model, tokenizer=None, pos_dim=32, tie=None, **options) -> KroneckerEmbedding:
     """Put a fresh KroneckerEmbedding where model.get_input_embeddings() was, and return it.
 
-    model: a transformers causal LM, or anything with get/set_input_embeddings and get/set_output_embeddings. Its
-        resize_token_embeddings becomes the one here, with this tokenizer.
-    tie: what becomes of the output head. None is for heads of their own, which stay as they are; a head tied to
-        the old table needs a choice: "untie" leaves it the old table as its own weight, "induced" ties it to the
-        new embedding (InducedHead; also possible for a head that was not tied).
-    options: KroneckerEmbedding's, for instance byte_extraction or byte_buffer and length_buffer.
-    Raises ValueError for a tied head without a choice, or an unknown one.
+    model: a transformers causal LM, whose resize_token_embeddings becomes the one here, with this tokenizer.
+    tie: what becomes of the output head. None leaves a head of its own as it is; one tied to the old table needs
+        a choice: "untie" leaves it the old table as its own weight, "induced" ties it to the new embedding
+        (InducedHead; also possible for a head that was not tied).
+    options: KroneckerEmbedding's. Raises ValueError for a tied head without a choice, or an unknown one.
     """
     if tie not in (None, *TIES):
-        raise ValueError(
-            f"tie must be 'untie' or 'induced' (or None for a head of its own), but it is {tie!r}"
-        )
+        raise ValueError(f"tie must be 'untie' or 'induced' (None for a head of its own), not {tie!r}")
     old, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is old.weight
     if tied and tie is None:
-        raise ValueError(
-            "the output head is tied to the input table: say tie='untie' (the head keeps that table as its own "
-            "weight) or tie='induced' (the head is tied to the new embedding)"
-        )
+        raise ValueError("the output head is tied to the input table: say tie='untie' or tie='induced'")
     if tie == "induced" and getattr(head, "bias", None) is not None:
         raise ValueError("the induced tie has no bias, but the output head has one: use tie='untie'")
     new = KroneckerEmbedding(old.num_embeddings, old.embedding_dim, tokenizer, pos_dim=pos_dim, **options)
@@ -107,11 +92,9 @@ def resize_token_embeddings(
 ) -> KroneckerEmbedding:
     """transformers' method of this name, for a swapped model: grow or shrink the vocabulary, and return the embedding.
 
-    The bytes of all ids are read anew from the tokenizer, so that added tokens have theirs; the projection stays as
-    it is, and nothing is drawn for the input side. A head of its own is resized by transformers (mean_resizing: its
-    new rows are the mean of the old ones).
-    tokenizer: what build_byte_buffer takes; a swapped model brings the one of its swap. Ids past its tokens have no
-        bytes and embed to zero. Without one the vocabulary can only shrink.
+    The bytes of all ids are read anew from the tokenizer (that of the swap), so that added tokens have theirs; ids
+    past its tokens embed to zero, and without one the vocabulary can only shrink. A head of its own is resized by
+    transformers (mean_resizing: its new rows are the mean of the old ones).
     Raises ValueError for a tokenizer that gives a token other bytes than it had.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -132,27 +115,25 @@ def _bytes_of(embedding: KroneckerEmbedding, n: int, tokenizer) -> tuple[Tensor,
     """Byte and length buffers of the first n ids: the tokenizer's, and the embedding's own where it has none."""
     if tokenizer is None and n > embedding.vocab_size:
         raise ValueError(
-            f"the vocabulary grows from {embedding.vocab_size} to {n} ids, but nothing says which bytes the new ones "
-            "have: give resize_token_embeddings (or kronecker.hf.from_pretrained) the tokenizer"
+            f"the vocabulary grows from {embedding.vocab_size} to {n} ids, whose bytes nothing says: give the tokenizer"
         )
-    bytes_NxP = torch.zeros(n, embedding.pos_dim, dtype=torch.uint8)
-    lengths_N = torch.zeros(n, dtype=torch.int16)
-    old = embedding._byte_buffer[:n].cpu(), embedding._length_buffer[:n].cpu()
-    kept = len(old[1])
-    bytes_NxP[:kept], lengths_N[:kept] = old
-    if tokenizer is not None:
-        new = build_byte_buffer(tokenizer, embedding.pos_dim, embedding.byte_extraction)
-        new_bytes, new_lengths = new[0][:n], new[1][:n]
-        there = new_lengths > 0
-        before = bytes_NxP[: len(there)], lengths_N[: len(there)]
-        same = (new_lengths == before[1]) & (new_bytes == before[0]).all(1)
-        if other := (there & (before[1] > 0) & ~same).nonzero().flatten().tolist():
-            raise ValueError(
-                f"{len(other)} tokens, the first of id {other[0]}, have other bytes in this tokenizer than in the "
-                "embedding: it is not the tokenizer that the model was made with"
-            )
-        before[0][there], before[1][there] = new_bytes[there], new_lengths[there]
-    return bytes_NxP, lengths_N
+
+    def first_n(buffer: Tensor) -> Tensor:
+        padding = (0, 0) * (buffer.dim() - 1) + (0, max(0, n - len(buffer)))
+        return nn.functional.pad(buffer[:n].cpu(), padding)
+
+    old_NxP, old_N = first_n(embedding._byte_buffer), first_n(embedding._length_buffer)
+    if tokenizer is None:
+        return old_NxP, old_N
+    new_NxP, new_N = map(first_n, build_byte_buffer(tokenizer, embedding.pos_dim, embedding.byte_extraction))
+    changed = (new_N != old_N) | (new_NxP != old_NxP).any(1)
+    if other := (changed & (new_N > 0) & (old_N > 0)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"{len(other)} tokens, the first of id {other[0]}, have other bytes in this tokenizer than in the "
+            "embedding: it is not the tokenizer that the model was made with"
+        )
+    there = new_N > 0
+    return torch.where(there[:, None], new_NxP, old_NxP), torch.where(there, new_N, old_N)
 
 
 def save_pretrained(model, folder) -> None:
@@ -193,9 +174,8 @@ def from_pretrained(folder, dtype: torch.dtype | None = None, tokenizer=None):
             weights.update(load_file(file))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        swap_input_embeddings(
-            model, byte_buffer=buffers["bytes"], length_buffer=buffers["lengths"], **options
-        )
+        options |= {"byte_buffer": buffers["bytes"], "length_buffer": buffers["lengths"]}
+        swap_input_embeddings(model, **options)
         first = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
         model.to(dtype or first).load_state_dict(weights)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -218,12 +198,7 @@ def _options(config) -> dict:
 
 def _forget_tie(model) -> None:
     """Keep transformers from tying (or, on saving, dropping) a head that is no longer the table."""
-    configs = [model.config]
-    if hasattr(model.config, "get_text_config"):
-        configs.append(model.config.get_text_config())
-    for config in configs:
+    for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
-    if hasattr(
-        model, "get_expanded_tied_weights_keys"
-    ):  # transformers 5 keeps the ties it found at the start
+    if hasattr(model, "get_expanded_tied_weights_keys"):  # transformers 5 keeps the ties of the start
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

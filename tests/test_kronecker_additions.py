@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from kronecker import KroneckerEmbedding
-from kronecker.ngrams import EMPTY, ngram_buckets
-from kronecker.regularizer import row_entropy_penalty
+from kronecker.additions import EMPTY, ngram_buckets, row_entropy_penalty
 
 TOKENS = [b"", b"a", b"ab", b"bab", b"string", b"sing", b"\xff\x00\xff", b"ing"]
 
@@ -155,5 +154,5 @@ def test_row_entropy_penalty():
     expected = 1 + float((p * p.log()).sum()) / math.log(4)
     assert float(row_entropy_penalty(weight.detach())) == pytest.approx(expected)
     assert float(row_entropy_penalty(torch.zeros(3, 3))) == pytest.approx(1)
-    with pytest.raises(ValueError, match="at least two rows"):
+    with pytest.raises(ValueError, match="two rows or more"):
         row_entropy_penalty(torch.ones(1, 3))

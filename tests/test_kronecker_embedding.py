@@ -216,7 +216,7 @@ def test_no_bytes_is_the_zero_vector_and_gives_no_gradient():
     assert torch.equal(emb.projection.weight.grad, torch.zeros_like(emb.projection.weight))
 
 
-def test_first_and_second_derivatives():
+def test_derivative_by_finite_differences():
     emb = random_embedding(V=7, d=3, pos_dim=2, char_dim=3).double()
     ids = torch.tensor([[1, 1, 5], [0, 6, 2]])
 
@@ -225,7 +225,6 @@ def test_first_and_second_derivatives():
 
     weight = emb.projection.weight.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(of_weight, (weight,))
-    assert torch.autograd.gradgradcheck(of_weight, (weight,))
 
 
 def test_table_gradient_equals_lookup_of_every_id():
@@ -432,12 +431,10 @@ def test_override_of_one_row_and_of_a_batch():
 
     ids = torch.tensor([[4, 5], [6, 7]])
     by_pair = emb.forward_with_byte_override(ids, {(0, 1): new[0], (1, 0): new[2]})
-    by_row = emb.forward_with_byte_override(ids, [{1: new[0]}, {0: new[2]}])
-    assert torch.equal(by_pair, by_row)
     assert relative(by_pair[1, 0], expected[2]) < 1e-5
     assert torch.equal(by_pair[0, 0], emb(ids)[0, 0])
     assert torch.equal(emb.forward_with_byte_override(ids), emb(ids))
-    assert torch.equal(emb.forward_with_byte_override(ids, [None, {}]), emb(ids))
+    assert torch.equal(emb.forward_with_byte_override(ids, {}), emb(ids))
     by_pair.sum().backward()
     assert emb.projection.weight.grad is not None
 
@@ -449,7 +446,6 @@ def test_override_of_one_row_and_of_a_batch():
         ([1, 2], {-1: b"x"}, IndexError, "position -1"),
         ([1, 2], {0: "text"}, TypeError, "must be bytes"),
         ([[1], [2]], {0: b"x"}, ValueError, "(row, position)"),
-        ([[1], [2]], [{0: b"x"}], IndexError, "1 rows of overrides for 2"),
     ],
 )
 def test_bad_overrides(ids, overrides, error, says):
@@ -486,12 +482,12 @@ def buffers(byte=0, length=1, V=2, pos_dim=3):
         ({"byte_buffer": None}, "either a tokenizer or both"),
         (buffers(length=4), "length 4, outside 0..pos_dim=3"),
         (buffers(length=-1), "length -1"),
-        ({**buffers(byte=9), "char_dim": 9}, "byte 9 at position 0, outside 0..char_dim-1=8"),
+        ({**buffers(byte=9), "char_dim": 9}, "byte 9 at 0, outside 0..char_dim-1=8"),
         (buffers(pos_dim=4), "must have shape (tokens, pos_dim=3)"),
-        (buffers(V=3), "describes 3 tokens, but vocab_size is 2"),
+        (buffers(V=3), "vocab_size is 2, but there are 3 tokens"),
         ({**buffers(), "mode": "fast"}, "mode must be"),
         ({**buffers(), "projection_init": "zeros"}, "projection_init must be"),
-        ({"tokenizer": [b"a", b"b", b"c"]}, "vocab_size is 2, but the tokenizer has 3"),
+        ({"tokenizer": [b"a", b"b", b"c"]}, "vocab_size is 2, but there are 3 tokens"),
     ],
 )
 def test_bad_construction(kwargs, says):

@@ -237,7 +237,7 @@ def test_resizing_refuses_to_guess(tmp_path):
     model, tokenizer = swapped(gpt2, True, "untie")
     save_pretrained(model, tmp_path)
     loaded = from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"grows from 258 to 300 ids, .* give .* the tokenizer"):
+    with pytest.raises(ValueError, match=r"grows from 258 to 300 ids, .* give the tokenizer"):
         loaded.resize_token_embeddings(300)
     assert loaded.config.vocab_size == loaded.get_input_embeddings().num_embeddings == 258
     with pytest.raises(ValueError, match="256 tokens, the first of id 0, have other bytes in this tokenizer"):

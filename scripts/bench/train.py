@@ -40,8 +40,7 @@ import train
 from data.meta import write_meta
 from engine import checkpoint, evaluation, flops, runs
 from engine.errors import sentences
-from engine.metrics import Metrics, read_metrics
-from engine.progress import Progress
+from engine.metrics import Metrics, Progress, read_metrics
 from engine.step import GuardedStep
 from scripts.analysis.report import Table
 from scripts.arguments import device, names, number, some_of, whole
