@@ -59,9 +59,7 @@ class Config:
     data_dir: str = key("", "folder with the shards (empty: data/<dataset>)", path=True)
     batch_size: int = key(12, "sequences that one rank may take forward and backward at a time", **BATCH)
     gradient_accumulation_steps: int = key(40, "micro-batches of a step, over all ranks together", **BATCH)
-    global_batch_size: int = key(
-        0, "sequences of a step (0: batch_size * gradient_accumulation_steps)", low=0, high=2**30
-    )
+    global_batch_size: int = key(0, "sequences of a step (0: batch_size * accumulation)", low=0, high=2**30)
     block_size: int = key(1024, "context length in tokens", low=1, high=2**20)
     # model
     n_layer: int = key(12, "transformer blocks", low=1, high=1000)
@@ -71,11 +69,7 @@ class Config:
     bias: bool = key(False, "bias in Linear and LayerNorm layers")
     gelu: str = key("none", "exact GELU, or the tanh approximation of OpenAI's GPT-2", ("none", "tanh"))
     vocab_size: int = key(0, "ids of the model (0: the tokenizer's, rounded up to 64)", low=0, high=2**24)
-    wte: str = key(
-        "stock",
-        "input embedding: table, byte codec, or its control",
-        ("stock", "kronecker", "lowrank", "hash"),
-    )
+    wte: str = key("stock", "input: table, byte codec, or control", ("stock", "kronecker", "lowrank", "hash"))
     tie_weights: bool = key(True, "tie the head to the input table (kronecker: to the induced table)")
     pos_dim: int = key(16, "kronecker: bytes of a token that the codec sees", low=1, high=1024)
     char_dim: int = key(256, "kronecker: size of the byte alphabet", low=1, high=256)
@@ -84,23 +78,14 @@ class Config:
     wte_lr_mult: float = key(1.0, "learning rate of the input side over the body's", low=0)
     wte_weight_decay: float = key(-1.0, "weight decay of the input side (-1: the body's)", low=-1)
     wte_norm: str = key("none", "rms: a norm without parameters behind the token embedding", ("none", "rms"))
-    wte_permute_seed: int = key(
-        0,
-        "kronecker: deal bytes out anew among tokens of one length, by this seed (0: no)",
-        low=0,
-        high=2**63,
-    )
+    wte_permute_seed: int = key(0, "kronecker: seed of bytes dealt out anew (0: no)", low=0, high=2**63)
     head_lr_mult: float = key(1.0, "learning rate of an untied head over the body's", low=0)
     wte_ngrams: int = key(0, "kronecker: buckets of a hashed byte 2/3-gram term (0: none)", low=0, high=2**24)
     wte_rank: int = key(0, "kronecker: rank of a per-token residual (0: none)", low=0, high=2**16)
     length_normalize: bool = key(True, "kronecker: divide the code by the square root of the token's length")
     z_normalize: bool = key(True, "kronecker: give each token's code mean 0 and deviation 1")
     wte_entropy: float = key(0.0, "kronecker: strength of the row-entropy regulariser (0: off)", low=0)
-    loss: str = key(
-        "auto",
-        "head and cross-entropy: at once, in chunks, or liger-kernel's; auto: chunked on a CPU, else full",
-        ("auto", "full", "chunked", "liger"),
-    )
+    loss: str = key("auto", "its kernel; auto: chunked on a CPU", ("auto", "full", "chunked", "liger"))
     # optimiser and schedule
     learning_rate: float = key(6e-4, "largest learning rate of AdamW", low=0)
     max_iters: int = key(600000, "optimiser steps", **COUNT)
@@ -124,22 +109,16 @@ class Config:
     keep: int = key(2, "newest checkpoints that are kept, beside the best one", **COUNT)
     keep_best: bool = key(True, "also save at each new lowest validation loss, and keep the best checkpoint")
     max_skipped: int = key(10, "non-finite losses or gradients in a row before the run stops", **COUNT)
-    tracker: str = key(
-        "none", "where to show the run; trackio is a dashboard on this machine", ("none", "wandb", "trackio")
-    )
+    tracker: str = key("none", "where to show the run; trackio: here", ("none", "wandb", "trackio"))
     wandb_log: bool = key(False, "nanoGPT's key for tracker=wandb")
     wandb_project: str = key("kronecker-nanogpt", "the tracker's project")
     wandb_run_name: str = key("", "the run's name there (empty: <arm>-s<seed>)")
     wandb_group: str = key("", "group of the runs that are compared there (empty: the out_dir's parent)")
     # machine
     device: str = key("auto", "auto | cpu | cuda | cuda:N | mps; torchrun's ranks choose their own GPU")
-    dtype: str = key(
-        "auto", "of the matmuls; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16", "float16")
-    )
+    dtype: str = key("auto", "of matmuls; auto: bfloat16 if fast", ("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = key(None, "torch.compile the model (auto: on CUDA)")
-    compile_mode: str = key(
-        "default", "of torch.compile; autotuning takes minutes", ("default", "max-autotune-no-cudagraphs")
-    )
+    compile_mode: str = key("default", "of torch.compile", ("default", "max-autotune-no-cudagraphs"))
     attention: str = key("auto", "its kernel on CUDA; auto: torch's choice", ("auto", "flash", "cudnn"))
     deterministic: bool = key(False, "deterministic kernels only, at some cost in speed on CUDA")
 
@@ -152,8 +131,6 @@ OBSOLETE = {
 }
 
 KEYS = {f.name: f for f in fields(Config)}
-# Keys that are gone, with what took their place.
-RENAMED = {"wte_scale": "wte_init_rms, which scales the initial weights instead of every output"}
 
 
 def load(argv: list[str], prog: str = "train.py", also: type | None = None, quiet: bool = False):
@@ -219,8 +196,6 @@ def parse(text: str):
 
 def convert(known: dict, name: str, value, where: str):
     """The value as the key's type has it, or a ConfigError. known: the keys' dataclass fields by name."""
-    if name in RENAMED and name not in known:
-        raise ConfigError(f"the key {name} {where} is gone: use {RENAMED[name]}")
     if name not in known:
         near = difflib.get_close_matches(name, [*known, *OBSOLETE], n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them all"

@@ -50,6 +50,11 @@ def system_error(error: BaseException) -> tuple[int | None, str | None]:
     return (int(written_out[1]) if written_out else None), None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says went wrong, or else the kind of the error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 @contextmanager
 def sentences(explain=explain):
     """End the program with one sentence and status 1 where `explain` knows one; let real bugs show their traceback."""
@@ -81,11 +86,8 @@ def early(check=lambda: None, *args, **kwargs) -> None:
 
 
 class Tolerant:
-    """A standard stream on which printing never fails.
-
-    Characters that the terminal lacks are replaced. Once the reader has left (`| head`), the terminal is gone or
-    the disk behind a redirection is full, the rest goes nowhere.
-    """
+    """A standard stream on which printing never fails: characters that the terminal lacks are replaced, and once
+    the reader has left (`| head`) or the disk behind a redirection is full, the rest goes nowhere."""
 
     def __init__(self, stream):
         self.stream = stream

@@ -10,6 +10,7 @@ A folder is written beside its final name, flushed to the disk and renamed; noth
 older checkpoint. Loading checks every hash and runs no code.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from data import DataError, console
 from data.files import flush, plain_name, publish, sha256, write_json, write_text
 from data.records import Record, read_record
+from engine import pretrained
 from engine.errors import RunError
 
 FILES = ("model.safetensors", "optimizer.pt")
+STEP = re.compile(r"step_([0-9]{6}|[1-9][0-9]{6,14})")  # as path_of writes it
 
 
 class State(Record):
@@ -39,7 +42,7 @@ class State(Record):
 def save(out_dir, step: int, weights: dict, optimizer: dict, state: dict) -> Path:
     """Write ckpt/step_NNNNNN; weights and optimizer are state_dicts, state has the other fields of State.
 
-    Raises RunError where the disk does not take it; whatever was there before is still there then.
+    Raises RunError where the disk does not take it, and leaves what was there before.
     """
     out_dir = Path(out_dir)
     folder = path_of(out_dir, step)
@@ -76,6 +79,10 @@ def path_of(out_dir, step: int) -> Path:
     return Path(out_dir) / "ckpt" / f"step_{step:06d}"
 
 
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def point(out_dir, name: str, target: str) -> None:
     """Make out_dir/<name> say `target`, atomically."""
     write_text(Path(out_dir) / name, target + "\n")
@@ -89,19 +96,13 @@ def pointed(out_dir, name: str) -> Path | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise RunError(
-            f"{path} names no checkpoint ({error}): write a folder's name in ckpt/ there"
-        ) from None
+        raise RunError(f"{path} names no checkpoint ({error}): write the name of one in ckpt/") from None
 
 
 def steps(out_dir) -> list[Path]:
     """Checkpoint folders, oldest first; whatever else lies beside them is left alone."""
-    found = {}
-    for path in Path(out_dir).glob("ckpt/step_*"):
-        digits = path.name[5:]
-        if digits.isascii() and digits.isdigit() and path.is_dir() and path == path_of(out_dir, int(digits)):
-            found[int(digits)] = path
-    return [found[step] for step in sorted(found)]
+    folders = [path for path in Path(out_dir).glob("ckpt/*") if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=step_of)
 
 
 def fault(folder: Path) -> str | None:
@@ -154,9 +155,8 @@ def choose(out_dir, which: str = "latest") -> Path:
     elif which == "best":
         folder = pointed(out_dir, "best")
     else:
-        digits = which.removeprefix("step_")
-        is_number = digits.isascii() and digits.isdigit() and len(digits) < 16
-        folder = path_of(out_dir, int(digits)) if is_number else None
+        number = re.fullmatch(r"(?:step_)?([0-9]{1,15})", which)
+        folder = path_of(out_dir, int(number[1])) if number else None
     if folder is None or not folder.is_dir():
         raise RunError(f"{out_dir} has no {which} checkpoint: train it first, or name another run")
     if which != "latest" and (wrong := fault(folder)):
@@ -174,19 +174,14 @@ def load(folder: Path, with_optimizer: bool = True) -> tuple[dict, dict | None, 
     except (OSError, MemoryError):
         raise
     except Exception as e:  # bytes that are something else may raise anything
-        why = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
-        raise RunError(f"{folder} holds no checkpoint of this project ({why})") from None
+        raise RunError(f"{folder} holds no checkpoint of this project ({console.first_line(e)})") from None
     return weights, optimizer, read_state(folder).model_dump()
 
 
 def restore(model, optimizer, loaded: tuple[dict, dict, dict]) -> dict:
     """Put what `load` gave into model and optimizer; the state."""
     weights, moments, state = loaded
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        why = " ".join(str(e).split())[:200]
-        raise RunError(f"the checkpoint's weights are not those of this model: {why}") from None
+    pretrained.load(model, weights, "the checkpoint")
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(moments)
@@ -206,10 +201,10 @@ def keep_as_best(out_dir, step: int, keep: int) -> None:
 def recover(out_dir, folder: Path | None) -> None:
     """Before going on from `folder`: clear away what a kill left half-written, and let `latest` name the folder.
 
-    Later checkpoints can only be damaged ones: they are renamed, or they would pass for the newest and outlive new ones.
+    Later checkpoints can only be damaged ones: they are renamed, or they would outlive new ones.
     """
     for later in steps(out_dir):
-        if folder is not None and int(later.name[5:]) > int(folder.name[5:]):
+        if folder is not None and step_of(later) > step_of(folder):
             shutil.rmtree(later.with_name(f"{later.name}.damaged"), ignore_errors=True)
             later.rename(later.with_name(f"{later.name}.damaged"))
     remove_half_written(out_dir)
@@ -225,7 +220,7 @@ OURS = ("latest", "best", "config.json", "run.json", "data_meta.json", "metrics.
 
 
 def prune(out_dir, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, the best and the last good one, and what a kill left half-written."""
+    """Delete all but the `keep` newest checkpoints, the best and the last good one, and half-written ones."""
     folders = steps(out_dir)
     good = next((folder for folder in reversed(folders) if is_good(folder)), None)
     kept = {*folders[-keep:], pointed(out_dir, "best"), good}

@@ -1,8 +1,7 @@
 """The match contract: what compared runs share, what a resume may not change, and what is free.
 
 Every key of the configuration stands in one group of CONTRACT, and what follows from data and model in IDENTITY.
-train.py holds a resume and its ranks to it, matched.py the runs that it is about to start, and the comparison those
-that are finished. A new key goes into the group whose rule it should follow; nothing else needs to change.
+A new key goes into the group whose rule it should follow; nothing else needs to change.
 """
 
 import hashlib
@@ -64,9 +63,6 @@ IDENTITY = {
     "schedule_sha256": ("all", "they did not follow the same learning-rate schedule"),
 }
 
-# Keys of earlier versions: only runs with the value that they have by nature now mean what they meant.
-RETIRED = {"wte_scale": 1.0}
-
 
 @dataclass(frozen=True)
 class Member:
@@ -123,8 +119,7 @@ def check_match(members: list[Member], swept: Iterable[str] = ()) -> None:
 def check_resume(where, old: dict, config, defaults) -> dict:
     """{schedule key: [old, new]} of a resume under a new schedule; any other change is refused.
 
-    where: the run's folder, for the sentence. old: its config.json. defaults: a Config as no file or flag changed it;
-    keys that an older record lacks count as unchanged unless they were given.
+    where: the run's folder. old: its config.json; keys that it lacks had their `defaults`, or count as unchanged.
     """
     given = getattr(config, "given", {})
     missing = next((key for key in HASHED if key not in old and key in RULES), None)
@@ -146,26 +141,14 @@ def check_resume(where, old: dict, config, defaults) -> dict:
             f"{where} was trained with {key}={before!r}, but now it is {new!r}: give the same, or choose another "
             f"--out_dir{way_out * (rule.resume == 'schedule')}"
         )
-    check_retired(where, old)
     return changed
-
-
-def check_retired(where, config: dict) -> None:
-    """Refuse a run whose config.json has a key that this version lacks, and that made a difference."""
-    for key, neutral in RETIRED.items():
-        if config.get(key, neutral) != neutral:
-            what = f"{key}={config[key]!r}, which this version has no more"
-            raise RunError(f"{where} was trained with {what}: use the commit in its run.json")
 
 
 def check_record(name: str, config: dict, run: dict) -> None:
     """Refuse a run whose config.json is not the one that its run.json was written with."""
     whole = all(key in config for key in HASHED if key in RULES)
     if whole and schedule_sha256(config, run["tokens_per_step"]) != run["schedule_sha256"]:
-        raise RunError(
-            f"the schedule in config.json of {name} is not the one that its run.json is signed with"
-        )
-    check_retired(name, config)
+        raise RunError(f"the schedule in config.json of {name} is not the one that its run.json signs")
 
 
 def agreed_keys(config: dict) -> dict:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.flops import PEAK_TFLOPS, peak_flops
+from engine.plan import largest_divisor
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,6 @@ def hours(work: Work, n: int, gpu: Gpu) -> float:
     return work.steps * (step + all_reduce_seconds(work.gradient_bytes, n, gpu)) / 3600
 
 
-def usable(n: int, rows: int) -> int:
-    """The largest number of GPUs up to n that shares a global batch of so many rows without a remainder."""
-    return next(k for k in range(min(n, rows), 0, -1) if rows % k == 0)
-
-
 def pack(durations: list[float], slots: int) -> float:
     """When the last run ends if each takes the first free slot, in the order given, as the pool, Ray and Slurm do."""
     free = [0.0] * slots
@@ -115,7 +111,7 @@ def describe_run(work: Work, params: dict[str, int], device: torch.device, price
         reduce = f" ({1e3 * all_reduce_seconds(work.gradient_bytes, n, gpu):.1f} ms)" if n > 1 else ""
         return f"{clock(h)}{reduce}{dollars(n * h, price)}"
 
-    lines += grid(dict.fromkeys(usable(n, work.rows) for n in NUMBERS), cell)
+    lines += grid(dict.fromkeys(largest_divisor(work.rows, n) for n in NUMBERS), cell)
     return "\n".join([*lines, f"  here      {describe_here(work, device)}"])
 
 
@@ -134,11 +130,8 @@ def describe_here(work: Work, device: torch.device) -> str:
 def matmul_rate() -> float:
     """FLOP/s of a float32 matmul on this CPU with torch's threads, measured for a tenth of a second."""
     n = 768
-    a = torch.ones(n, n)
-    best = math.inf
-    end = time.perf_counter() + 0.1
-    while time.perf_counter() < end or best == math.inf:
-        began = time.perf_counter()
+    a, best, end = torch.ones(n, n), math.inf, time.perf_counter() + 0.1
+    while (began := time.perf_counter()) < end:
         a @ a
         best = min(best, time.perf_counter() - began)
     return 2 * n**3 / best

@@ -14,18 +14,16 @@ def frequency_buckets(counts: np.ndarray) -> tuple[torch.Tensor, list[int]]:
 
 
 @torch.no_grad()
-def evaluate(
-    model, windows, byte_lengths: np.ndarray, batch_size: int, ranks, autocast, counts=None
-) -> dict[str, float]:
+def evaluate(model, windows, byte_lengths, batch_size: int, ranks, autocast, counts=None) -> dict[str, float]:
     """val/loss (nats a token), val/sem (its standard error over windows), val/bpb (bits per byte).
 
-    windows: data.loader.ValWindows. byte_lengths: bytes of text behind each token id, 0 for special tokens,
-    whose loss bits per byte leaves out, as nanochat does. Groups of batch_size windows go to the ranks in
-    turn and their sums are added up in one order, so any number of ranks gets the same figure.
+    windows: data.loader.ValWindows. byte_lengths: bytes of text behind each token id, 0 for special tokens, which
+    bits per byte leaves out. Groups of batch_size windows go to the ranks in turn and their sums are added up in one
+    order, so any number of ranks gets the same figure.
 
-    counts int64 (V,), the ids' counts in training, adds the mean loss of the tokens in each bucket of frequency (see
-    frequency_buckets): val/by_input/N by the token read, val/by_target/N by the token predicted, and their numbers
-    val/n_input/N and val/n_target/N, where N is the lowest count of the bucket. Empty buckets are left out.
+    counts int64 (V,), the ids' counts in training, adds the mean loss of the tokens in each bucket of frequency whose
+    lowest count is N, unless it is empty: val/by_input/N by the token read, val/by_target/N by the token predicted,
+    and their numbers val/n_input/N and val/n_target/N.
     """
     was_training = model.training
     model.eval()

@@ -41,22 +41,16 @@ def peak_flops(device: torch.device) -> tuple[float, str] | None:
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if "KNG_PEAK_TFLOPS" in os.environ:
-        return stated_peak(os.environ["KNG_PEAK_TFLOPS"]) * 1e12, name
-    for part, tflops in PEAK_TFLOPS.items():
-        if part in name:
-            return tflops * 1e12, name
-    return None
-
-
-def stated_peak(text: str) -> float:
-    """KNG_PEAK_TFLOPS as a number."""
-    try:
-        peak = float(text)
-    except ValueError:
-        peak = 0.0
-    if not 0 < peak < math.inf:
-        raise RunError(f"KNG_PEAK_TFLOPS={text!r} is no peak: give the device's TFLOP/s, a number above 0")
-    return peak
+        stated = os.environ["KNG_PEAK_TFLOPS"]
+        try:
+            tflops = float(stated)
+        except ValueError:
+            tflops = 0.0
+        if not 0 < tflops < math.inf:
+            raise RunError(f"KNG_PEAK_TFLOPS={stated!r} is no peak: give the device's TFLOP/s, above 0")
+        return tflops * 1e12, name
+    known = (tflops for part, tflops in PEAK_TFLOPS.items() if part in name)
+    return next(((tflops * 1e12, name) for tflops in known), None)
 
 
 def memory_estimate(
@@ -64,8 +58,7 @@ def memory_estimate(
 ) -> dict[str, float]:
     """GB (10^9 bytes) a rank needs: weights, gradients and AdamW's moments in fp32, and saved activations.
 
-    Activations: about 16 tensors of (tokens, C) a block are kept for the backward pass (inputs of the
-    norms, q, k, v, attention's and the MLP's outputs), and what the chosen loss takes for logits.
+    About 16 tensors of (tokens, C) a block are kept for the backward pass, beside what the loss takes for logits.
     """
     width = 2 if low_precision else 4
     tokens = micro_batch * config.block_size

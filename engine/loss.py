@@ -129,8 +129,7 @@ def logits_bytes(tokens: int, vocab_size: int, n_embd: int, how: str, device_typ
 
     width: bytes of a number in the matmuls. Full logits are there in float32 three times (log-probabilities and two
     gradients) or, compiled for a GPU, once, beside those in the matmuls' format. Chunks of them come in both formats,
-    beside the weight and a chunk's share of its gradient in that of the matmuls, and the whole gradient in float32.
-    liger-kernel halves its chunks until they are as small as x (its fused_linear_cross_entropy_forward).
+    beside the weight and its gradient. liger-kernel halves its chunks until they are as small as x.
     """
     weight = vocab_size * n_embd
     if how == "liger":

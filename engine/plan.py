@@ -32,9 +32,7 @@ def largest_divisor(n: int, limit: int) -> int:
     return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
 
 
-def describe(
-    config, model_config, params: dict, flops_token: int, world: int, low_precision: bool, device_type: str
-) -> str:
+def describe(config, model_config, params: dict, flops_token, world: int, low_precision, device_type) -> str:
     """The plan as text: parameters by part, FLOPs, tokens, memory."""
     rows, micro_batch = batch_split(config, world)
     tokens_step = rows * config.block_size
@@ -60,9 +58,7 @@ def describe(
     return "\n".join(lines)
 
 
-def rank_memory(
-    config, model_config, params: dict, world: int, low_precision: bool, device_type: str
-) -> dict[str, float]:
+def rank_memory(config, model_config, params: dict, world: int, low_precision, device_type) -> dict:
     """GB that one of so many ranks needs, by part."""
     micro_batch = batch_split(config, world)[1]
     return memory_estimate(model_config, params, micro_batch, low_precision, device_type)

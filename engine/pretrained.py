@@ -1,7 +1,6 @@
 """Pretrained weights: nanoGPT's ckpt.pt, and GPT-2 as transformers writes it. No code in them is run."""
 
 import pickle
-import re
 import zipfile
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import data
+from data.console import first_line
 from data.files import plain_name
 from data.meta import read_meta
 from data.records import Record, read_record
@@ -51,8 +51,8 @@ class GPT2Config(Record):
     n_inner: int | None = None
     activation_function: Literal[tuple(GELUS)] = "gelu_new"
     layer_norm_epsilon: float = Field(1e-5, ge=1e-5, le=1e-5)
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
+    scale_attn_weights: Literal[True] = True
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
     add_cross_attention: Literal[False] = False
     tie_word_embeddings: bool = True
     quantization_config: None = None
@@ -104,18 +104,14 @@ def read(source: str, given: dict | None = None, with_weights: bool = True) -> t
 
 def load(model, weights: dict, source) -> None:
     """model.load_state_dict(weights); a RunError, which names `source`, where they do not fit or are not finite."""
-    ours = model.state_dict()
-    for name in sorted(ours.keys() | weights.keys()):
-        if name not in weights:
-            raise RunError(f"{source} lacks the weights {name}")
-        if name not in ours:
-            raise RunError(f"{source} has the weights {name}, which this model has no place for")
-        if weights[name].shape != ours[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, but this model needs {tuple(ours[name].shape)}"
-            raise RunError(f"{name} in {source} has the shape {shapes}")
-        if not weights[name].isfinite().all():
-            raise RunError(f"{name} in {source} is not finite (NaN or infinite): take an earlier checkpoint")
-    model.load_state_dict(weights)
+    spoilt = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if spoilt:
+        raise RunError(f"{spoilt} in {source} is not finite (NaN or infinite): take an earlier checkpoint")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        why = " ".join(str(e).split())[:300]
+        raise RunError(f"the weights in {source} are not those of this model: {why}") from None
 
 
 def tokenizer(source: str, name: str, vocab_size: int):
@@ -131,10 +127,8 @@ def tokenizer(source: str, name: str, vocab_size: int):
     else:  # None: a meta.pkl with vocab_size alone
         found = load_tokenizer(meta["tokenizer"] or "gpt2", base_dir=place)
     if found.n_vocab > vocab_size:
-        raise RunError(
-            f"{source} has {vocab_size} tokens, the tokenizer {found.name} {found.n_vocab}: say with --tokenizer=... "
-            "which one it was trained with, or in which folder its prepared data are"
-        )
+        sizes = f"{source} has {vocab_size} tokens, the tokenizer {found.name} {found.n_vocab}"
+        raise RunError(f"{sizes}: name the right one, or the folder of its prepared data, with --tokenizer")
     return found
 
 
@@ -168,8 +162,7 @@ def read_nanogpt(path: Path) -> tuple[dict, dict]:
             "vocab_size": wte.size(0),
         }
     except (pickle.UnpicklingError, EOFError, *DAMAGED) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise RunError(f"{path} is no nanoGPT checkpoint, or a damaged one ({reason})") from None
+        raise RunError(f"{path} is no nanoGPT checkpoint, or a damaged one ({first_line(e)})") from None
     if tied:
         weights.pop("lm_head.weight", None)
     return weights, shape | {"tie_weights": tied, "wte": "stock"}
@@ -184,16 +177,12 @@ def download(name: str) -> Path:
     except ImportError:
         raise RunError("huggingface_hub is not installed: pip install huggingface_hub") from None
     except Exception as e:  # the hub's client raises many kinds, all of them about the way to the file
-        raise RunError(
-            f"{name} could not be had from the hub ({str(e).splitlines()[0][:120]}): go online once, or give a folder "
-            "with its config.json and model.safetensors"
-        ) from None
+        why = first_line(e)
+        raise RunError(f"{name} could not be had from the hub ({why}): go online, or give a folder") from None
 
 
 def read_transformers(folder: Path) -> tuple[dict, dict]:
-    config = read_record(
-        folder / "config.json", GPT2Config, "the config.json of a GPT-2 that this GPT can be"
-    )
+    config = read_record(folder / "config.json", GPT2Config, "the config.json of a GPT-2 like this one")
     whole = folder / "model.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
@@ -206,13 +195,6 @@ def read_transformers(folder: Path) -> tuple[dict, dict]:
                 continue  # masks
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 tensor = tensor.t().contiguous()  # transformers' Conv1D keeps (in, out)
-            if layer := re.search(r"\.h\.(\d+)\.attn\.c_attn\.", name):
-                # ours divides scores by the root of a head's width and by nothing else: the queries take the rest
-                queries = tensor[: config.n_embd]
-                if not config.scale_attn_weights:
-                    queries *= (config.n_embd / config.n_head) ** 0.5
-                if config.scale_attn_by_inverse_layer_idx:
-                    queries /= int(layer[1]) + 1
             plain[name] = tensor
     if config.tie_word_embeddings:
         plain.pop("lm_head.weight", None)

@@ -86,20 +86,18 @@ def start(device: str) -> Ranks:
         device = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{from_environment('LOCAL_RANK', 0)}"
-    try:
+    chosen = None
+    with suppress(RuntimeError):
         chosen = torch.device(device)
-    except RuntimeError:
-        raise RunError(f"device {device!r} is unknown: use auto, cpu, cuda, cuda:N or mps") from None
+    if chosen is None or chosen.type not in ("cpu", "cuda", "mps"):
+        raise RunError(f"device {device!r} is unknown: use auto, cpu, cuda, cuda:N or mps")
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or chosen.index >= count:
-            here = f"({count} GPUs are): lower --nproc_per_node or use --device=cpu"
-            raise RunError(f"device {device} is not here {here}")
+            raise RunError(f"device {device} is not here ({count} GPUs are): use fewer ranks or --device=cpu")
         torch.cuda.set_device(chosen)
     elif chosen.type == "mps" and not torch.backends.mps.is_available():
         raise RunError("device mps is not here: use --device=cpu")
-    elif chosen.type not in ("cpu", "mps"):
-        raise RunError(f"device {device!r} is not supported: use auto, cpu, cuda, cuda:N or mps")
     if chosen.type == "cpu":
         keep_heap()
     if world == 1:
@@ -127,9 +125,9 @@ def from_environment(name: str, default: int) -> int:
 def fresh_store(store, rank: int, world: int):
     """A part of torchrun's store that no earlier attempt has written to.
 
-    torchrun keeps one store over its restarts, so a worker can read the address of one that is dead, and
-    hang. Here rank 0 draws a name, each rank makes sure that rank 0 has heard its own draw and not that of
-    its predecessor, and rank 0 that each has heard the name; then all meet under it.
+    torchrun keeps one store over its restarts, so a worker can read the address of one that is dead, and hang.
+    Rank 0 draws a name; each rank makes sure that rank 0 has heard its own draw and not its predecessor's, and
+    rank 0 that each has heard the name; then all meet under it.
     """
     mine, deadline = secrets.token_hex(8), time.monotonic() + 300
     others = range(1, world)
@@ -175,8 +173,8 @@ def leave(end: SystemExit) -> None:
 def keep_heap() -> None:
     """Tell glibc to keep up to 2 GiB of freed memory instead of handing it back.
 
-    Every large tensor would otherwise be a fresh mmap, whose page faults cost a small CPU run up to a third of its time.
-    What is larger than 1 GiB still goes back: a process that kept all of it could no longer fork.
+    The page faults of fresh memory cost a small CPU run up to a third of its time. What is larger than 1 GiB still goes
+    back: a process that kept all of it could no longer fork.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another libc: slower, nothing else
@@ -193,7 +191,8 @@ def number_format(dtype: str, device: torch.device) -> tuple[str, object]:
         if kind == "cuda":
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         else:
-            dtype = "bfloat16" if kind == "cpu" and cpu_has_bf16() else "float32"
+            fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # private, and so asked for politely
+            dtype = "bfloat16" if kind == "cpu" and fast() else "float32"
     if dtype == "float16" and kind != "cuda":
         raise RunError(f"dtype float16 needs a CUDA GPU, not {kind}: use bfloat16 or float32")
     if dtype == "float32":
@@ -202,10 +201,7 @@ def number_format(dtype: str, device: torch.device) -> tuple[str, object]:
 
 
 def choose_attention(name: str, config_dtype: str, deterministic: bool, device: torch.device) -> None:
-    """Leave scaled_dot_product_attention one kernel on CUDA, 'flash' or 'cudnn'; 'auto' leaves it torch's choice.
-
-    On Hopper torch has long chosen flash first, where cuDNN's kernel is faster; later versions prefer cuDNN.
-    """
+    """Leave scaled_dot_product_attention one kernel on CUDA, 'flash' or 'cudnn'; 'auto' leaves it torch's choice."""
     if name == "auto" or device.type != "cuda":
         return
     if config_dtype == "float32" or (name == "cudnn" and deterministic):
@@ -236,16 +232,10 @@ def settle(device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def cpu_has_bf16() -> bool:
-    ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and so asked for politely
-    return bool(ask and ask())
-
-
 class StopSignal:
     """SIGTERM, Ctrl-C and the end of the terminal (SIGHUP) are remembered for the loop, which looks between two steps.
 
-    A second Ctrl-C ends at once, a second SIGTERM does not: under Slurm every process of a job gets one, and
-    torchrun hands on its own. What was set to be ignored (nohup) is ignored.
+    A second Ctrl-C ends at once; a second SIGTERM does not, since torchrun hands on its own beside Slurm's.
     """
 
     def __init__(self):

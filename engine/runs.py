@@ -78,12 +78,8 @@ LAST_START = ("command", "commit", "world", "device", "torch")
 def read_run(out_dir) -> tuple[dict, dict]:
     """(config, run): the resolved keys, and what identifies the run. Raises DataError or RunError."""
     out_dir = Path(out_dir)
-    for name in ("config.json", "run.json"):
-        if not (out_dir / name).is_file():
-            raise RunError(f"{out_dir} is no run: it has no {name}; give the out_dir of a training")
     config = read_record(out_dir / "config.json", dict, "a run's configuration")
     run = read_record(out_dir / "run.json", Run, "a run's record")
-    contract.check_retired(out_dir, config)
     return config, run.model_dump()
 
 
@@ -113,10 +109,8 @@ def read_tokenizer(out_dir):
 
 def lock(out_dir) -> Lock:
     """Keeps a second training out of a run's folder, which is made if need be, for as long as the lock lives."""
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     refusal = f"another process trains in {out_dir}: wait for it, or choose another out_dir"
-    return Lock(out_dir / ".lock", refusal)
+    return Lock(Path(out_dir) / ".lock", refusal)
 
 
 def resumable(out_dir, config, run: dict) -> Path | None:
@@ -136,7 +130,7 @@ def resumable(out_dir, config, run: dict) -> Path | None:
         if config.init_from == "resume":
             raise RunError(f"{out_dir} has no whole checkpoint to resume from: use --init_from=scratch")
         if (out_dir / "run.json").is_file():  # ended before its first checkpoint: its starts are remembered
-            run["starts"] = starts(read_record(out_dir / "run.json", Run, "a run's record").model_dump())
+            run["starts"] = read_record(out_dir / "run.json", Run, "a run's record").model_dump()["starts"]
         return None
     old_config, old_run = read_run(out_dir)
     step = checkpoint.read_state(folder).step
@@ -149,12 +143,10 @@ def resumable(out_dir, config, run: dict) -> Path | None:
             continue  # of step 0; of keys that were looked at; of the last batch too
         if old_run[name] != run[name]:
             way_out = "give the same data and batch, or choose another --out_dir"
-            raise RunError(
-                f"{out_dir} was trained with another {name} ({old_run[name]}, now {run[name]}): {way_out}"
-            )
-    for name in ("body_sha256", "started", "wandb_id", "segments"):
+            was = f"was trained with another {name} ({old_run[name]}, now {run[name]})"
+            raise RunError(f"{out_dir} {was}: {way_out}")
+    for name in ("body_sha256", "started", "wandb_id", "segments", "starts"):
         run[name] = old_run[name]
-    run["starts"] = starts(old_run)
     if changed:
         run["segments"] = [*old_run["segments"], {"step": step, "changed": changed}]
     return folder
@@ -185,9 +177,9 @@ def check_nothing_is_erased(out_dir: Path, config) -> None:
 
 
 def begin(out_dir, config, run: dict, step: int, meta: dict, tokenizer) -> None:
-    """Write the records of a start at a step: run.json, config.json, and data_meta.json with the tokenizer.
+    """Write the records of a start at a step: run.json, config.json, data_meta.json and the tokenizer.
 
-    meta: the data as data.meta.describe has it; with it beside the weights a run can be sampled without its data.
+    meta: the data as data.meta.describe has it; so a run can be sampled without its data.
     """
     out_dir = Path(out_dir)
     this = {"time": now(), "step": step} | {k: run[k] for k in LAST_START}
@@ -202,12 +194,6 @@ def begin(out_dir, config, run: dict, step: int, meta: dict, tokenizer) -> None:
     write_json(out_dir / "data_meta.json", kept)
 
 
-def starts(run: dict) -> list[dict]:
-    """The starts that a record tells of; a record of an earlier version knows its last one alone."""
-    last = {"time": run["started"], "step": 0} | {k: run[k] for k in LAST_START}
-    return run["starts"] or [last]
-
-
 def give_up(out_dir, windows: dict[int, list[int]]) -> str:
     """Record that a run diverged, until its next start; the sentence to end it with.
 
@@ -215,13 +201,11 @@ def give_up(out_dir, windows: dict[int, list[int]]) -> str:
     """
     out_dir, step = Path(out_dir), max(windows)
     write_json(out_dir / "nonfinite.json", {"steps": list(windows), "window_ids": windows})
-    run = read_record(out_dir / "run.json", Run, "a run's record").model_dump()
-    write_json(out_dir / "run.json", run | {"diverged": step})
+    write_json(out_dir / "run.json", read_run(out_dir)[1] | {"diverged": step})
     good = checkpoint.newest(out_dir, good=True)
     return (
-        f"loss or gradient was not finite in {len(windows)} steps in a row up to step {step}: they were skipped; their "
-        f"windows are in {out_dir / 'nonfinite.json'} and the last good checkpoint is {good or 'not yet there'}; "
-        "lower learning_rate or look at the data"
+        f"loss or gradient was not finite in {len(windows)} steps in a row up to step {step}, which were skipped: lower "
+        f"learning_rate, or look at the data in {out_dir / 'nonfinite.json'}; the last good checkpoint is {good or 'none'}"
     )
 
 

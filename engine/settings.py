@@ -45,9 +45,7 @@ def arm_name(config) -> str:
 def check(config) -> None:
     """Refuse keys that mean nothing together, and names that could not be shown everywhere."""
     if config.tie_weights and config.head_lr_mult != 1:
-        raise RunError(
-            "head_lr_mult means nothing with tie_weights=True, where wte_lr_mult is the head's too"
-        )
+        raise RunError("head_lr_mult means nothing with tie_weights=True: wte_lr_mult is the head's too")
     if config.wte != "kronecker" and config.wte_entropy:
         raise RunError(f"wte_entropy means nothing with wte={config.wte!r}: it belongs to wte='kronecker'")
     # it becomes a legend, a table's cell, a folder's name; $ and a leading _ mean something to matplotlib

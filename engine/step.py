@@ -49,9 +49,8 @@ class GuardedStep:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) / self.loss_scale
         bad = ~(norm.isfinite() & loss.isfinite())
-        divisor = (
-            self.loss_scale * (norm / self.grad_clip).clamp(min=1) if self.grad_clip else self.loss_scale
-        )
+        clip = (norm / self.grad_clip).clamp(min=1) if self.grad_clip else 1
+        divisor = self.loss_scale * clip
         if self.fused:
             self.optimizer.found_inf, self.optimizer.grad_scale = bad.float(), divisor.float()
             self.optimizer.step()
@@ -69,19 +68,13 @@ class GuardedStep:
 
     def state_dict(self) -> dict:
         """For state.json: steps skipped in all and in a row, good ones since the scale moved, and the scale."""
-        return {
-            "skipped": int(self.skipped),
-            "streak": int(self.streak),
-            "good": int(self.good),
-            "loss_scale": float(self.loss_scale),
-        }
+        return {name: getattr(self, name).item() for name in ("skipped", "streak", "good", "loss_scale")}
 
 
 def dropout_seed(seed: int, step: int, part: int) -> int:
     """Seed of the masks of one micro-batch (`part`, over all ranks) of a step: a resume draws the same.
 
-    Python's hash of a tuple of small whole numbers is fixed, but it takes -1 for -2 and numbers modulo 2^61 - 1:
-    seeds that are not small become small ones by SHA-256.
+    Python's hash takes -1 for -2 and numbers modulo 2^61 - 1: seeds that are not small become so by SHA-256.
     """
     if not 0 <= seed < sys.hash_info.modulus:
         seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:7], "little")

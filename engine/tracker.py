@@ -2,9 +2,8 @@
 
     python -m engine.tracker out/demo/kronecker_s1337 --to=trackio      show a run that was trained without one
 
-A process of its own follows the record. So nothing that happens to a tracker (a missing package, a crash, a network
-that never answers) stops a run or makes it wait, and a killed run is still sent to its last row. Every start sends
-the record from its first row, so what a kill cut off is made good, and a resumed run is whole with no row twice.
+A process of its own follows the record, so that nothing that happens to a tracker stops a run or makes it wait, and
+a killed run is still sent to its last row. Every start sends the record from its first row: a resumed run is whole.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from data import DataError
+from data.console import first_line
 from data.files import Lock
 from data.records import read_record
 
@@ -104,9 +104,8 @@ def main(argv: list[str]) -> int:
     else:
         over.set()
     try:
-        config, run = (
-            read_record(args.out_dir / f"{name}.json", dict, f"a run's {name}") for name in ("config", "run")
-        )
+        config = read_record(args.out_dir / "config.json", dict, "a run's configuration")
+        run = read_record(args.out_dir / "run.json", dict, "a run's record")
         with lock(args.out_dir):
             send = {"wandb": send_to_wandb, "trackio": send_to_trackio}[args.to]
             send(args.out_dir, config, run, follow(args.out_dir / "metrics.jsonl", over), say)
@@ -231,10 +230,6 @@ def send_to_trackio(out_dir: Path, config: dict, run: dict, rows, say) -> None:
     for row in rows:
         shown.log(row, step=row["iter"])
     shown.finish()
-
-
-def first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def test_hours_by_hand():
 
 
 def test_only_numbers_of_gpus_that_share_the_batch_are_shown():
-    assert [costs.usable(n, 528) for n in costs.NUMBERS] == [1, 8, 16, 24, 48]
-    assert [costs.usable(n, 8) for n in costs.NUMBERS] == [1, 8, 8, 8, 8]
+    assert [costs.largest_divisor(528, n) for n in costs.NUMBERS] == [1, 8, 16, 24, 48]
+    assert [costs.largest_divisor(8, n) for n in costs.NUMBERS] == [1, 8, 8, 8, 8]
 
 
 def test_packing_by_hand_and_by_trying_every_way():

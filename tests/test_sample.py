@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import configurator
 import sample
+from data import DataError
 from engine import checkpoint
 from engine.errors import RunError
 from engine.generation import pick
@@ -121,7 +122,7 @@ def test_a_slot_changes_what_follows(runs_dir, capsys):
         (["--start=FILE:nowhere.txt"], "no prompt file"),
         (["--prompts=nowhere.txt"], "no prompt file"),
         (["--which=77"], "no 77 checkpoint"),
-        (["--out_dir=nowhere"], "is no run"),
+        (["--out_dir=nowhere"], "there is no nowhere/config.json"),
         (["--init_from=gpt2"], "--out_dir would not be used here"),
         (["--tokenizer=gpt2"], "--tokenizer would not be used here"),
         (["--prompts=p.txt", "--start=a"], "--start would not be used here"),
@@ -130,7 +131,7 @@ def test_a_slot_changes_what_follows(runs_dir, capsys):
     ],
 )
 def test_refusals(flags, words, runs_dir):
-    with pytest.raises(RunError, match=words):
+    with pytest.raises((RunError, DataError), match=words):
         run(f"--out_dir={runs_dir / 'bpe_tied'}", *flags)
 
 
@@ -245,13 +246,9 @@ def edited(runs_dir, folder, name, change):
             lambda c: c | {"n_head": 5},
             "run has a shape that cannot be: n_embd 32 is not a multiple",
         ),
-        ("config.json", lambda c: c | {"n_layer": 3}, "lacks the weights transformer.h.2"),
-        (
-            "config.json",
-            lambda c: c | {"wte": "stock"},
-            "the weights transformer.wte.projection.weight, which",
-        ),
-        ("config.json", lambda c: c | {"block_size": 8}, r"wpe.weight in .* has the shape \(16, 32\), but"),
+        ("config.json", lambda c: c | {"n_layer": 3}, r"Missing key.*transformer.h.2"),
+        ("config.json", lambda c: c | {"wte": "stock"}, r"Unexpected key.*wte.projection.weight"),
+        ("config.json", lambda c: c | {"block_size": 8}, "size mismatch for transformer.wpe.weight"),
         ("data_meta.json", lambda c: [c], "data_meta.json is not .*: it should be a JSON object"),
         ("data_meta.json", lambda c: c | {"tokenizer": {"kind": "x"}}, "data_meta.json is not .*: tokenizer"),
         ("data_meta.json", lambda c: c | {"tokenizer": None}, "was trained on ids without a tokenizer"),
@@ -308,7 +305,7 @@ def test_a_character_level_checkpoint_is_sampled_with_its_own_characters(
     ]
     if place == "named":
         request.getfixturevalue("gpt2_encoding")
-        with pytest.raises(RunError, match=r"has 28 tokens, the tokenizer gpt2 50257: say with --tokenizer="):
+        with pytest.raises(RunError, match=r"has 28 tokens, the tokenizer gpt2 50257: name the right one"):
             run(*flags)
         flags.append(f"--tokenizer={folder}")
     out = printed(capsys, *flags).partition("\n---")[0]
@@ -317,8 +314,6 @@ def test_a_character_level_checkpoint_is_sampled_with_its_own_characters(
 
 def test_a_data_set_named_by_a_path_is_refused(tmp_path):
     from test_pretrained import nanogpt_checkpoint
-
-    from data import DataError
 
     nanogpt_checkpoint(tmp_path / "ckpt.pt")
     saved = torch.load(tmp_path / "ckpt.pt") | {"config": {"dataset": "../../elsewhere"}}
