@@ -86,8 +86,7 @@ def sha256(path) -> str:
 def plain_name(name: str) -> str:
     """The name, if it is a plain one: a file of this name can only lie in the folder that it is looked for in.
 
-    Names in records come from others. Raises DataError for an empty one, `.`, `..`, a path, a Windows drive,
-    control or other unprintable characters, and more than 200 bytes.
+    Names in records come from others. Raises DataError for a path, unprintable characters, and more than 200 bytes.
     """
     if name in ("", ".", "..") or {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
         raise DataError(f"{name[:80]!r} is not a plain file name")
@@ -98,7 +97,6 @@ def plain_name(name: str) -> str:
 
 def folder_lock(folder: Path) -> "Lock":
     """Make a folder and hold it until this process is done or dead; DataError if another one prepares it."""
-    folder.mkdir(parents=True, exist_ok=True)
     refusal = f"another run is preparing {folder} at this moment: wait for it, or take another --out-dir"
     return Lock(folder / "prepare.lock", refusal)
 
@@ -106,11 +104,12 @@ def folder_lock(folder: Path) -> "Lock":
 class Lock:
     """Keeps other processes out for as long as this one lives, or until the lock is closed.
 
-    path: the lock's own file, made if need be and never removed (removing it would let two in).
+    path: the lock's own file, made with its folder if need be and never removed (removing it would let two in).
     refusal: the sentence of the DataError that is raised when another process holds the lock.
     """
 
     def __init__(self, path, refusal: str):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+")  # noqa: SIM115 - closing it would release the lock
         try:
             if sys.platform == "win32":

@@ -1,8 +1,8 @@
 """Which data this is, from its contents: the SHA-256 and the highest id of each shard, found in one reading.
 
-A reading of hundreds of gigabytes takes minutes, so its result is kept beside the shards, in `.contents.json`, and
-believed as long as a file's size and both its times of change are the same. (No program sets the second, so that a
-memory which came with the data is not believed. Where the folder cannot be written, each process reads again.)
+As this takes minutes, the result is kept beside the shards, in `.contents.json`, and believed as long as a file's size
+and both its times of change are the same. (No program sets the second, so a memory that came with the data is not
+believed.)
 """
 
 import contextlib
@@ -98,10 +98,7 @@ def contents(data_dir, split: str) -> dict[Path, Content]:
     for path, there in found.items():
         record = recorded.get(path.name)
         if record and (record["tokens"], record["sha256"]) != (there.tokens, there.sha256):
-            raise DataError(
-                f"{path} is not what was prepared: its SHA-256 differs from meta.json's; delete it and run its "
-                "prepare.py again, or download it again"
-            )
+            raise DataError(f"{path} is not what was prepared (its SHA-256 differs): prepare it again")
     new = known | {path.name: there for path, there in found.items() if _settled(there.ctime_ns)}
     if new != known:
         # a folder that one may only read, or another rank that writes the same

@@ -1,10 +1,9 @@
 """Batches as a pure function of (seed, step), straight from shards on the disk.
 
-The training tokens are cut into windows of block_size + 1 tokens that start block_size apart, each inside
-one shard. Step after step, global batches take the next `global_batch` windows of an endless stream in
-which every epoch is a fresh permutation of all windows. The permutation is computed, not stored (a keyed
-Feistel network), so a resume needs no replay, any rank can ask for any rows, and 100B tokens cost no
-memory.
+The training tokens are cut into windows of block_size + 1 tokens that start block_size apart, each inside one shard.
+Global batches take the next `global_batch` windows of an endless stream in which every epoch is a fresh permutation of
+all windows. It is computed, not stored (a keyed Feistel network): a resume needs no replay, any rank can ask for any
+rows, and 100B tokens cost no memory.
 """
 
 import hashlib
@@ -43,10 +42,8 @@ class TrainBatches:
         self.n_windows = int(self._first_window[-1])
         self.n_tokens = sum(shard.n_tokens for shard in self._shards)
         if self.n_windows == 0:
-            raise DataError(
-                f"{data_dir} has {self.n_tokens:,} training tokens, less than one window of block_size + 1 = "
-                f"{block_size + 1:,}: prepare more data or lower block_size"
-            )
+            window = f"one window of block_size + 1 = {block_size + 1:,}: prepare more data or lower it"
+            raise DataError(f"{data_dir} has {self.n_tokens:,} training tokens, less than {window}")
         self._files = _Files(self._shards)
 
     def rows(self, step: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,11 +110,9 @@ class ValWindows:
 
 
 class _Files:
-    """Reads windows out of shards by position.
+    """Reads windows out of shards by position, one pread a row, so that threads and forks may share the file.
 
-    Not through a memory map: its pages count as the process's memory and stay (nanoGPT #287), and a page
-    fault costs as much as the read. One pread a row copies exactly the row, and threads and forks may share
-    the file.
+    Not through a memory map: its pages count as the process's memory and stay (nanoGPT #287).
     """
 
     def __init__(self, shards: list[Shard]):
@@ -157,9 +152,8 @@ def may_open() -> int:
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where a permutation of range(n), drawn by (seed, epoch), sends each index: int64, any shape.
 
-    A Feistel network on pairs (left, right) in an a x b grid just larger than n; the few results outside
-    range(n) are sent through again until they fall inside ("cycle walking"), which keeps it a permutation.
-    See Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002).
+    A Feistel network on an a x b grid just larger than n; results outside range(n) are sent through again until they
+    fall inside ("cycle walking": Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     a = max(1, int(np.ceil(np.sqrt(n))))
     b = -(-n // a)

@@ -19,7 +19,6 @@ from data.records import PlainName, Record, read_record
 from data.tokenizers import CharTokenizer
 
 META_NAME = "meta.json"
-FORMAT = 1
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -56,7 +55,7 @@ class TokenizerSchema(Record):
 class MetaSchema(Record):
     """meta.json."""
 
-    format: int
+    format: Literal[1]
     dataset: str = ""
     complete: bool = True  # false while the set is being made
     tokenizer: TokenizerSchema | None
@@ -75,19 +74,12 @@ class MetaSchema(Record):
 def read_meta(data_dir) -> dict | None:
     """The description of a prepared folder, or None where there is none (published shards).
 
-    nanoGPT's `meta.pkl` (characters) is read too, by an unpickler that knows only plain containers, and is
-    returned in the same form. Raises DataError where the file is there but damaged or of a later format.
+    nanoGPT's `meta.pkl` (characters) is returned in the same form. Raises DataError where the file is damaged.
     """
     path, pickled = Path(data_dir) / META_NAME, Path(data_dir) / "meta.pkl"
     if not path.is_file():
         return _read_nanogpt_meta(pickled) if pickled.is_file() else None
-    record = read_record(path, MetaSchema, "the description of prepared data")
-    if record.format != FORMAT:
-        raise DataError(
-            f"{path} is of format {record.format}, but only format {FORMAT} is known here: update this "
-            "project, or prepare the data again"
-        )
-    return record.model_dump(exclude_unset=True)
+    return read_record(path, MetaSchema, "the description of prepared data").model_dump(exclude_unset=True)
 
 
 def read_complete(data_dir) -> dict | None:
@@ -99,11 +91,8 @@ def read_complete(data_dir) -> dict | None:
 
 
 def describe(data_dir, vocab_size: int = 0) -> dict:
-    """`read_meta`, or for folders without a description what they are taken for.
-
-    Published shards are GPT-2's, unless a smaller `vocab_size` says that they cannot be: then the tokenizer is
-    None, as it is where meta.pkl gives only a number of ids.
-    """
+    """`read_meta`; without a description shards are taken for GPT-2's, unless a smaller `vocab_size` says that they
+    cannot be: then the tokenizer is None, as it is where meta.pkl gives only a number of ids."""
     if (meta := read_meta(data_dir)) is not None:
         return meta
     if 0 < vocab_size < 50257:
@@ -139,7 +128,7 @@ def _read_nanogpt_meta(path: Path) -> dict:
         raw = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         n = int(raw["vocab_size"])
         if "itos" not in raw and n > 0:  # all that nanoGPT's train.py asks for
-            return {"format": FORMAT, "dataset": dataset, "tokenizer": None, "vocab_size": n}
+            return {"format": 1, "dataset": dataset, "tokenizer": None, "vocab_size": n}
         characters = [raw["itos"][i] for i in range(n)]
         if not characters or not all(isinstance(c, str) for c in characters):
             raise KeyError("itos")
@@ -158,7 +147,7 @@ def dtype_for(n_vocab: int) -> np.dtype:
 def new_meta(dataset: str, tokenizer, **more) -> dict:
     """The beginning of a set's description, with what its tokenizer says. more: further keys, or others' values."""
     return {
-        "format": FORMAT,
+        "format": 1,
         "dataset": dataset,
         "complete": True,
         "tokenizer": tokenizer.spec,

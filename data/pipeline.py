@@ -1,8 +1,7 @@
 """From blocks of text to a folder of shards: in parallel, resumable, the same bytes every time.
 
 The stream of tokens is defined by the documents' order alone. Threads encode blocks (the libraries that do it leave
-Python's lock); this one reads them, puts the results in order, and cuts the stream into shards (number 0 has val_tokens,
-or all that the source holds out; the others shard_tokens). After each shard
+Python's lock); this one reads them, puts the results in order, and cuts the stream into shards. After each shard
 meta.json says where the next one starts: the position of a block in the source, and how many of its tokens belong to
 shards before. A killed run is taken up there, so are shards that were lost later.
 """
@@ -34,15 +33,6 @@ def checked_of(number: int, n_texts: int) -> range:
     """Which of the texts of the `number`-th block are held against the tokenizer's own library."""
     # 37 and 100 have no factor in common, so blocks of one document get their turn
     return range(-37 * number % CHECK_ONE_IN, n_texts, CHECK_ONE_IN) if number else range(n_texts)
-
-
-def encode_block(encoder: Encoder, block: Block, column: str, number: int) -> tuple:
-    """Tokens of the `number`-th block read, its rows skipped by reason, its documents and characters of text."""
-    texts, skipped = read_block(block, column)
-    block.content = b""  # read: only the tokens wait for their turn
-    checked = checked_of(number, len(texts))
-    tokens, skipped["not_encodable"] = encoder.encode(texts, checked, block.opens)
-    return tokens, skipped, len(texts) * block.opens, sum(map(len, texts))
 
 
 def in_order(blocks: Iterator[Block], work: Callable, workers: int) -> Iterator[tuple]:
@@ -77,11 +67,10 @@ def prepare_shards(
 ) -> dict:
     """Make, or finish, the set of shards in `out_dir`, of which the caller holds the lock; returns its meta.
 
-    blocks_from(position) gives the source's blocks from a position (None: from the start). source: what
-    identifies it; kept in meta.json, and a folder made from anything else is refused. val_tokens: length of
-    the validation shard; None: it ends where the source's blocks say "train". max_shards: stop
-    after so many training shards (a later call with more goes on). workers: threads that encode.
-    fast: see data.encoder. Raises DataError, with every whole shard and its record on the disk.
+    blocks_from(position) gives the source's blocks from a position (None: from the start). source: what identifies
+    it; a folder made from anything else is refused. val_tokens: length of the validation shard, number 0; None: it
+    ends where the source's blocks say "train". max_shards: stop after so many training shards. workers: threads that
+    encode. fast: see data.encoder. Raises DataError, with every whole shard and its record on the disk.
     """
     if tokenizer.eot is None:
         raise DataError(f"the tokenizer {tokenizer.name} has no end-of-text token to open documents with")
@@ -114,7 +103,11 @@ def prepare_shards(
     encoder = Encoder(tokenizer, fast)
 
     def encode(block: Block, number: int) -> tuple:
-        return encode_block(encoder, block, column, number)
+        """Tokens of the `number`-th block read, its rows skipped by reason, its documents and characters of text."""
+        texts, skipped = read_block(block, column)
+        block.content = b""  # read: only the tokens wait for their turn
+        tokens, skipped["not_encodable"] = encoder.encode(texts, checked_of(number, len(texts)), block.opens)
+        return tokens, skipped, len(texts) * block.opens, sum(map(len, texts))
 
     def encoded(position) -> Iterator[tuple]:
         with contextlib.closing(blocks_from(position)) as blocks:
@@ -157,16 +150,12 @@ def _take_up(out_dir: Path, meta: dict) -> None:
         return
     for key in ("dataset", "made", "tokenizer", "vocab_size"):
         if old.get(key) != meta[key]:
-            raise DataError(
-                f"{out_dir} holds a set made with another {key} ({_difference(old.get(key), meta[key])}): "
-                f"give the same options to go on with it, or another --out-dir"
-            )
+            how = f"another {key} ({_difference(old.get(key), meta[key])})"
+            raise DataError(f"{out_dir} holds a set made with {how}: give the same, or another --out-dir")
     for number, record in enumerate(old.get("shards", [])):
         ours = record["file"] == shard_name(meta["dataset"], number) and record.get("documents") is not None
         if not ours or (record.get("next") is None and number + 1 < len(old["shards"])):
-            raise DataError(
-                f"{out_dir / META_NAME} lists {record['file']} as this command never would: delete the folder"
-            )
+            raise DataError(f"{out_dir / META_NAME} lists {record['file']}, not made here: delete the folder")
     meta |= {
         key: old[key]
         for key in ("complete", "skipped", "versions", "shards", "documents", "tokens")
@@ -200,10 +189,7 @@ def _make_shards(out_dir: Path, meta: dict, first: int, stop: int | None, encode
         n_tokens = 0
         record = shard_record(path, "train" if number else "val", meta["eot"]) | {"next": following}
         if number < len(shards) and shards[number]["sha256"] != record["sha256"]:
-            raise DataError(
-                f"{path.name} came out different from its first making, so the source has changed; delete {out_dir} "
-                "and prepare it anew"
-            )
+            raise DataError(f"{path.name} came out different: the source has changed; prepare {out_dir} anew")
         shards[number : number + 1] = [record]  # in its old place, or behind the last
         _record(out_dir, meta)
         number += 1

@@ -25,10 +25,8 @@ def obtain(source: Path | None, url: str, folder: Path) -> str:
             with urllib.request.urlopen(url, timeout=30) as reply:
                 write_atomic(path, [reply.read()])
         except OSError as error:
-            raise DataError(
-                f"cannot download {url} ({getattr(error, 'reason', error)}): get the text some other way and "
-                "give it with --input FILE"
-            ) from error
+            reason = getattr(error, "reason", error)
+            raise DataError(f"cannot download {url} ({reason}): give a text with --input FILE") from error
     return whole_text(path).replace("\r\n", "\n").replace("\r", "\n")
 
 

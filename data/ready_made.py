@@ -25,10 +25,8 @@ def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: 
             say(f"already complete, nothing to do: {len(known)} shards in {out_dir}")
             return old
         remote = retrying(lambda: remote_files(repo), min(retries, 2))
-        val, train = (
-            sorted(name for name in remote if re.fullmatch(rf"\w*_{split}_\d+\.bin", name))
-            for split in ("val", "train")
-        )
+        shards = [m for name in sorted(remote) if (m := re.fullmatch(r"\w*_(val|train)_\d+\.bin", name))]
+        val, train = ([m[0] for m in shards if m[1] == split] for split in ("val", "train"))
         if not val or not train:
             raise DataError(f"the data set {repo} has no *_val_*.bin and *_train_*.bin shards")
         wanted = val + train[:max_shards]

@@ -1,8 +1,8 @@
 """One reader for all records: JSON files and their lines, held against the schema that their owner declares.
 
-A schema is a class derived from `Record`, or any other type that pydantic knows (a TypedDict for rows whose keys
-are no Python names). Whatever is wrong with a record becomes one DataError that names the file, the key, what is
-there and what should be. Keys that a schema does not name are let through, so newer records can be read.
+A schema is a class derived from `Record`, or any other type that pydantic knows. Whatever is wrong with a record
+becomes one DataError that names the file, the key, what is there and what should be. Keys that a schema does not name
+are let through, so newer records can be read.
 """
 
 import json

@@ -48,8 +48,8 @@ def find_shards(data_dir, split: str) -> list[Path]:
     """The files of a split ("train" or "val") in order; an empty list where there are none.
 
     Those that meta.json lists, whether they are there or not. Without such a list `*_{split}_<digits>.bin`, else
-    nanoGPT's `{split}.bin`, else build-nanogpt's `*_{split}_<digits>.npy`; hidden files never.
-    Raises DataError where the folder does not exist or holds shards of two data sets.
+    `{split}.bin`, else `*_{split}_<digits>.npy`; hidden files never. Raises DataError where the folder does not exist
+    or holds shards of two data sets.
     """
     folder = Path(data_dir)
     if not folder.is_dir():
@@ -64,10 +64,8 @@ def find_shards(data_dir, split: str) -> list[Path]:
             continue
         prefixes = sorted({match[1] for match in found})
         if len(prefixes) > 1:
-            raise DataError(
-                f"{folder} holds shards of {len(prefixes)} data sets ({', '.join(prefixes)}): "
-                "give each a folder of its own, or they would be mixed"
-            )
+            sets = ", ".join(prefixes)
+            raise DataError(f"{folder} holds shards of several sets ({sets}): give each a folder of its own")
         # by number, so that a set written without leading zeros is in order too
         return [folder / m[0] for m in sorted(found, key=lambda m: (int(m[2] or 0), m[0]))]
     return []

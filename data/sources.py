@@ -3,8 +3,7 @@
 Every source is a generator of `Block`s. A block carries the position of its first document, as plain JSON; the same
 source started there gives the same documents again, and the same tokens however it is cut into blocks.
 
-Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark. What is neither is never guessed at: a JSON line is left
-out and counted, a text file is refused.
+Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark; of anything else a JSON line is counted, a file refused.
 """
 
 import bz2
@@ -26,14 +25,12 @@ from pathlib import Path
 import orjson
 
 from data import DataError
+from data.console import first_line
 
 BLOCK_BYTES = 1 << 20
-LONGEST_LINE = 1 << 27  # bytes of a JSON line; what is longer is left out, so that memory has a limit
-LONGEST_PART = 1 << 22  # bytes of a text without a place for a cut, behind which it is cut all the same
+LONGEST_LINE = 1 << 27  # bytes of a JSON line, or of text without a place for a cut, for memory's sake
 LINES = (".jsonl", ".json", ".ndjson")
-KINDS = (
-    f"{' '.join(LINES)} (one object a line), .txt (a document a file), all also .gz .zst .xz .bz2; .parquet"
-)
+KINDS = f"{' '.join(LINES)} (an object a line), .txt (a document a file), also .gz .zst .xz .bz2, .parquet"
 # Why a row is left out, and what is said where all of them are.
 SKIP_REASONS = {
     "empty": "are empty",
@@ -43,12 +40,8 @@ SKIP_REASONS = {
     "too_long": "are too long",
     "not_encodable": "are beyond the tokenizer",
 }
-MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which begins alike
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+# UTF-32's first: UTF-16's begin alike
+MARKS = [(getattr(codecs, f"BOM_UTF{n}_{end}"), f"utf-{n}") for n in (32, 16) for end in ("LE", "BE")]
 MAGIC = {
     ".gz": rb"\x1f\x8b",
     ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
@@ -62,9 +55,12 @@ HOPELESS = (
     *("ModuleNotFoundError", "scripts are no longer"),
 )
 # Where text can be cut without changing its tokens: between a letter of the commonest alphabets and the space or line
-# end behind it. No piece of GPT-2's pattern, nor of its successors', goes across.
-SAFE_CUT = re.compile(rb"(?:[A-Za-z]|\xd0[\xb0-\xbf]|\xd1[\x80-\x8f]|[\xe5-\xe8][\x80-\xbf]{2})(?=[ \n])")
-LAST_CUT = re.compile(rb"[\x80-\xff](?=[ \n])")
+# end behind it, or any other character (but white space) and the space. No piece of GPT-2's pattern, nor of its
+# successors', goes across.
+SAFE_CUT = re.compile(
+    rb"(?:[A-Za-z]|\xd0[\xb0-\xbf]|\xd1[\x80-\x8f]|[\xe5-\xe8][\x80-\xbf]{2})(?=[ \n])"
+    rb"|(?:[\xc3-\xdf]|[\xe0\xe4-\xed][\x80-\xbf])[\x80-\xbf](?= )"
+)
 
 
 @dataclass
@@ -125,9 +121,7 @@ def local_blocks(files: list[Path], column: str, position=None, held_out=0, cut=
         case [int(first), int(place)] if first >= 0 and place >= 0:
             pass
         case _:
-            raise DataError(
-                f"meta.json has {str(position)[:60]}, which is no place in a file: delete the folder"
-            )
+            raise DataError(f"meta.json has {str(position)[:60]}, no place in a file: delete the folder")
     for number, path in enumerate(files[first:], first):
         for block in _file_blocks(path, column, place, cut):
             block.position = [number, block.position]
@@ -240,9 +234,7 @@ def _utf8(path: Path, raw, packed: str, start: int = 0):
     if encoding := next((name for mark, name in MARKS if head.startswith(mark)), None):
         file = io.BufferedReader(_Recoded(file, encoding))
     elif max(zeros) > 0.5 and min(zeros) < 0.1:  # every other byte, as in UTF-16 of Latin text
-        raise DataError(
-            f"{path} looks like UTF-16 without a byte-order mark: convert it, e.g. iconv -f utf-16le -t utf-8"
-        )
+        raise DataError(f"{path} looks like UTF-16 without its mark: iconv -f utf-16le -t utf-8 converts it")
     elif not packed:
         file.seek(start)
         return file
@@ -256,7 +248,7 @@ def _utf8(path: Path, raw, packed: str, start: int = 0):
 def _line_blocks(path: Path, file, at: int) -> Iterator[Block]:
     """Whole lines, up to the first that ends beyond BLOCK_BYTES; one longer than LONGEST_LINE is left out and counted.
 
-    Where a block ends depends on where it starts alone, so that an interrupted preparation gives the same record.
+    Where a block ends depends on where it starts alone, for the sake of interrupted preparations.
     """
     while data := file.read(BLOCK_BYTES):
         if at == 0 and data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
@@ -283,27 +275,19 @@ def _text_blocks(path: Path, file, at: int, cut: bool) -> Iterator[Block]:
         part += file.read(max(0, searched + 1 - len(part)))
         if len(part) <= searched:
             break
-        ends = _cuts(SAFE_CUT, part, searched) if cut else []
-        if cut and not ends and searched >= LONGEST_PART:
-            # behind any letter or sign of other scripts, or else between any two characters
-            character = next((k for k in range(4) if part[searched - k] & 0xC0 != 0x80), 0)
-            ends = _cuts(LAST_CUT, part, searched) or [searched - character]
-        if ends:
+        cuts = SAFE_CUT.finditer(part, searched - 4096, searched + 1) if cut else ()
+        if ends := [match.end() for match in cuts]:
             yield Block(at, [_decoded(path, part[: ends[-1]], at)], opens=at == 0)
             at, searched = at + ends[-1], 0
             del part[: ends[-1]]
         searched += BLOCK_BYTES
         if len(part) > LONGEST_LINE:
             raise DataError(
-                f"{path} is one document of more than {LONGEST_LINE >> 20} MiB, which this tokenizer cannot take in "
+                f"{path} has more than {LONGEST_LINE >> 20} MiB without a place where this tokenizer could take it in "
                 "parts: give it as JSON lines, or in smaller files"
             )
     if text := _decoded(path, part, at):  # what is left at the file's end
         yield Block(at, [text], opens=at == 0)
-
-
-def _cuts(pattern: re.Pattern, part: bytearray, end: int) -> list[int]:
-    return [match.end() for match in pattern.finditer(part, end - 4096, end + 1)]
 
 
 def _decoded(path: Path, text: bytes | bytearray, at: int) -> str:
@@ -328,9 +312,7 @@ def _parquet_blocks(path: Path, column: str, start: int) -> Iterator[Block]:
         text = [name for name, kind in types.items() if re.match("(dictionary<values=|large_)?string", kind)]
         if column not in text:
             there = ", ".join(f"{name} ({kind})" for name, kind in types.items())
-            raise DataError(
-                f"{path} has no column {column!r} of text; it has {there}: choose with --text-column"
-            )
+            raise DataError(f"{path} has no text {column!r}, but {there}: choose with --text-column")
         row, groups = 0, list(range(file.metadata.num_row_groups))
         while groups and row + file.metadata.row_group(groups[0]).num_rows <= start:
             row += file.metadata.row_group(groups.pop(0)).num_rows
@@ -357,16 +339,13 @@ def _next_texts(rows: Iterator) -> list:
 def hub_blocks(open_stream, column: str, position=None, retries: int = 8, wait=time.sleep) -> Iterator[Block]:
     """Blocks of a streamed data set. Position: what its state_dict() gave.
 
-    open_stream: makes the stream anew (a datasets.IterableDataset); after an error it is opened again at the start of
-    the block that was being read, see `retrying`.
+    open_stream: makes the stream (a datasets.IterableDataset), and makes it anew after an error.
     """
     stream, texts, answered = None, None, position is not None
 
     def text_of(row: dict):
         if column not in row:
-            raise DataError(
-                f"there is no column {column!r}; it has {', '.join(row)}: choose with --text-column"
-            )
+            raise DataError(f"no column {column!r}; there are {', '.join(row)}: choose with --text-column")
         return row[column]
 
     def next_block() -> Block:
@@ -398,7 +377,7 @@ def retrying(action: Callable, retries: int, wait=time.sleep):
         except DataError:
             raise
         except Exception as error:  # of datasets, fsspec, httpx, pyarrow, the hub, the operating system
-            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            problem = f"{type(error).__name__}: {first_line(error)}"
             if type(error) is ValueError or any(name in problem for name in HOPELESS):
                 raise DataError(f"the data set cannot be opened ({problem})") from error
             if failures > retries:

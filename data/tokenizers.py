@@ -15,14 +15,15 @@ A tokenizer has
 """
 
 import contextlib
-import json
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from data import DataError
+from data.console import first_line
 from data.files import expanded, plain_name, write_atomic
+from data.records import parsed, read_text
 from kronecker.tokens import byte_level_alphabet, token_bytes
 
 FILE_NAME = "tokenizer.json"
@@ -30,21 +31,17 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-2's split of text into pieces that merges never cross, possessive so that no run of text can overflow a stack.
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # Names under which tokenizers outside tiktoken keep their end of text, best first.
-END_NAMES = (
-    *(END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>"),
-    *("<|im_end|>", "[SEP]", "<|begin_of_text|>", "<s>"),
-)
+END_NAMES = (END_OF_TEXT, *"<|end_of_text|> </s> <eos> <|im_end|> [SEP] <|begin_of_text|> <s>".split())
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 def load_tokenizer(spec, base_dir=None):
     """The tokenizer that a spec names.
 
-    spec: a dict from `meta.json`, or a plain name: tiktoken's ("gpt2", "cl100k_base"), "gpt2"-like first; the
-    path of a `tokenizer.json` or of a folder that holds one; a Hugging Face hub name.
+    spec: a dict from `meta.json`, or a plain name: tiktoken's ("gpt2", "cl100k_base"), the path of a
+    `tokenizer.json` or of a folder that holds one, or a Hugging Face hub name.
     base_dir: the folder that holds the files which a dict spec mentions (a prepared set's, or a run's).
-    Only tokenizer.json files are read and no code that comes with a tokenizer is ever run.
-    Raises DataError where it cannot be had.
+    Only tokenizer.json files are read, never code that comes with them. Raises DataError where it cannot be had.
     """
     if spec is None:
         raise DataError("the data does not say which tokenizer made it, so its ids cannot be read as text")
@@ -87,10 +84,10 @@ def _load_by_name(name: str):
     try:
         downloaded = hf_hub_download(name, FILE_NAME)
     except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
+        known = ", ".join(tiktoken.list_encoding_names())
+        why = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(
-            f"no tokenizer {name!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}; it is no "
-            f"local file or folder, and the Hugging Face hub gave none ({type(error).__name__}: "
-            f"{_first_line(error)})"
+            f"no tokenizer {name!r}: tiktoken knows {known}; it is no local file, and the hub gave none ({why})"
         ) from error
     with contextlib.suppress(Exception):  # which end of text it uses; a tokenizer may come without
         hf_hub_download(name, "tokenizer_config.json")
@@ -103,16 +100,10 @@ def _tiktoken(name: str):
     try:
         return tiktoken.get_encoding(name)
     except ValueError as error:
-        raise DataError(f"tiktoken has no encoding {name!r}: {_first_line(error)}") from error
+        raise DataError(f"tiktoken has no encoding {name!r}: {first_line(error)}") from error
     except OSError as error:  # requests' ConnectionError is one
-        raise DataError(
-            f"cannot load tiktoken's {name} ({type(error).__name__}): its vocabulary is downloaded once; "
-            f"connect to the network, or point TIKTOKEN_CACHE_DIR at a folder that already has it"
-        ) from error
-
-
-def _first_line(error) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+        cure = "go online once, or point TIKTOKEN_CACHE_DIR at a folder that has it"
+        raise DataError(f"cannot load tiktoken's {name} ({type(error).__name__}): {cure}") from error
 
 
 class _Tokenizer:
@@ -161,17 +152,14 @@ class TiktokenTokenizer(_Tokenizer):
 
 
 class ByteBPETokenizer(TiktokenTokenizer):
-    """A small byte-level BPE trained by `tokenizers`, with end-of-text as its last id.
-
-    Encoded by tiktoken, which never looks for special tokens in ordinary text.
-    """
+    """A small byte-level BPE trained by `tokenizers`, encoded by tiktoken, with end-of-text as its last id."""
 
     def __init__(self, path: Path, spec: dict):
         import tiktoken
 
         self._path = Path(path)
         alphabet = {character: byte for byte, character in byte_level_alphabet().items()}
-        description = _read_json(self._path)
+        description = _described(self._path)
         try:
             vocab = description["model"]["vocab"]
             ranks = {bytes(alphabet[c] for c in token): rank for token, rank in vocab.items()}
@@ -196,11 +184,11 @@ class HFTokenizer(_Tokenizer):
         import tokenizers
 
         self._path = Path(path)
-        description = _read_json(self._path)
+        description = _described(self._path)
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(self._path))
         except Exception as error:  # tokenizers raises bare Exception
-            why = _first_line(error)
+            why = first_line(error)
             raise DataError(f"{path} is not a tokenizer of the `tokenizers` library: {why}") from error
         self.backend.encode_special_tokens = True  # a special token's text in a document is only text
         self.backend.no_truncation()
@@ -218,7 +206,7 @@ class HFTokenizer(_Tokenizer):
     def _find_eot(self, vocab: dict) -> int | None:
         config = self._path.with_name("tokenizer_config.json")
         names = list(END_NAMES)
-        if config.is_file() and isinstance(settings := _read_json(config), dict):
+        if config.is_file() and isinstance(settings := _described(config), dict):
             token = settings.get("eos_token")
             names.insert(0, str(token.get("content") if isinstance(token, dict) else token))
         return next((vocab[name] for name in names if name in vocab), None)
@@ -256,10 +244,5 @@ def clean_text(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"no tokenizer file {path}: prepare the data again, or copy it there") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error})") from error
+def _described(path: Path):
+    return parsed(read_text(path, "a tokenizer's description"), str(path))

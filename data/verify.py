@@ -49,11 +49,8 @@ def verify(folder: Path, tokenizer_name: str = "gpt2", say=print) -> list[str]:
     tokenizer = load_tokenizer(meta.get("tokenizer", tokenizer_name), folder)
     n_vocab = meta.get("vocab_size", tokenizer.n_vocab)
     records = {record["file"]: record for record in meta.get("shards", [])}
-    faults = [
-        f"{folder} has no {kind} shards"
-        for kind, found in (("training", train), ("validation", val))
-        if not found
-    ]
+    kinds = {"training": train, "validation": val}
+    faults = [f"{folder} has no {kind} shards" for kind, found in kinds.items() if not found]
     if not meta.get("complete", True):
         faults.append(f"{folder} is not finished: run its prepare.py again with the same options")
     if meta and (n := len(meta.get("byte_lengths", []))) != n_vocab:

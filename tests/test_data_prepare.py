@@ -194,7 +194,7 @@ def test_parquet_with_several_row_groups(tmp_path, bpe, small_blocks):
     meta = make(tmp_path / "o", bpe, [tmp_path / "a.parquet"], column="body")
     assert stream_of(tmp_path / "o").tolist() == reference(DOCUMENTS, bpe).tolist()
     assert meta["skipped"]["not_text"] == 1
-    with pytest.raises(DataError, match=r"no column 'text' of text; it has body \(\w*string\), n \(int64\)"):
+    with pytest.raises(DataError, match=r"no text 'text', but body \(\w*string\), n \(int64\)"):
         make(tmp_path / "p", bpe, [tmp_path / "a.parquet"])
     # from any block on, the same rows follow
     blocks = list(sources.local_blocks([tmp_path / "a.parquet"], "body"))
@@ -436,7 +436,7 @@ def test_a_record_that_names_files_elsewhere_deletes_nothing(tmp_path, bpe):
     precious = tmp_path / "precious.dat"
     precious.write_bytes(b"precious")
     for name, hint in (("../precious.dat", "plain file name"), (str(precious), "plain file name"),
-                       ("notes.txt", "lists notes.txt as this command never would")):  # fmt: skip
+                       ("notes.txt", "lists notes.txt, not made here")):  # fmt: skip
         make(out, bpe, [path], max_shards=1)
         meta = read_meta(out)
         meta["shards"] = [meta["shards"][0] | {"file": name, "next": None}]
@@ -668,7 +668,7 @@ def test_a_stream_over_a_flaky_link_is_complete(tmp_path, bpe, open_hub, small_b
 
 
 def test_hopeless_hub_errors_are_not_retried(open_hub):
-    with pytest.raises(DataError, match="no column 'body'; it has id, text"):
+    with pytest.raises(DataError, match="no column 'body'; there are id, text"):
         list(sources.hub_blocks(open_hub, "body", wait=lambda s: pytest.fail("waited")))
 
     def unknown():

@@ -80,7 +80,7 @@ def test_shards_are_found_in_order_and_two_sets_are_not_mixed(tmp_path):
         (tmp_path / name).touch()
     assert [p.name for p in find_shards(tmp_path, "train")] == ["w_train_9.bin", "w_train_10.bin"]
     (tmp_path / "v_train_1.bin").touch()
-    with pytest.raises(DataError, match="2 data sets"):
+    with pytest.raises(DataError, match="several sets"):
         find_shards(tmp_path, "train")
 
 
@@ -144,7 +144,7 @@ SHARD = {"file": "x_train_000001.bin", "split": "train", "tokens": 1, "sha256": 
         ({"tokenizer": {"kind": "exec"}}, "tokenizer.kind"),
         ({"tokenizer": {"kind": "hf", "file": "/etc/passwd"}}, "tokenizer.file"),
         ({"complete": "yes"}, "complete"),
-        ({"format": 2}, "format 2.*update"),
+        ({"format": 2}, "format is 2"),
         ({"byte_lengths": [1, -1]}, "byte_lengths"),
         ({"shards": {"a": 1}}, "shards"),
         ({"shards": [SHARD | {"file": "../precious.dat"}]}, "shards.0.file"),

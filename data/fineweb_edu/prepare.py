@@ -54,12 +54,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--shard-size", type=whole(1), default=100_000_000, help="tokens a training shard (%(default)s)")
     add("--val-tokens", type=whole(1), help="tokens of the validation shard (as --shard-size)")
     add("--max-shards", type=whole(1), help="stop after so many training shards")
-    add(
-        "--retries",
-        type=whole(0),
-        default=8,
-        help="attempts after errors of the network, in a row (%(default)s)",
-    )
+    add("--retries", type=whole(0), default=8, help="attempts after network errors in a row (%(default)s)")
     # --out_dir and --out-dir are the same
     raw = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), word) for word in raw])

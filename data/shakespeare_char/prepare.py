@@ -12,10 +12,5 @@ if not __package__:  # run as a file: let `import data` find the project
 
 from data import plain_text
 
-
-def main(argv: list[str] | None = None) -> None:
-    plain_text.main(argv, __file__, __doc__, characters=True)
-
-
 if __name__ == "__main__":
-    main()
+    plain_text.main(None, __file__, __doc__, characters=True)
