@@ -147,7 +147,8 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
         if arm != over:
             shared[arm] = [(row, last[over][s]) for s, row in last[arm].items() if s in last[over]]
     asked = [(arm, other, what, gain(exp, loss, arm, other)) for arm, other, what in QUESTIONS]
-    paired = {(arm, over) for arm in shared} | {(arm, other) for arm, other, _, g in asked if g}
+    paired = {frozenset((arm, over)) for arm in shared}
+    paired |= {frozenset((arm, other)) for arm, other, _, g in asked if g}
     return place | {
         "body": params[next(iter(found))]["body"],
         "settings": settings,
@@ -161,7 +162,7 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
     }
 
 
-def count_pairs(found: dict, paired: set[tuple[str, str]]) -> dict:
+def count_pairs(found: dict, paired: set[frozenset[str]]) -> dict:
     """How many pairs of runs the gains of these arms rest on, and in how many the two differ in machine or commit.
 
     found: {arm: {seed: record}}.
