@@ -13,7 +13,7 @@ import numpy as np
 
 from engine import contract
 from scripts import experiment
-from scripts.analysis.numbers import gains_by_frequency, paired_gain
+from scripts.analysis.numbers import gains_by_frequency, interval, paired_gain
 
 # One question each: (arm, over, what the gain of the one over the other says).
 QUESTIONS = (
@@ -24,7 +24,6 @@ QUESTIONS = (
     ("kronecker", "bpe_lowrank", "the codec against a factorised table of its size"),
     ("kronecker", "bpe_hash", "the codec against hash embeddings of its size"),
 )
-BUDGET = 0.15  # of the table's input parameters, for an arm that would win the prize
 
 
 def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord], resamples=2000) -> dict:
@@ -63,7 +62,6 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
             vars(run) | {"setting": dict(run.setting)} for run, record in known if record.state != "finished"
         ],
         "gap": gap(exp, cells, resamples),
-        "prize": prize(exp, cells),
         "runs": {
             "tuning": len(known) - finals,
             "final": finals,
@@ -90,14 +88,15 @@ def place_of(exp, final: experiment.Final, which: str) -> dict:
 
 
 def rungs(exp: experiment.Experiment, known: list[tuple]) -> dict:
-    """{rung: its shape and sizes}, of rungs that have a record."""
+    """{rung: its shape and sizes, and the longest of its planned lengths in tokens}, of rungs that have a record."""
     result = {}
     first = {run.rung: record for run, record in reversed(known)}
     for rung in (rung for rung in exp.rungs if rung in first):
         config, params = first[rung].config, first[rung].run["params"]
         shape = {k: config[k] for k in ("n_layer", "n_embd", "block_size") if k in config}
         sizes = {"body": params["body"], "table": params["stock_table"]}
-        result[rung] = shape | sizes
+        planned = [experiment.tokens_of(exp, f) for f in exp.final if f.rung == rung and "best" in f.settings]
+        result[rung] = shape | sizes | {"planned": max(planned, default=0)}
     return result
 
 
@@ -142,6 +141,7 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
     params = {arm: next(iter(by_seed.values())).run["params"] for arm, by_seed in found.items()}
     last = {arm: {str(s): last_row(r) for s, r in by_seed.items()} for arm, by_seed in found.items()}
     loss = {arm: {s: row["val/loss"] for s, row in rows.items()} for arm, rows in last.items()}
+    bpb = {arm: interval(row.get("val/bpb") for row in rows.values()) for arm, rows in last.items()}
     over, shared = exp.gap.over, {}  # of each arm the pairs of rows, its own and the reference's
     for arm in last if over in last else []:
         if arm != over:
@@ -153,7 +153,7 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
         "body": params[next(iter(found))]["body"],
         "settings": settings,
         "loss": loss,
-        "bpb": {arm: mean_bpb(rows.values()) for arm, rows in last.items()},
+        "bpb": {arm: bits["mean"] if bits else None for arm, bits in bpb.items()},
         "input_share": {arm: p["input"] / p["stock_table"] for arm, p in params.items()},
         "gains": {arm: gain(exp, loss, arm, over) for arm in shared},
         "questions": [{"arm": arm, "over": other, "what": what} | g for arm, other, what, g in asked if g],
@@ -175,12 +175,6 @@ def count_pairs(found: dict, paired: set[frozenset[str]]) -> dict:
 def last_row(record: experiment.RunRecord) -> dict:
     """The last evaluation's row."""
     return next(row for row in reversed(record.rows) if "val/loss" in row)
-
-
-def mean_bpb(rows) -> float | None:
-    """Bits per byte, mean over the runs; None where one of them lacks it."""
-    values = [row.get("val/bpb") for row in rows]
-    return None if None in values else float(np.mean(values))
 
 
 def gain(exp: experiment.Experiment, loss: dict, arm: str, over: str) -> dict | None:
@@ -298,33 +292,3 @@ def quantiles(values) -> dict:
     """The middle 95% of a bootstrap's draws."""
     low, high = np.quantile(values, [0.025, 0.975])
     return {"low": float(low), "high": float(high)}
-
-
-def prize(exp: experiment.Experiment, cells: list[dict]) -> list[dict]:
-    """For the longest length of each rung: arms with at most 15% of the table's input parameters, at their own best,
-    and whether the rule calls them better than the tuned untied table.
-
-    Of the lengths that ran, the longest at which such an arm has several seeds beside the table; `planned` is the
-    longest that the file asks for, in tokens.
-    """
-    result = []
-    for rung in exp.rungs:
-        planned = [experiment.tokens_of(exp, f) for f in exp.final if f.rung == rung and "best" in f.settings]
-        found = []  # (tokens, length, the small arms' gains)
-        for c in cells:
-            if (c["rung"], c["which"]) == (rung, "best"):
-                shares = {arm: c["input_share"][arm] for arm, g in c["gains"].items() if g}
-                kept = ("n", "mean", "low", "high", "called")
-                arms = {
-                    arm: {k: c["gains"][arm][k] for k in kept} | {"share": share}
-                    for arm, share in shares.items()
-                    if share <= BUDGET
-                }
-                if any(g["n"] > 1 for g in arms.values()):
-                    found.append((c["tokens"], c["length"], arms))
-        if found:
-            tokens, length, arms = max(found, key=lambda x: x[0])
-            winners = [arm for arm, g in arms.items() if g["called"] and g["mean"] > 0]
-            place = {"rung": rung, "length": length, "tokens": tokens, "planned": max(planned)}
-            result.append(place | {"arms": arms, "winners": winners})
-    return result

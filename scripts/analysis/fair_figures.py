@@ -52,11 +52,13 @@ def at_best(c: dict) -> list[dict]:
     return [cell for cell in c["cells"] if cell["which"] == "best" and any(cell["gains"].values())]
 
 
-def longest(c: dict) -> list[dict]:
-    """For each rung the cell of the longest length at the arms' best settings: one of several seeds where there is one."""
+def longest(c: dict, share: float = np.inf) -> list[dict]:
+    """For each rung the cell of the longest length at the arms' best settings: of those, if there are any, in which an
+    arm with at most this share of the table's input parameters has several seeds."""
 
     def rank(cell):
-        return any(g["n"] > 1 for g in cell["gains"].values() if g), cell["tokens"]
+        several = [arm for arm, g in cell["gains"].items() if g and g["n"] > 1]
+        return any(cell["input_share"][arm] <= share for arm in several), cell["tokens"]
 
     best: dict[str, dict] = {}
     for cell in at_best(c):

@@ -11,6 +11,7 @@ from scripts.analysis.numbers import count
 from scripts.analysis.report import Table, arm_sort_key, bullets, escaped, markdown_list
 from scripts.analysis.words import dash, frequency_table, span, with_sign, with_span
 
+BUDGET = 0.15  # of the table's input parameters, for an arm that would win the prize
 WHICH = {"shared": "one shared setting for all", "best": "each arm at its own best setting"}
 READING = (
     "A gain is the other arm's final validation loss minus this arm's, in nats a token, paired by seed: positive means "
@@ -222,22 +223,24 @@ def crossing(x: dict) -> str:
 
 
 def prize_findings(c: dict) -> list[str]:
-    """Whether an arm with few input parameters beats the tuned untied table."""
+    """At the longest length of each rung, whether an arm with few input parameters beats the tuned untied table."""
     says, over = [], f"the tuned {c['gap']['over']}"
-    for p in c["prize"]:
-        planned = f"{count(p['planned'])} are planned"
-        short = f", the longest with several seeds so far ({planned})," * (p["tokens"] < p["planned"])
-        where = f"At {place(p)}{short}"
-        judged = [arm for arm, g in p["arms"].items() if g["low"] is not None]
-        if p["winners"]:
-            won = {arm: p["arms"][arm] for arm in p["winners"]}
-            budget = {arm: f"{100 * g['share']:.1f}% of its input parameters" for arm, g in won.items()}
-            each = [f"{arm} by {with_span(g)} with {budget[arm]}" for arm, g in won.items()]
+    for cell in longest(c, BUDGET):
+        small = {arm: g for arm, g in cell["gains"].items() if g and cell["input_share"][arm] <= BUDGET}
+        judged = [arm for arm, g in small.items() if g["low"] is not None]
+        if not judged:
+            continue
+        planned = c["rungs"][cell["rung"]]["planned"]
+        so_far = f", the longest with several seeds so far ({count(planned)} are planned),"
+        where = f"At {place(cell)}{so_far * (cell['tokens'] < planned)}"
+        if won := [arm for arm in judged if verdict_on(small[arm]) == "ahead"]:
+            budget = {arm: f"{100 * cell['input_share'][arm]:.1f}% of its input parameters" for arm in won}
+            each = [f"{arm} by {with_span(small[arm])} with {budget[arm]}" for arm in won]
             says.append(f"{where} {over} is beaten by {'; '.join(each)}.")
         else:
             tried = f"the arms tried with at most 15% of the table's input parameters ({', '.join(judged)})"
             says.append(f"{where} none of {tried} beats {over} by the rule.")
-        if alone := [arm for arm in p["arms"] if arm not in judged]:
+        if alone := [arm for arm in small if arm not in judged]:
             says.append(f"{where} {', '.join(alone)} cannot be judged: one seed.")
     return says
 
