@@ -85,14 +85,16 @@ class Corpus:
             return
         import tiktoken
 
-        encoding, tokens = tiktoken.get_encoding("gpt2"), []
+        tokens = []
         for block in local_blocks([path], "text"):
+            encoding = tiktoken.get_encoding("gpt2")  # once there is text: without it nothing is downloaded
             for text in read_block(block, "text")[0]:
                 tokens += [encoding.eot_token, *encoding.encode_ordinary(text)]
             if len(tokens) >= 400_000:
                 break
         self.name = f"GPT-2 tokens of {path.name}"
         self.tokens = np.array(tokens, dtype=np.int64)
+        encoding = tiktoken.get_encoding("gpt2")
         self.pieces = [encoding.decode_single_token_bytes(i) for i in range(50_257)]
 
     def buffers(self, V: int, pos_dim: int):
