@@ -26,7 +26,7 @@ def draw(c: dict, folder: Path) -> dict[str, str]:
             ("gap", draw_gap, f"Gain over {g['over']}, each arm at its own best setting: mean and 95% interval over seeds, "
              "none where there is one seed. The axis is logarithmic beyond 0.5 either way." + dotted),
             ("learning_rates", draw_tuning, "The tuning: loss by learning rate at each arm's own defaults, by the input side's "
-             "multiplier at the best learning rate and scale, and by learning rate once more on larger rungs. Stars: each "
+             "multiplier at the best learning rate and scale, and by learning rate where it was chosen once more. Stars: each "
              f"arm's lowest. {seeds}; what diverged or lies more than 1 nat above the lowest is not shown."),
             ("frequency", draw_frequency, f"Where the gain over {g['over']} sits: by training count of the token read and of "
              "the token predicted, mean over seeds, at the longest length of each rung that has several. The axis is "
