@@ -42,9 +42,11 @@ tuning = {
 # rest is kept; places that were not rechecked take the settings of the last one before them that was.
 # (xs at 4M was added when one seed of five arms had ended there at the settings of 1M, whose order had turned: the
 # best learning rates of 256 steps, up to 0.096 for a whole model, need not be those of 1,024. Grids of a recheck were
-# to be extended once; that was dropped then, before its first run, so that no arm waits for another.)
+# to be extended once; that was dropped then, before its first run, so that no arm waits for another. Factors were
+# 0.25, 0.5 and 1 until the first three arms had their best one at an edge; 0.125 and 2 were added then, for every arm,
+# before a final run at one of them had ended, but for two of bpe_untied's at 1.)
 recheck = [
-    {"rung": "xs", "length": "4M", "seeds": [1], "factors": [0.25, 0.5, 1], "keys": tuning["keys"]},
+    {"rung": "xs", "length": "4M", "seeds": [1], "factors": [0.125, 0.25, 0.5, 1, 2], "keys": tuning["keys"]},
     {"rung": "s", "length": "1M", "seeds": [1], "factors": [0.5, 1, 2], "keys": tuning["keys"]},
 ]
 
