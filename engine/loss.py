@@ -4,6 +4,8 @@
 where the model asks for it. The value is the same up to rounding.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -11,6 +13,9 @@ from torch.nn import functional as F
 
 # Logits in float32 that are alive at a time; a GPU wants larger matmuls than a CPU's caches do.
 CHUNK_BYTES = {"cpu": 128 << 20, "gpu": 2 << 30}
+BLOCK_BYTES = (
+    3 << 19
+)  # a thread's part of them that is made float32 and a softmax at a time: it stays in a core's cache
 
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -18,7 +23,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     The gradient with respect to a chunk's logits is known as soon as its softmax is, so both products of
     the backward pass are made in the forward one and the logits are dropped: less memory, and on a CPU, where
-    all chunks share one buffer, less time too (logits_buffer). torch's own linear_cross_entropy (2.13) does the
+    all chunks share one buffer, less time too (logits_buffers). torch's own linear_cross_entropy (2.13) does the
     same, but took twice as long on a CPU as the plain form.
     """
 
@@ -32,21 +37,24 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         rows = -(-n // -(-n // chunk_rows(x.device.type, vocab)))  # chunks of one size
         buffers = logits_buffers(x_low, rows, vocab)
         for chunk, target in zip(x_low.split(rows), targets[:, None].split(rows), strict=True):
-            logits = logits_of(chunk, weight_low, buffers)
             if buffers is not None:
-                p = torch.softmax(logits, dim=1, out=logits)  # one pass; its log at the target is the loss
-                p_target = p.gather(1, target)
+                p, at_target = logits_of(chunk, weight_low, buffers), []
+                for part, full, of in blocks(p, target, buffers):
+                    torch.softmax(full, dim=1, out=full)  # one pass; its log at the target is the loss
+                    at_target.append(full.gather(1, of))
+                    full.scatter_(1, of, at_target[-1] - 1)
+                    part.copy_(full)
+                p_target = torch.cat(at_target)
                 if p_target.all():
                     loss -= p_target.log().sum()
                 else:  # below 1e-38 the probability is 0, its logarithm is not
-                    loss -= F.log_softmax(logits_of(chunk, weight_low), dim=1).gather(1, target).sum()
-                p.scatter_(1, target, p_target - 1)
+                    loss -= F.log_softmax(logits_of(chunk, weight_low).float(), dim=1).gather(1, target).sum()
             else:  # the same without a scatter, which a compiler makes one kernel of
+                logits = logits_of(chunk, weight_low).float()
                 log_norm = torch.logsumexp(logits, dim=1, keepdim=True)
                 loss += (log_norm - logits.gather(1, target)).sum()
                 hit = target == torch.arange(vocab, device=x.device)
-                p = (logits - log_norm).exp() - hit.float()
-            p = p.to(dtype) if buffers is None else in_format(p, buffers[1])
+                p = ((logits - log_norm).exp() - hit.float()).to(dtype)
             grad_x.append(p @ weight_low)
             if dtype == torch.float32:
                 grad_weight.addmm_(p.t(), chunk)
@@ -72,37 +80,44 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, ho
     x, weight = x.to(matmul_dtype(x)), weight.to(matmul_dtype(x))
     buffers, losses = logits_buffers(x, rows, weight.size(0)), []
     for chunk, target in zip(x.split(rows), targets[:, None].split(rows), strict=True):
-        logits = logits_of(chunk, weight, buffers)
-        log_p = torch.log_softmax(logits, dim=1, out=None if buffers is None else logits)
-        losses.append(-log_p.gather(1, target)[:, 0])
+        for _, full, of in blocks(logits_of(chunk, weight, buffers), target, buffers):
+            log_p = torch.log_softmax(full, dim=1, out=None if buffers is None else full)
+            losses.append(-log_p.gather(1, of)[:, 0])
     return torch.cat(losses).mean() if reduction == "mean" else torch.cat(losses)
 
 
-def logits_buffers(x: Tensor, rows: int, vocab_size: int) -> tuple[Tensor, Tensor] | None:
-    """Memory (rows, V) in float32 and in x's format (one and the same where that is float32), in which a CPU makes the
-    logits of one chunk after another: it has to clear fresh memory page by page, which takes longer than the softmax.
+def logits_buffers(x: Tensor, rows: int, vocab_size: int) -> tuple[Tensor, Tensor | None] | None:
+    """Memory in which a CPU makes the logits of one chunk after another: (rows, V) in x's format, and, where that is
+    not float32, a block of fewer rows in it. To clear fresh memory page by page would take longer than the softmax.
     None where memory costs nothing or a compiler decides."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    full = x.new_empty(rows, vocab_size, dtype=torch.float32)
-    return full, full if x.dtype == full.dtype else x.new_empty(rows, vocab_size)
+    low = x.new_empty(rows, vocab_size)
+    if x.dtype == torch.float32:
+        return low, None
+    return low, x.new_empty(min(block_rows(vocab_size), rows), vocab_size, dtype=torch.float32)
 
 
-def logits_of(x: Tensor, weight: Tensor, buffers: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """x (n, n_embd) @ weight.T in float32, in the first n rows of the buffers if there are any."""
-    if buffers is None:
-        return (x @ weight.t()).float()
-    full, low = buffers
-    return in_format(torch.mm(x, weight.t(), out=low[: len(x)]), full)
+def logits_of(x: Tensor, weight: Tensor, buffers: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+    """x (n, n_embd) @ weight.T in x's format, in the first n rows of the buffers if there are any."""
+    return x @ weight.t() if buffers is None else torch.mm(x, weight.t(), out=buffers[0][: len(x)])
 
 
-def in_format(x: Tensor, buffer: Tensor) -> Tensor:
-    """x in the format of a buffer with as many rows or more: copied into it, unless it has the format already."""
-    return x if x.dtype == buffer.dtype else buffer[: len(x)].copy_(x)
+def blocks(logits: Tensor, target: Tensor, buffers) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(rows of logits, the same in float32, their targets), as many rows at a time as the buffers' block has; the first
+    two are one tensor where the format is float32 anyway."""
+    block = None if buffers is None else buffers[1]
+    rows = len(logits) if block is None else len(block)
+    for part, of in zip(logits.split(rows), target.split(rows), strict=True):
+        yield part, part.float() if block is None else block[: len(part)].copy_(part), of
 
 
 def chunk_rows(device_type: str, vocab_size: int) -> int:
     return max(1, CHUNK_BYTES["cpu" if device_type == "cpu" else "gpu"] // (4 * vocab_size))
+
+
+def block_rows(vocab_size: int) -> int:
+    return torch.get_num_threads() * max(1, BLOCK_BYTES // (4 * vocab_size))
 
 
 def is_chunked(how: str, device_type: str) -> bool:
@@ -128,8 +143,8 @@ def logits_bytes(tokens: int, vocab_size: int, n_embd: int, how: str, device_typ
     """Peak bytes that head and loss of one micro-batch need beside the model's own, in a training step.
 
     width: bytes of a number in the matmuls. Full logits are there in float32 three times (log-probabilities and two
-    gradients) or, compiled for a GPU, once, beside those in the matmuls' format. Chunks of them come in both formats,
-    beside the weight and its gradient. liger-kernel halves its chunks until they are as small as x.
+    gradients) or, compiled for a GPU, once, beside those in the matmuls' format. Chunks of them come in both formats (on
+    a CPU only a block of each in float32), beside the weight and its gradient. liger-kernel halves its chunks until they are as small as x.
     """
     weight = vocab_size * n_embd
     if how == "liger":
@@ -139,4 +154,5 @@ def logits_bytes(tokens: int, vocab_size: int, n_embd: int, how: str, device_typ
         return tokens * vocab_size * (12 if device_type == "cpu" else width + 4)
     rows = -(-tokens // -(-tokens // chunk_rows(device_type, vocab_size)))
     low = width if width < 4 else 0
-    return rows * vocab_size * (4 + low) + weight * (4 + 2 * low)
+    full = min(rows, block_rows(vocab_size)) if device_type == "cpu" and low else rows
+    return (4 * full + low * rows) * vocab_size + weight * (4 + 2 * low)
