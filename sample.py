@@ -57,7 +57,7 @@ from model import GPT, GPTConfig
 
 
 def load_run(out_dir, device="cpu", which: str = "latest"):
-    """(model in eval mode, tokenizer, config dict) of a run's folder; nothing outside the folder is needed.
+    """(model in eval mode, tokenizer) of a run's folder; nothing outside the folder is needed.
 
     which: 'latest', 'best' or a step. Raises RunError where the folder holds no such whole checkpoint.
     """
@@ -74,16 +74,16 @@ def load_run(out_dir, device="cpu", which: str = "latest"):
     model = make_model(shape, out_dir, byte_buffers)
     weights, _, _ = checkpoint.load(folder, with_optimizer=False)
     pretrained.load(model, weights, folder)
-    return model.to(device).eval(), tokenizer, config
+    return model.to(device).eval(), tokenizer
 
 
 def load_pretrained(source: str, tokenizer: str = "", device="cpu"):
-    """(model in eval mode, tokenizer, {}) of GPT-2 or nanoGPT weights; tokenizer: as the key says."""
+    """(model in eval mode, tokenizer) of GPT-2 or nanoGPT weights; tokenizer: as the key says."""
     weights, shape = pretrained.read(source)
     found = pretrained.tokenizer(source, tokenizer, shape["vocab_size"])
     model = make_model(shape, source)
     pretrained.load(model, weights, source)
-    return model.to(device).eval(), found, {}
+    return model.to(device).eval(), found
 
 
 def make_model(shape: dict, source, byte_buffers=None) -> GPT:
@@ -123,9 +123,9 @@ def main(config: SampleConfig) -> None:
     ranks = engine_ranks.start(config.device)
     _, autocast = engine_ranks.number_format(config.dtype, ranks.device)
     if from_run:
-        model, tokenizer, _ = load_run(config.out_dir, ranks.device, config.which)
+        model, tokenizer = load_run(config.out_dir, ranks.device, config.which)
     else:
-        model, tokenizer, _ = load_pretrained(config.init_from, config.tokenizer, ranks.device)
+        model, tokenizer = load_pretrained(config.init_from, config.tokenizer, ranks.device)
     if config.stop and tokenizer.eot is None:
         raise RunError(f"--stop waits for end-of-text, which the tokenizer {tokenizer.name} does not have")
     texts = read_prompts(config.start, config.prompts)

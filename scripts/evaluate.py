@@ -288,7 +288,7 @@ def probe(args) -> common.Finding:
     for number, m in enumerate(models, 1):
         others = m.seed is None
         load = load_pretrained(m.name, args.tokenizer, args.device) if others else common.load(m.name, args)
-        model, tokenizer, *_ = load
+        model, tokenizer = load
         mine = found.setdefault(m.arm, {}).setdefault(m.seed, {})
         for task in tasks:
             begun, name = time.time(), task["name"]

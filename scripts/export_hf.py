@@ -142,7 +142,7 @@ def export(run_dir, out_dir, which: str = "latest") -> str:
     out_dir = Path(out_dir).expanduser().resolve()
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise RunError(f"{out_dir} already holds something: choose another folder or remove it")
-    model, tokenizer, _ = load_run(run_dir, "cpu", which)
+    model, tokenizer = load_run(run_dir, "cpu", which)
     weights, tied = gpt2_weights(model)
     config = gpt2_config(model.config, tied, tokenizer.eot)
     n_parameters = sum(t.numel() for t in weights.values())

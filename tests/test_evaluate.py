@@ -75,7 +75,7 @@ def test_fifty_items_against_a_plain_loop(looked, gpt2_runs):
 
     out, found = looked
     theirs = AutoModelForCausalLM.from_pretrained(out / "exported").eval()
-    _, tokenizer, _ = load_run(gpt2_runs / "kronecker_s1")
+    _, tokenizer = load_run(gpt2_runs / "kronecker_s1")
     with torch.no_grad():
         for task, variant in (("hellaswag", "rc_0shot"), ("lambada", "bpb_0shot")):
             expected = plain_loop(theirs, tokenizer, task, variant)
@@ -142,7 +142,7 @@ def test_every_task_is_read_without_its_unconditional_twins():
 
 
 def test_scores_do_not_depend_on_the_batch(gpt2_runs):
-    model, tokenizer, _ = load_run(gpt2_runs / "kronecker_s2")
+    model, tokenizer = load_run(gpt2_runs / "kronecker_s2")
     pairs = [
         (tokenizer.encode("The " * n), tokenizer.encode(" quick fox" * k))
         for n, k in ((1, 2), (150, 1), (9, 30), (4, 1))
@@ -163,7 +163,7 @@ def test_scores_do_not_depend_on_the_batch(gpt2_runs):
 
 
 def test_nanogpts_checkpoint_is_the_same_model(gpt2_runs, tmp_path):
-    model, _, _ = load_run(gpt2_runs / "bpe_tied_s1")
+    model, _ = load_run(gpt2_runs / "bpe_tied_s1")
     keys = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
     shape = {k: getattr(model.config, k) for k in keys}
     weights = model.state_dict() | {"lm_head.weight": model.transformer.wte.weight}

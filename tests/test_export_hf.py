@@ -58,7 +58,7 @@ def test_logits_and_tokens(arm, trained, tmp_path, capsys):
     folder = trained(arm)
     export_hf.main([str(folder), str(tmp_path / arm)])
     assert "logits equal to" in capsys.readouterr().out
-    model, tokenizer, _ = load_run(folder)
+    model, tokenizer = load_run(folder)
     theirs, fast = as_the_harness_loads(tmp_path / arm)
     assert type(theirs).__name__ == "GPT2LMHeadModel"
     text = "the quick  brown fox\n jumps"
@@ -93,7 +93,7 @@ def test_the_harness_scores_what_we_score(gpt2_encoding, tmp_path):
     }
     train.main(configurator.load([*ARMS["kronecker"], *(f"--{k}={v}" for k, v in keys.items())]))
     export_hf.export(tmp_path / "run", tmp_path / "out")
-    model, ours, _ = load_run(tmp_path / "run")
+    model, ours = load_run(tmp_path / "run")
     theirs, tokenizer = as_the_harness_loads(tmp_path / "out")
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == ours.eot == 50256
     assert tokenizer.model_max_length == theirs.config.n_positions == 16

@@ -36,7 +36,7 @@ def test_commands_write_json_figure_and_section(probed_runs, name, capsys):
 
 
 def test_records_have_the_published_keys(shared_dir, probed_runs):
-    net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
+    net, tokenizer = load_run(probed_runs / "kronecker_s1337")
     run = Run("x", "kronecker", 1337, {}, {})
     theirs, _ = published(shared_dir, "robustness_results.json")
     (ours,) = spelling.measure(net, tokenizer, [{"category": "c", "clean": "The eye", "typo": "The eey"}])
@@ -126,7 +126,7 @@ def test_files_of_another_shape_are_one_sentence(probed_runs, tmp_path, name, fl
 def test_a_model_of_nan_is_refused(probed_runs, tmp_path):
     folder = tmp_path / "kronecker_s1337"
     shutil.copytree(probed_runs / "kronecker_s1337", folder)
-    net, _, _ = load_run(folder)
+    net, _ = load_run(folder)
     state = net.state_dict()
     next(iter(state.values()))[0, 0] = math.nan
     shutil.rmtree(folder / "ckpt")

@@ -27,7 +27,7 @@ def bits_asked_plainly(
 
 @pytest.mark.parametrize("condition", copying.CONDITIONS)
 def test_figures_against_the_model_asked_plainly(gpt2_runs, condition):
-    model, tokenizer, _ = load_run(gpt2_runs / "kronecker_s1")
+    model, tokenizer = load_run(gpt2_runs / "kronecker_s1")
     with torch.no_grad():  # after three steps attention does nearly nothing; make what was read count
         for name, p in model.named_parameters():
             if p.dim() == 2 and (".h." in name or name.startswith("lm_head.")):
@@ -57,7 +57,7 @@ def test_figures_against_the_model_asked_plainly(gpt2_runs, condition):
 
 def test_a_model_that_copies_saves_and_one_that_does_not_saves_nothing(gpt2_runs):
     """The output is made the mean of the embeddings read so far: what was read is likelier to come."""
-    model, tokenizer, _ = load_run(gpt2_runs / "bpe_tied_s1")
+    model, tokenizer = load_run(gpt2_runs / "bpe_tied_s1")
     words = copying.word_pairs(tokenizer, 6, seed=1)
     with torch.no_grad():
         for block in model.transformer.h:
@@ -78,7 +78,7 @@ def test_a_model_that_copies_saves_and_one_that_does_not_saves_nothing(gpt2_runs
 
 
 def test_words(gpt2_runs):
-    _, tokenizer, _ = load_run(gpt2_runs / "bpe_tied_s1")
+    _, tokenizer = load_run(gpt2_runs / "bpe_tied_s1")
     words = copying.word_pairs(tokenizer, 200, seed=5)
     assert words == copying.word_pairs(tokenizer, 200, seed=5) != copying.word_pairs(tokenizer, 200, seed=6)
     for kind, pairs in words.items():

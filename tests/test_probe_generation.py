@@ -8,7 +8,7 @@ from scripts.probes import generation
 
 
 def test_greedy_continuation_is_the_argmax_of_each_step(probed_runs):
-    net, tokenizer, _ = load_run(probed_runs / "bpe_untied_s1337")
+    net, tokenizer = load_run(probed_runs / "bpe_untied_s1337")
     args = args_for(max_new_tokens=6)
     ids = tokenizer.encode("The kidneys filter the")
     wanted = list(ids)
@@ -20,7 +20,7 @@ def test_greedy_continuation_is_the_argmax_of_each_step(probed_runs):
 
 
 def test_a_slot_with_a_tokens_own_bytes_is_that_token(probed_runs):
-    net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
+    net, tokenizer = load_run(probed_runs / "kronecker_s1337")
     plain = tokenizer.encode("The helper filter the")
     ids, slots = parse_prompt("The {{helper}} filter the", tokenizer, 1024)
     (token,) = tokenizer.encode(" helper")  # one token here, so the slot must be the same thing

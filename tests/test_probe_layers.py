@@ -30,7 +30,7 @@ def test_layer_scores_and_aggregates_as_published(shared_dir):
 
 
 def test_layer_neighbours_against_a_plain_search(probed_runs):
-    net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
+    net, tokenizer = load_run(probed_runs / "kronecker_s1337")
     families = word_families()
     run = Run("x", "kronecker", 1337, {}, {})
     result = layers.measure(run, net, tokenizer, families, args_for(batch_size=100))

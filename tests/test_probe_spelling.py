@@ -8,13 +8,14 @@ import pytest
 import torch
 from probe_runs import ARMS, manual_forward, published
 
+from engine.runs import read_run
 from sample import load_run
 from scripts.probes import common, spelling, typos
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_spelling_record_against_a_forward_by_hand(probed_runs, arm):
-    net, tokenizer, _ = load_run(probed_runs / f"{arm}_s1337")
+    net, tokenizer = load_run(probed_runs / f"{arm}_s1337")
     pairs = json.loads((common.DATA / "spelling_pairs.json").read_text())["prompt_pairs"][:12]
     records = spelling.measure(net, tokenizer, pairs, batch_size=3)
     for p, r in zip(pairs, records, strict=True):
@@ -30,7 +31,7 @@ def test_spelling_record_against_a_forward_by_hand(probed_runs, arm):
 
 
 def test_spelling_of_equal_prompts_is_zero(probed_runs):
-    net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
+    net, tokenizer = load_run(probed_runs / "kronecker_s1337")
     (r,) = spelling.measure(net, tokenizer, [{"category": "x", "clean": "The eye", "typo": "The eye"}])
     assert r["kl_clean_to_typo"] == pytest.approx(0, abs=1e-6) and r["cosine_hidden"] == pytest.approx(
         1, abs=1e-5
@@ -58,7 +59,8 @@ def test_spelling_aggregates_as_published(shared_dir):
 
 def test_untrained_twin_is_step_zero(probed_runs):
     for arm in ARMS:
-        net, tokenizer, config = load_run(probed_runs / f"{arm}_s1338")
+        net, tokenizer = load_run(probed_runs / f"{arm}_s1338")
+        config, _ = read_run(probed_runs / f"{arm}_s1338")
         twin = spelling.untrained_twin(net, tokenizer, config, 1338)
         body = dict(twin.body_parameters())
         for name, p in net.body_parameters():  # the fixture's body is step 0's, its matrices times 5

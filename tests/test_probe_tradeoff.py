@@ -8,7 +8,7 @@ from scripts.probes import tradeoff
 
 
 def test_tradeoff_cosines(probed_runs):
-    net, tokenizer, _ = load_run(probed_runs / "kronecker_s1337")
+    net, tokenizer = load_run(probed_runs / "kronecker_s1337")
     pairs = tradeoff.word_pairs(0)
     result = tradeoff.measure(None, net, tokenizer, pairs)
     assert result["levels"] == ["embedding", "block 0", "block 1"]

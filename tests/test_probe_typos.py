@@ -99,7 +99,7 @@ def test_a_long_text_is_read_as_far_as_needed(tmp_path, monkeypatch):
 
 
 def test_costs_against_the_model_asked_plainly(gpt2_runs, pairs):
-    model, tokenizer, _ = load_run(gpt2_runs / "kronecker_s1")
+    model, tokenizer = load_run(gpt2_runs / "kronecker_s1")
     some = pairs[::60]
     for p, r in zip(some, spelling.measure(model, tokenizer, some), strict=True):
         for side in ("clean", "typo"):
@@ -113,7 +113,7 @@ def test_costs_against_the_model_asked_plainly(gpt2_runs, pairs):
 
 
 def test_a_continuation_longer_than_a_context_is_scored_in_part(gpt2_runs):
-    model, tokenizer, _ = load_run(gpt2_runs / "kronecker_s1")
+    model, tokenizer = load_run(gpt2_runs / "kronecker_s1")
     words = {"clean": "It was then", "typo": "It was thne", "typo_word": "thne", "category": "swapped"}
     pair = words | {"continuation": " 7q" * 200}
     (record,) = spelling.measure(model, tokenizer, [pair], 8)

@@ -89,7 +89,7 @@ def test_prompt_file_and_ids_without_a_token(runs_dir, capsys, tmp_path):
 
 
 def test_a_slot_is_one_position_with_its_blank(runs_dir):
-    _, tokenizer, _ = sample.load_run(runs_dir / "kronecker")
+    _, tokenizer = sample.load_run(runs_dir / "kronecker")
     ids, slots = parse_prompt("the {{frobnicator}} is {{x}}", tokenizer, 64)
     assert slots == {3: b" frobnicator", 7: b" x"}
     assert ids[3] == 63
@@ -104,7 +104,7 @@ def test_a_slot_changes_what_follows(runs_dir, capsys):
         "--num_samples=1",
         "--temperature=0",
     ]
-    model, tokenizer, _ = sample.load_run(runs_dir / "kronecker")
+    model, tokenizer = sample.load_run(runs_dir / "kronecker")
     ids, slots = parse_prompt("a{{bcd}}", tokenizer, 64)
     one = model(torch.tensor([ids]), byte_overrides={(0, p): b for p, b in slots.items()})[0]
     other = model(torch.tensor([ids]), byte_overrides={(0, 1): b"zzz"})[0]

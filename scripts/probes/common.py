@@ -74,7 +74,7 @@ def finished_runs(args, needs_checkpoint: bool = True) -> list[Run]:
 
 def load(path, args):
     """(model, tokenizer) of a run's folder, in eval mode on the device asked for."""
-    model, tokenizer, _ = load_run(Path(path), device=args.device, which=args.which)
+    model, tokenizer = load_run(Path(path), device=args.device, which=args.which)
     if torch.device(args.device).type == "cpu" and model.config.n_embd <= 256:
         # Matmuls this small gain nothing from a second thread, and beside other work on the machine threads
         # that wait for each other made a probe twenty times slower.
