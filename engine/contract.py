@@ -64,7 +64,7 @@ IDENTITY = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Member:
     """A run that is compared. arm: with its setting, where an experiment has several of one arm."""
 
@@ -72,14 +72,14 @@ class Member:
     arm: str
     seed: int
     config: dict
-    run: dict
+    info: dict  # run.json
 
 
 def differences(members: list[Member], swept: Iterable[str] = ()) -> Iterator[str]:
     """What keeps runs from being matched, one sentence a key; `swept` keys may differ between arms and settings."""
     swept = set(swept)
     for member in members:
-        for segment in member.run.get("segments") or ():
+        for segment in member.info.get("segments") or ():
             changed = ", ".join(f"{k} from {a} to {b}" for k, (a, b) in segment["changed"].items())
             yield f"{member.name} took a new schedule at step {segment['step']:,} ({changed})"
     for key, rule in RULES.items():
@@ -91,11 +91,11 @@ def differences(members: list[Member], swept: Iterable[str] = ()) -> Iterator[st
     for fact, (scope, meaning) in IDENTITY.items():
         if fact == "schedule_sha256" and swept:
             continue  # its keys were held against each other above
-        missing = next((m for m in members if m.run.get(fact) is None), None)
+        missing = next((m for m in members if m.info.get(fact) is None), None)
         if missing is not None:
             yield f"{missing.name} records no {fact}, so nothing shows that it matches; leave it out"
             continue
-        facts = [(m, m.seed if scope == "seed" else None, m.run[fact]) for m in members]
+        facts = [(m, m.seed if scope == "seed" else None, m.info[fact]) for m in members]
         yield from _difference(fact, facts, meaning)
 
 

@@ -197,10 +197,10 @@ def identities(asked: list[tuple]) -> list[contract.Member]:
 
 def prove(members: list[contract.Member], swept=()) -> None:
     """Print what the runs share; RunError with the fields that differ."""
-    for seed, run in {m.seed: m.run for m in reversed(members)}.items():
+    for seed, run in {m.seed: m.info for m in reversed(members)}.items():
         body, data = run["body_sha256"][:16], run["data_sha256"][:16]
         print(f"seed {seed}: body {body}, first and last global batch {data}")
-    first = members[0].run
+    first = members[0].info
     print(f"schedule {first['schedule_sha256'][:16]}, validation windows {first['val_sha256'][:16]}")
     if wrong := list(contract.differences(members, swept)):
         raise RunError("these runs do not match: " + "; ".join(wrong))

@@ -8,10 +8,11 @@ from itertools import combinations
 
 import numpy as np
 
+from engine import contract
 from engine.errors import RunError
 from scripts.analysis import stats
 from scripts.analysis.report import arms_of
-from scripts.analysis.runs import Run, arm_keys, check_match, distinguish, machine_notes, shared_iters
+from scripts.analysis.runs import Run, arm_keys, distinguish, machine_notes, refuse_twins, shared_iters
 
 # The facts by which runs match, in the order in which comparison.json has always told them.
 MATCHED = ("data_sha256", "body_sha256", "val_sha256", "schedule_sha256", "tokens_per_step")
@@ -40,7 +41,8 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
         hint = "; --allow-unfinished compares at the last step that all have reached" * (not allow_unfinished)
         raise RunError(f"there is no finished run to compare: {listing}{hint}")
     distinguish(kept)
-    check_match(kept)
+    refuse_twins(kept)
+    contract.check_match(kept)
     arms, seeds, first = arms_of(kept), sorted({r.seed for r in kept}), kept[0]
     if baseline not in arms:
         there = f"there are {', '.join(arms)} (--baseline=ARM)"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import configurator
 from data import DataError
+from data.console import first_line
 from data.records import Record, validated
 from engine import contract
 from engine.errors import RunError
 from engine.metrics import read_metrics
 from engine.runs import Run as RunRecord
 from engine.runs import read_run
-from engine.tracker import first_line
 from model import USUAL_RMS
 from scripts.experiment import arm_file
 
@@ -22,14 +22,12 @@ class Config(Record):
 
 
 @dataclass
-class Run:
-    """One training run. Losses are nats a token; rows rise by iter, and the last one of an iter counts."""
+class Run(contract.Member):
+    """One training run, named by its folder or its path on wandb.
 
-    name: str  # the folder, or the run's path on wandb
-    arm: str
-    seed: int
-    config: dict
-    info: dict  # run.json
+    Losses are nats a token; rows rise by iter, and the last one of an iter counts.
+    """
+
     train: list[dict] = field(default_factory=list)  # rows with train/loss
     val: list[dict] = field(default_factory=list)  # rows with val/loss, those before a divergence
     state: str = "finished"
@@ -205,12 +203,6 @@ def refuse_twins(runs: list[Run]) -> None:
         if other is not run:
             both = f"{other.name} and {run.name} are both arm {run.arm}, seed {run.seed}"
             raise RunError(f"{both}; give only one of them")
-
-
-def check_match(runs: list[Run]) -> None:
-    """Refuse runs that differ in what has to be equal, naming the field and the two runs (see engine/contract.py)."""
-    refuse_twins(runs)
-    contract.check_match([contract.Member(r.name, r.arm, r.seed, r.config, r.info) for r in runs])
 
 
 def short(value) -> str:

@@ -142,7 +142,7 @@ def check_plan(args, words: list[str]) -> None:
     chosen, passed = matched.arguments(words)
     job, (arm, seed) = next(iter(matched.make_jobs(chosen, passed).items()))
     (first,) = matched.identities([(job.name, arm, seed, job.command)])
-    check_facts(args, job.name, first.run, first.config["max_iters"])
+    check_facts(args, job.name, first.info, first.config["max_iters"])
 
 
 def keep_records(args) -> None:

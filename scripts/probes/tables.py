@@ -14,10 +14,10 @@ from huggingface_hub import HfFileSystem
 from pydantic import Field
 from tokenizers import Tokenizer
 
+from data.console import first_line
 from data.records import PlainName, Record, parsed, validated
 from engine.errors import RunError
 from kronecker import token_bytes
-from scripts.analysis.runs import first_line
 from scripts.probes.common import progress
 
 DTYPES = {
