@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -105,12 +106,21 @@ class Lock:
     """Keeps other processes out for as long as this one lives, or until the lock is closed.
 
     path: the lock's own file, made with its folder if need be and never removed (removing it would let two in).
-    refusal: the sentence of the DataError that is raised when another process holds the lock.
+    refusal: the sentence of the DataError that is raised when another process holds the lock, after so many seconds
+    of `patience`.
     """
 
-    def __init__(self, path, refusal: str):
+    def __init__(self, path, refusal: str, patience: float = 0):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+")  # noqa: SIM115 - closing it would release the lock
+        end = time.monotonic() + patience
+        while not self._take():
+            if time.monotonic() >= end:
+                self.file.close()
+                raise DataError(refusal)
+            time.sleep(0.2)
+
+    def _take(self) -> bool:
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -123,10 +133,12 @@ class Lock:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                self.file.close()
-                raise DataError(refusal) from None
+                return False
             # a file system without locks, as some clusters have
-            print(f"note: {path} cannot be locked ({error.strerror}): let only one process work there")
+            print(
+                f"note: {self.file.name} cannot be locked ({error.strerror}): let only one process work there"
+            )
+        return True
 
     def close(self) -> None:
         self.file.close()

@@ -106,7 +106,9 @@ def main(argv: list[str]) -> int:
     try:
         config = read_record(args.out_dir / "config.json", dict, "a run's configuration")
         run = read_record(args.out_dir / "run.json", dict, "a run's record")
-        with lock(args.out_dir):
+        # the process of the run's last start, killed a moment ago, may still send its rows
+        refusal = f"another process still sends the rows of {args.out_dir}"
+        with Lock(args.out_dir / ".tracker.lock", refusal, patience=GIVE_UP):
             send = {"wandb": send_to_wandb, "trackio": send_to_trackio}[args.to]
             send(args.out_dir, config, run, follow(args.out_dir / "metrics.jsonl", over), say)
         return 0
@@ -135,18 +137,6 @@ def wait_for_the_end(over: threading.Event) -> None:
     over.set()
     time.sleep(GIVE_UP)
     os._exit(1)
-
-
-def lock(out_dir: Path) -> Lock:
-    """Wait until the process of the run's last start, killed a moment ago, has sent its rows."""
-    end = time.monotonic() + GIVE_UP
-    while True:
-        try:
-            return Lock(out_dir / ".tracker.lock", f"another process still sends the rows of {out_dir}")
-        except DataError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)
 
 
 def follow(path: Path, over: threading.Event):

@@ -12,7 +12,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from data import DataError
 from data.console import explain
+from data.files import Lock
 from engine.errors import RunError
 from scripts import pool
 
@@ -103,7 +105,8 @@ def train_here(job: pool.Job, folder: str, nice: int) -> int | str:
         os.chdir(folder)
     except OSError as e:
         return f"{socket.gethostname()} does not see {folder} ({e.strerror}): all nodes need the same paths"
-    wait_until_free(job.out_dir)
+    with suppress(DataError):  # a trainer that lives on after its node was given up may save and leave
+        Lock(job.out_dir / ".lock", "", patience=pool.GRACE).close()
     node = ray.get_runtime_context().get_node_id()[:8]
     child = pool.start_child(job, nice=nice, place=f"{socket.gethostname()}, Ray node {node}")
     asked = math.inf  # when Ray asked it to stop
@@ -118,15 +121,3 @@ def train_here(job: pool.Job, folder: str, nice: int) -> int | str:
             asked = min(asked, time.monotonic())
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGTERM)
-
-
-def wait_until_free(out_dir: Path) -> None:
-    """Let a trainer that lives on after its node was given up save and leave; see engine.runs.lock."""
-    import fcntl
-
-    deadline = time.monotonic() + pool.GRACE
-    while (out_dir / ".lock").exists() and time.monotonic() < deadline:
-        with open(out_dir / ".lock", "a") as file, suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        time.sleep(0.2)

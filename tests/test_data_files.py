@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import ROOT
@@ -71,3 +72,11 @@ def test_a_lock_keeps_other_processes_out_until_it_is_closed(tmp_path):
         with pytest.raises(DataError, match="twice"):
             files.Lock(path, "twice")
     assert other().returncode == 0
+
+
+def test_a_lock_can_be_waited_for(tmp_path):
+    held = files.Lock(tmp_path / "lock", "x")
+    with pytest.raises(DataError, match="still held"):
+        files.Lock(tmp_path / "lock", "still held", patience=0.1)
+    threading.Timer(0.3, held.close).start()
+    files.Lock(tmp_path / "lock", "never free", patience=60).close()
