@@ -1,8 +1,9 @@
 """Prompts: text with slots made from bytes, and end-of-text, to token ids and back."""
 
 import re
-from pathlib import Path
 
+from data.files import expanded
+from data.sources import whole_text
 from data.tokenizers import clean_text
 from engine.errors import RunError
 
@@ -37,21 +38,15 @@ def parse_prompt(text: str, tokenizer, vocab_size: int) -> tuple[list[int], dict
 def read_prompts(start: str, file: str = "") -> list[str]:
     """The lines of a file (they end at newlines only) if there is one; else start, or the text that its FILE: names."""
     if file:
-        prompts = [line for line in read_text(file).split("\n") if line]
+        prompts = [line for line in text_of(file).split("\n") if line]
         if not prompts:
             raise RunError(f"{file} holds no prompt: write one a line")
         return prompts
-    return [read_text(start[5:])] if start.startswith("FILE:") else [start]
+    return [text_of(start[5:])] if start.startswith("FILE:") else [start]
 
 
-def read_text(name: str) -> str:
-    path = Path(name).expanduser()
-    try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        raise RunError(f"{path} is no UTF-8 text: save it as UTF-8") from None
-    except OSError as e:
-        raise RunError(f"there is no prompt file {path} ({e.strerror}): check --prompts or FILE:") from None
+def text_of(file: str) -> str:
+    return whole_text(expanded(file)).replace("\r\n", "\n")
 
 
 def shown(prompt: tuple[list[int], dict[int, bytes]], tokenizer) -> str:
