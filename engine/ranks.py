@@ -77,27 +77,13 @@ class Ranks:
 
 
 def start(device: str) -> Ranks:
-    """Join torchrun's group if there is one, and choose the device: cuda, else mps, else cpu."""
+    """Join torchrun's group if there is one, on the device of that name; see `choose_device`."""
     world, rank = world_size(), from_environment("RANK", 0)
     if not 0 <= rank < world:
         raise RunError(f"WORLD_SIZE={world} and RANK={rank} do not fit: start with torchrun, or unset both")
-    if device == "auto":
-        mps = getattr(torch.backends, "mps", None)
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{from_environment('LOCAL_RANK', 0)}"
-    chosen = None
-    with suppress(RuntimeError):
-        chosen = torch.device(device)
-    if chosen is None or chosen.type not in ("cpu", "cuda", "mps"):
-        raise RunError(f"device {device!r} is unknown: use auto, cpu, cuda, cuda:N or mps")
+    chosen = choose_device(device)
     if chosen.type == "cuda":
-        count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or chosen.index >= count:
-            raise RunError(f"device {device} is not here ({count} GPUs are): use fewer ranks or --device=cpu")
         torch.cuda.set_device(chosen)
-    elif chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise RunError("device mps is not here: use --device=cpu")
     if chosen.type == "cpu":
         keep_heap()
     if world == 1:
@@ -108,6 +94,26 @@ def start(device: str) -> Ranks:
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return Ranks(rank, world, chosen, dist.new_group(backend="gloo"))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name: "auto" is cuda, else mps, else cpu; "cuda" is the rank's own. RunError if it is not here."""
+    if name == "auto":
+        mps = getattr(torch.backends, "mps", None)
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{from_environment('LOCAL_RANK', 0)}"
+    chosen = None
+    with suppress(RuntimeError):
+        chosen = torch.device(name)
+    if chosen is None or chosen.type not in ("cpu", "cuda", "mps"):
+        raise RunError(f"device {name!r} is unknown: use auto, cpu, cuda, cuda:N or mps")
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and not (torch.cuda.is_available() and chosen.index < count):
+        raise RunError(f"device {name} is not here ({count} GPUs are): use fewer ranks or --device=cpu")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise RunError("device mps is not here: use --device=cpu")
+    return chosen
 
 
 def world_size() -> int:

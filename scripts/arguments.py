@@ -4,6 +4,7 @@ import argparse
 import math
 
 from data.console import Parser, whole  # noqa: F401 - every script takes them from here
+from engine.errors import RunError
 
 
 def number(low: float, high: float = math.inf, above: bool = False):
@@ -25,18 +26,13 @@ def number(low: float, high: float = math.inf, above: bool = False):
 
 def device(text: str) -> str:
     """An argparse type: a device that is here; auto is the best of them."""
-    import torch
+    from engine.ranks import choose_device
 
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if text == "auto":
-        return next(kind for kind, n in count.items() if n)
     try:
-        chosen = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: use auto, cpu, cuda, cuda:N or mps") from None
-    if (chosen.index or 0) >= count.get(chosen.type, 0):
-        raise argparse.ArgumentTypeError(f"{text} is not here: use --device=cpu")
-    return text
+        chosen = choose_device(text)
+    except RunError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return chosen.type if text == "auto" else text
 
 
 def some_of(known, what: str = ""):
