@@ -14,8 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.generation import padded, pick
-from engine.linear import Linear, linear
+from engine.generation import Linear, linear, padded, pick
 from engine.loss import cross_entropy, liger_loss, matmul_dtype
 from kronecker import KroneckerEmbedding, controls
 

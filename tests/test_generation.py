@@ -1,10 +1,10 @@
-"""engine/linear.py: the same product as torch's, however many threads share the weight."""
+"""engine/generation.py: the same product as torch's, however many threads share the weight. (test_sample.py has the rest.)"""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.linear import Linear, linear
+from engine.generation import Linear, linear
 
 
 @pytest.fixture
