@@ -61,7 +61,7 @@ def report_experiment(file: str, out: Path | None, made: dict) -> None:
     if not records:
         cure = "run scripts/matched.py on its file first"
         raise RunError(f"{exp.name} has no records in {exp.records}: {cure}")
-    c, out = fair.numbers(exp, records), out or (experiment.ROOT / exp.records).parent
+    c, out = fair.numbers(exp, records), out or (provenance.ROOT / exp.records).parent
     out.mkdir(parents=True, exist_ok=True)
     drawn = fair_figures.draw(c, out)
     write_json(out / "report.json", c | {"provenance": made})

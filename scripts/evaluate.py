@@ -35,7 +35,7 @@ from engine.errors import RunError
 from sample import load_pretrained
 from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
-from scripts.analysis.report import INK, Table
+from scripts.analysis.report import INK, Table, progress
 from scripts.analysis.runs import Run
 from scripts.arguments import names, whole
 from scripts.probes import common
@@ -148,7 +148,7 @@ def said_at_times(what: str):
         if time.time() - last > 5 and tokens < of:
             last = time.time()
             left = (last - start) * (of - tokens) / tokens
-            common.progress(f"{what}: {100 * tokens / of:.0f}%, {left / 60:.1f} min left")
+            progress(f"{what}: {100 * tokens / of:.0f}%, {left / 60:.1f} min left")
 
     return done
 
@@ -263,7 +263,7 @@ def to_wandb(model: Run, figures: dict, out: Path) -> None:
         with wandb.init(**known, settings={"init_timeout": 30, "silent": True, "console": "off"}) as shown:
             shown.log({f"eval/{t}/{k}": v for t, x in figures.items() for k, v in x.items()})
     except Exception as e:  # wandb and what it calls raise errors of many kinds
-        common.progress(f"note: wandb has not got {model.name} ({tracker.first_line(e)})")
+        progress(f"note: wandb has not got {model.name} ({tracker.first_line(e)})")
 
 
 def arguments(add) -> None:
@@ -295,7 +295,7 @@ def probe(args) -> common.Finding:
             where = f"model {number} of {len(models)}, {m.arm}{'' if others else f' seed {m.seed}'}, {name}"
             x = mine[name] = measure(model, tokenizer, task, args, autocast, said_at_times(where))
             got = f"acc {100 * np.mean(x['acc']):.1f}%, {np.mean(x['bpb']):.3f} bits per byte"
-            common.progress(f"{where}: {got}, {time.time() - begun:.0f} s")
+            progress(f"{where}: {got}, {time.time() - begun:.0f} s")
             if x["cut"] or x["too_long"]:
                 notes[
                     f"{name} at block_size {model.config.block_size}: {x['cut']} of the items with a context cut "

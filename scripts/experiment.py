@@ -27,8 +27,8 @@ from engine.errors import RunError
 from engine.metrics import read_metrics
 from engine.runs import read_run
 from model import USUAL_RMS
+from scripts.provenance import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ARMS = ROOT / "config" / "arms"
 Keys = dict[str, int | float | bool | str]
 # Of config.json, what says where a run was made and not what it is.

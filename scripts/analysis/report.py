@@ -96,6 +96,11 @@ def say(text: str) -> None:
     print("\n".join(map(visible, text.split("\n"))), flush=True)
 
 
+def progress(line: str) -> None:
+    """Tell whoever waits where the work stands; the standard output is for results."""
+    print(visible(line), file=sys.stderr, flush=True)
+
+
 @dataclass
 class Table:
     """Cells and their meaning; the first `left` columns lean left, the others right."""

@@ -33,7 +33,7 @@ from data.sources import local_blocks, read_block
 from engine.errors import sentences
 from engine.ranks import keep_heap
 from kronecker import KroneckerEmbedding, build_byte_buffer
-from scripts.analysis.report import Table
+from scripts.analysis.report import Table, progress
 from scripts.arguments import device, whole
 from scripts.bench import rounds as bench
 from scripts.bench.growth import growth
@@ -187,7 +187,7 @@ def turns(runs: dict, n_rounds: int, device: str = "cpu") -> dict[str, list[floa
 
 
 def measured(row: dict) -> dict:
-    bench.progress(json.dumps(row))
+    progress(json.dumps(row))
     return row
 
 
@@ -308,7 +308,7 @@ def peak_memory(side: str, *what) -> dict[str, int] | None:
         try:
             return pool.apply(memory_of_side, (side, *what))
         except (OSError, RuntimeError) as error:
-            bench.progress(f"  peak memory of {side} not measured: {error}")
+            progress(f"  peak memory of {side} not measured: {error}")
     return None
 
 

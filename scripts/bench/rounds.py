@@ -7,7 +7,6 @@ import re
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from data.files import expanded
 from engine.errors import RunError
 from engine.ranks import settle
+from scripts.analysis.report import progress
 from scripts.arguments import Parser, whole
 from scripts.pool import last_words
 from scripts.provenance import ROOT, write_page
@@ -39,11 +39,6 @@ def nanogpt(text: str) -> Path:
         if not (folder / name).is_file():
             raise argparse.ArgumentTypeError(f"{text} is no checkout of nanoGPT: it has no {name}")
     return folder
-
-
-def progress(line: str) -> None:
-    """Tell whoever waits; the tables alone go to the standard output."""
-    print(line, file=sys.stderr, flush=True)
 
 
 # ---- measuring

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from engine.errors import sentences
 from engine.ranks import keep_heap
 from model import GPT, GPTConfig
-from scripts.analysis.report import Table
+from scripts.analysis.report import Table, progress
 from scripts.arguments import device, whole
 from scripts.bench import rounds as bench
 from scripts.provenance import provenance
@@ -182,7 +182,7 @@ def main(argv=None) -> None:
         if nanogpt:
             record["check"] = check(SHAPES[small], nanogpt, args)
         else:
-            bench.progress("nanoGPT is left out: --nanogpt-dir names a checkout of it")
+            progress("nanoGPT is left out: --nanogpt-dir names a checkout of it")
         name = f"bench_sample_{args.shape}"
         bench.publish(args.out, name, "Generation speed", made, record, [table(args, small, record)])
 

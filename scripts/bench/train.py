@@ -42,7 +42,7 @@ from engine import checkpoint, evaluation, flops, runs
 from engine.errors import sentences
 from engine.metrics import Metrics, Progress, read_metrics
 from engine.step import GuardedStep
-from scripts.analysis.report import Table
+from scripts.analysis.report import Table, progress
 from scripts.arguments import device, names, number, some_of, whole
 from scripts.bench import rounds as bench
 from scripts.experiment import ARMS, arm_file
@@ -266,7 +266,7 @@ def measure(setting: str, args) -> tuple[dict, list[Table]]:
         if args.nanogpt_dir:
             sides["nanoGPT"] = partial(run_nanogpt, shape, work, args)
         else:
-            bench.progress("nanoGPT is left out: --nanogpt-dir names a checkout of it")
+            progress("nanoGPT is left out: --nanogpt-dir names a checkout of it")
         rounds = bench.alternate(sides, args.rounds, args.left)
         found, tables = {"shape": shape, "rounds": rounds}, [side_table(setting, rounds)]
         if args.shares:

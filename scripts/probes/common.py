@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 import time
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,7 +13,7 @@ from data.files import write_json
 from engine.errors import RunError, sentences
 from sample import load_run
 from scripts.analysis import figures, report, stats
-from scripts.analysis.report import Table, arm_sort_key
+from scripts.analysis.report import Table, arm_sort_key, progress
 from scripts.analysis.runs import Run, default_out, find_run_folders, load_folder, refuse_twins
 from scripts.arguments import Parser, device, whole
 from scripts.provenance import provenance, write_page
@@ -107,11 +106,6 @@ def installed(package: str, path: str, pip_name: str) -> Path:
 def own(name: str) -> dict:
     """A file of words and prompts that were written for the probes."""
     return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def progress(message: str) -> None:
-    """Say where the work stands, beside the results."""
-    print(report.visible(message), file=sys.stderr, flush=True)
 
 
 def pick_baseline(arms: list[str], wanted: str | None) -> str:

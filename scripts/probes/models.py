@@ -35,7 +35,7 @@ from engine.errors import RunError
 from engine.prompts import SLOT
 from kronecker import token_bytes
 from scripts.analysis import figures
-from scripts.analysis.report import Table
+from scripts.analysis.report import Table, progress
 from scripts.probes import common, tables
 from scripts.probes.spaces import POS_DIM, CodecSpace, TableSpace
 
@@ -248,9 +248,7 @@ def probe(args) -> common.Finding:
         found, *more = measure_model(source.name, tables.load_table(source, info), tokens, *asked)
         found["source"] = {"name": name, **info, "bytes_read": source.bytes_read}
         measured.append((source.name, (found, *more)))
-        common.progress(
-            f"{name}: {info['tensor']} {info['shape']}, {source.bytes_read / 2**20:,.1f} MiB read"
-        )
+        progress(f"{name}: {info['tensor']} {info['shape']}, {source.bytes_read / 2**20:,.1f} MiB read")
 
     def measure_run(run, model, tokenizer):
         """Our own run as if it were a model."""

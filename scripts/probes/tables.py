@@ -18,7 +18,7 @@ from data.console import first_line
 from data.records import PlainName, Record, parsed, validated
 from engine.errors import RunError
 from kronecker import token_bytes
-from scripts.probes.common import progress
+from scripts.analysis.report import progress
 
 DTYPES = {
     "F64": torch.float64,

@@ -14,6 +14,7 @@ from data.shards import find_shards, open_shard
 from data.sources import check_files, local_blocks, read_block
 from engine.errors import RunError
 from scripts.probes import common
+from scripts.provenance import ROOT
 
 LISTS = {  # package and file in it
     "codespell": ("codespell_lib", "data/dictionary.txt"),
@@ -172,8 +173,7 @@ def held_out_text(args, run) -> str:
                 break
         return "\n".join(texts)
     _, tokenizer = common.load(run.name, args)
-    root = Path(__file__).resolve().parents[2]
-    folder = Path(run.config.get("data_dir") or root / "data" / str(run.config.get("dataset")))
+    folder = Path(run.config.get("data_dir") or ROOT / "data" / str(run.config.get("dataset")))
     shards = find_shards(folder, "val") if folder.is_dir() else []
     if not shards:
         raise RunError(f"no validation shard in {folder}; give held-out text with --text FILE")
