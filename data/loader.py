@@ -17,7 +17,7 @@ import torch
 
 from data import DataError
 from data.identity import check_ids, fingerprint  # noqa: F401 - a loader's user finds them here
-from data.meta import read_complete
+from data.meta import read_meta
 from data.shards import Shard, find_shards, open_shard
 
 ROUNDS = 6  # of the Feistel network; four already make it look random, see tests
@@ -179,7 +179,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _open_split(data_dir, split: str) -> list[Shard]:
-    read_complete(data_dir)
+    if not (read_meta(data_dir) or {}).get("complete", True):  # its shards may be of two makings
+        raise DataError(f"{data_dir} is not finished: run its prepare.py again with the same options")
     paths = find_shards(data_dir, split)
     if not paths:
         raise DataError(

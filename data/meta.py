@@ -82,14 +82,6 @@ def read_meta(data_dir) -> dict | None:
     return read_record(path, MetaSchema, "the description of prepared data").model_dump(exclude_unset=True)
 
 
-def read_complete(data_dir) -> dict | None:
-    """`read_meta`, with a DataError where the preparation is unfinished: its shards may be of two makings."""
-    meta = read_meta(data_dir)
-    if meta is not None and not meta.get("complete", True):
-        raise DataError(f"{data_dir} is not finished: run its prepare.py again with the same options")
-    return meta
-
-
 def describe(data_dir, vocab_size: int = 0) -> dict:
     """`read_meta`; without a description shards are taken for GPT-2's, unless a smaller `vocab_size` says that they
     cannot be: then the tokenizer is None, as it is where meta.pkl gives only a number of ids."""

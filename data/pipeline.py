@@ -22,7 +22,7 @@ from data.encoder import Encoder
 from data.files import write_atomic
 from data.identity import shard_record
 from data.meta import META_NAME, new_meta, read_meta, totals, versions, write_meta
-from data.progress import Progress, say
+from data.progress import Progress
 from data.shards import MAX_TOKENS, header_bytes, is_whole
 from data.sources import SKIP_REASONS, Block, read_block
 
@@ -63,7 +63,6 @@ def prepare_shards(
     max_shards: int | None = None,
     workers: int = 1,
     fast: bool = True,
-    say: Callable[[str], None] = say,
 ) -> dict:
     """Make, or finish, the set of shards in `out_dir`, of which the caller holds the lock; returns its meta.
 
@@ -89,7 +88,7 @@ def prepare_shards(
     _take_up(out_dir, meta)
     shards, limit = meta["shards"], None if max_shards is None else max_shards + 1
     lost = [number for number, record in enumerate(shards) if not is_whole(out_dir, record)]
-    progress = Progress(meta, limit, say)
+    progress = Progress(meta, limit)
 
     def enough() -> bool:
         ended = bool(shards) and shards[-1].get("next") is None

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable
 from datetime import timedelta
 
 
@@ -11,10 +10,10 @@ def say(line: str) -> None:
 
 
 class Progress:
-    """Counts what goes by and says it. limit: shards wanted in all, or None. say: prints a line."""
+    """Counts what goes by and says it. limit: shards wanted in all, or None."""
 
-    def __init__(self, meta: dict, limit: int | None, say: Callable[[str], None]):
-        self.meta, self.limit, self.say, self.live = meta, limit, say, sys.stdout.isatty()
+    def __init__(self, meta: dict, limit: int | None):
+        self.meta, self.limit, self.live = meta, limit, sys.stdout.isatty()
         self.began = self.shown = time.perf_counter()
         self.documents = self.tokens = self.characters = 0
         self.first_done = None
@@ -29,7 +28,7 @@ class Progress:
             self.first_done = done
         if now - self.shown >= (0.5 if self.live else 30):
             self.shown, line = now, self._line(now - self.began, done)
-            print("\r\033[K" + line, end="", flush=True) if self.live else self.say(line)
+            print("\r\033[K" + line, end="", flush=True) if self.live else say(line)
 
     def _line(self, seconds: float, done: float | None) -> str:
         left, made, shards = None, self.meta["made"], len(self.meta["shards"])
@@ -55,7 +54,7 @@ class Progress:
             f"validation tokens in {len(meta['shards'])} shards" + (f"; skipped {skipped}" if skipped else "")
         )
         if not self.tokens:
-            self.say(f"already complete, nothing to do: {what}")
+            say(f"already complete, nothing to do: {what}")
         else:
             speed = self.tokens / 1e6 / seconds
-            self.say(f"done: {what}; {self.tokens:,} tokens in {seconds:.1f} s, {speed:.2f}M a second")
+            say(f"done: {what}; {self.tokens:,} tokens in {seconds:.1f} s, {speed:.2f}M a second")

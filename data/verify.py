@@ -40,7 +40,7 @@ def check_shard(path: Path, record: dict, n_vocab: int, eot: int | None) -> tupl
     return line + ("FAULT" if faults else "ok"), content.tokens, documents, faults
 
 
-def verify(folder: Path, tokenizer_name: str = "gpt2", say=print) -> list[str]:
+def verify(folder: Path, tokenizer_name: str = "gpt2") -> list[str]:
     """Check a folder, saying what is there; returns the faults, one sentence each."""
     meta = read_meta(folder) or {}
     val, train = find_shards(folder, "val"), find_shards(folder, "train")
@@ -63,16 +63,16 @@ def verify(folder: Path, tokenizer_name: str = "gpt2", say=print) -> list[str]:
         there = [records.get(path.name, {}) for path in paths]
         checks = threads.map(lambda *shard: check_shard(*shard, n_vocab, tokenizer.eot), paths, there)
         for line, n_tokens, n_documents, wrong in checks:
-            say(line)
+            print(line)
             faults += wrong
             tokens, documents = tokens + n_tokens, documents + n_documents
-    say(f"{len(paths)} shards, {tokens:,} tokens, {documents:,} documents, tokenizer {tokenizer.name}")
+    print(f"{len(paths)} shards, {tokens:,} tokens, {documents:,} documents, tokenizer {tokenizer.name}")
     if not faults and tokens:
         first, last = open_shard(paths[0]).tokens, open_shard(paths[-1]).tokens
         if "documents" in records.get(paths[0].name, {}) and first[0] != tokenizer.eot:
             faults.append(f"{paths[0]} does not begin with end-of-text")
         for name, sample in (("first", first[:60]), ("last", last[-60:])):
-            say(f"{name} tokens: {tokenizer.decode(sample.tolist())!r}")
+            print(f"{name} tokens: {tokenizer.decode(sample.tolist())!r}")
     return faults
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from data import DataError, plain_text, verify
 from data.files import Lock
-from data.meta import characters_meta, describe, read_complete, read_meta, write_meta
+from data.loader import TrainBatches
+from data.meta import characters_meta, describe, read_meta, write_meta
 from data.shards import find_shards, header_bytes, is_prepared, open_shard, write_shard
 from data.tokenizers import END_OF_TEXT, clean_text, load_tokenizer
 from kronecker.tokens import byte_level_alphabet
@@ -170,7 +171,7 @@ def test_what_folders_without_a_description_are_taken_for(tmp_path):
     assert describe(tmp_path, 65) == {"tokenizer": None, "vocab_size": 65}
     # all that nanoGPT's train.py asks of meta.pkl
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))
-    assert describe(tmp_path)["vocab_size"] == 65 and read_complete(tmp_path)["tokenizer"] is None
+    assert describe(tmp_path)["vocab_size"] == 65 and read_meta(tmp_path)["tokenizer"] is None
     with pytest.raises(DataError, match="does not say which tokenizer"):
         load_tokenizer(None)
     for wrong in ({"vocab_size": 0}, {"vocab_size": 2, "itos": {0: "a"}}, {"itos": {0: "a"}}, [65]):
@@ -334,7 +335,7 @@ def test_a_set_remade_over_an_older_one_never_passes_half_made(
     tmp_path, monkeypatch, gpt2_encoding, characters
 ):
     plain_text.prepare(tmp_path, "old text, of other letters " * 30, "toy", characters)
-    assert is_prepared(tmp_path) and verify.verify(tmp_path, say=lambda line: None) == []
+    assert is_prepared(tmp_path) and verify.verify(tmp_path) == []
     real, written = plain_text.write_atomic, []
 
     def dying(path, chunks):
@@ -348,13 +349,13 @@ def test_a_set_remade_over_an_older_one_never_passes_half_made(
         plain_text.prepare(tmp_path, "a new text, which has got more letters " * 40, "toy", characters)
     assert "train.bin" in written and not is_prepared(tmp_path)
     with pytest.raises(DataError, match="is not finished"):
-        read_complete(tmp_path)
-    assert any("is not finished" in fault for fault in verify.verify(tmp_path, say=lambda line: None))
+        TrainBatches(tmp_path, 8, 1, seed=0)
+    assert any("is not finished" in fault for fault in verify.verify(tmp_path))
     monkeypatch.setattr(plain_text, "write_atomic", real)
     plain_text.prepare(tmp_path, "a new text, which has got more letters " * 40, "toy", characters)
-    assert is_prepared(tmp_path) and verify.verify(tmp_path, say=lambda line: None) == []
+    assert is_prepared(tmp_path) and verify.verify(tmp_path) == []
     (tmp_path / "val.bin").write_bytes((tmp_path / "train.bin").read_bytes()[:80])
-    assert any("val.bin" in fault for fault in verify.verify(tmp_path, say=lambda line: None))
+    assert any("val.bin" in fault for fault in verify.verify(tmp_path))
 
 
 def test_plain_text_in_other_encodings(tmp_path):
