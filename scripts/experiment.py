@@ -25,6 +25,7 @@ from data.records import STRICT, Record, read_record, validated
 from engine.contract import RULES
 from engine.errors import RunError
 from engine.metrics import read_metrics
+from engine.plan import global_batch
 from engine.runs import read_run
 from model import USUAL_RMS
 from scripts.provenance import ROOT
@@ -346,8 +347,7 @@ def tokens_of(exp: Experiment, place) -> int:
     """Training tokens of the runs at a place of the experiment: anything with a rung and a length."""
     keys = [f"--{k}={v}" for k, v in exp.lengths[place.length].items()]
     config = configurator.load([exp.rungs[place.rung], *keys], quiet=True)
-    rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
-    return rows * config.block_size * config.max_iters
+    return global_batch(config) * config.block_size * config.max_iters
 
 
 def write_record(exp: Experiment, run: Run, out_dir: Path, state: str) -> None:
