@@ -6,7 +6,6 @@ A process of its own follows the record, so that nothing that happens to a track
 a killed run is still sent to its last row. Every start sends the record from its first row: a resumed run is whole.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -22,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from data import DataError
-from data.console import first_line
+from data.console import Parser, first_line
 from data.files import Lock
 from data.records import read_record
 
@@ -88,8 +87,7 @@ def finish(process: subprocess.Popen, voice: threading.Thread, to: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m engine.tracker", description=__doc__, formatter_class=form)
+    parser = Parser(__doc__)
     parser.add_argument("out_dir", type=Path, help="folder of the run")
     parser.add_argument("--to", choices=("wandb", "trackio"), required=True, help="where to show it")
     parser.add_argument("--follow", action="store_true", help="wait for new rows until stdin is closed")

@@ -15,7 +15,6 @@ tells models apart that still guess. Items are paired between arms: exact McNema
 items on bits per byte, t intervals over seeds.
 """
 
-import argparse
 import gzip
 import json
 import math
@@ -130,7 +129,7 @@ def is_pretrained(path: str) -> bool:
 def find_models(args) -> list[Run]:
     """Runs, and weights of others as runs without a seed, each an arm of its own."""
     own = [p for p in args.runs if not is_pretrained(p)]
-    found = common.finished_runs(argparse.Namespace(**vars(args) | {"runs": own})) if own else []
+    found = common.finished_runs(own, args.allow_unfinished) if own else []
     for path in [p for p in args.runs if p not in own]:
         arm = (Path(path).resolve().parent if Path(path).is_file() else Path(path)).name or path
         if any(m.arm == arm for m in found):

@@ -10,7 +10,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from probe_runs import args_for
 
 from engine.errors import RunError
 from sample import load_run
@@ -94,7 +93,7 @@ def test_pairs_follow_from_the_seed(pairs):
 def test_a_long_text_is_read_as_far_as_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(typos, "MOST_TEXT", 1_500_000)
     (tmp_path / "held_out.jsonl").write_text(('{"text": "' + "word " * 200 + '"}\n') * 5000)
-    text = typos.held_out_text(args_for(text=str(tmp_path / "held_out.jsonl")), None)
+    text = typos.held_out_text(str(tmp_path / "held_out.jsonl"), None)
     assert 1_500_000 < len(text) < 3_000_000
 
 

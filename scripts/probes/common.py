@@ -53,13 +53,13 @@ def out_folder(args) -> Path:
     return Path(args.out or default_out(args.runs))
 
 
-def finished_runs(args, needs_checkpoint: bool = True) -> list[Run]:
-    """Finished runs at or below --runs, by arm and seed; what is left out is said. RunError where none is left."""
+def finished_runs(paths, allow_unfinished: bool, needs_checkpoint: bool = True) -> list[Run]:
+    """Finished runs at or below the paths, by arm and seed; what is left out is said. RunError where none is left."""
     runs = []
-    for run in map(load_folder, find_run_folders(args.runs)):
+    for run in map(load_folder, find_run_folders(paths)):
         if needs_checkpoint and not (Path(run.name) / "latest").exists():
             progress(f"left out: {run.name} has no checkpoint yet")
-        elif run.state != "finished" and not args.allow_unfinished:
+        elif run.state != "finished" and not allow_unfinished:
             # a run of 30 steps would pass for its arm
             progress(f"left out: {run.name} ({run.state}); --allow-unfinished takes it in")
         else:
@@ -67,7 +67,7 @@ def finished_runs(args, needs_checkpoint: bool = True) -> list[Run]:
     refuse_twins(runs)
     if not runs:
         what = "no finished run with a checkpoint" if needs_checkpoint else "no finished run"
-        raise RunError(f"{what} at or below {', '.join(map(str, args.runs))}")
+        raise RunError(f"{what} at or below {', '.join(map(str, paths))}")
     return sorted(runs, key=lambda r: (*arm_sort_key(r.arm), r.seed))
 
 
@@ -83,7 +83,7 @@ def load(path, args):
 
 def measure_runs(args, what: str, measure, *given) -> tuple[dict, str]:
     """({arm: {seed: measure(run, model, tokenizer, *given)}} of all runs at or below --runs, baseline)."""
-    runs, by_run = finished_runs(args), {}
+    runs, by_run = finished_runs(args.runs, args.allow_unfinished), {}
     baseline = pick_baseline([run.arm for run in runs], args.baseline)
     for number, run in enumerate(runs, 1):
         start = time.time()

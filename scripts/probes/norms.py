@@ -72,7 +72,8 @@ def draw(series: dict):
 
 
 def probe(args) -> common.Finding:
-    runs = [r for r in common.finished_runs(args, needs_checkpoint=False) if r.series("wte/rms")]
+    finished = common.finished_runs(args.runs, args.allow_unfinished, needs_checkpoint=False)
+    runs = [r for r in finished if r.series("wte/rms")]
     if not runs:
         raise RunError(f"no run with wte/rms in its metrics at or below {', '.join(args.runs)}")
     baseline = common.pick_baseline([r.arm for r in runs], args.baseline)

@@ -297,7 +297,8 @@ def arguments(add) -> None:
 
 def probe(args) -> common.Finding:
     if args.generate:
-        text = typos.held_out_text(args, common.finished_runs(args)[0])
+        first = common.finished_runs(args.runs, args.allow_unfinished)[0]
+        text = typos.held_out_text(args.text, first)
         pairs, published = typos.draw_pairs(text, args.generate, args.seed, args.sources), {}
         what, name = f"{len(pairs):,} misspellings in held-out text", "spelling_generated"
     else:

@@ -13,6 +13,7 @@ from data.records import Record, read_record, validated
 from data.shards import find_shards, open_shard
 from data.sources import check_files, local_blocks, read_block
 from engine.errors import RunError
+from engine.runs import read_tokenizer
 from scripts.probes import common
 from scripts.provenance import ROOT
 
@@ -160,10 +161,10 @@ def frequency(count: int) -> str:
     return next(name for name, least in FREQUENCIES.items() if count >= least)
 
 
-def held_out_text(args, run) -> str:
-    """--text, as far as MOST_TEXT of it, else the validation tokens that the run was evaluated on, decoded."""
-    if args.text:
-        files, texts, size = [Path(args.text)], [], 0
+def held_out_text(file: str | None, run) -> str:
+    """A file's text, as far as MOST_TEXT of it, else the validation tokens that the run was evaluated on, decoded."""
+    if file:
+        files, texts, size = [Path(file)], [], 0
         check_files(files)
         for block in local_blocks(files, "text"):
             new = read_block(block, "text")[0]
@@ -172,9 +173,8 @@ def held_out_text(args, run) -> str:
             if size > MOST_TEXT:
                 break
         return "\n".join(texts)
-    _, tokenizer = common.load(run.name, args)
     folder = Path(run.config.get("data_dir") or ROOT / "data" / str(run.config.get("dataset")))
     shards = find_shards(folder, "val") if folder.is_dir() else []
     if not shards:
         raise RunError(f"no validation shard in {folder}; give held-out text with --text FILE")
-    return tokenizer.decode(open_shard(shards[0]).tokens[:2_000_000].tolist())
+    return read_tokenizer(run.name).decode(open_shard(shards[0]).tokens[:2_000_000].tolist())
