@@ -1,6 +1,7 @@
 """scripts/analysis/runs.py: what makes a folder or a wandb run a Run, and which runs match."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -179,3 +180,11 @@ def test_the_usual_scale_of_an_older_record_is_no_key():
     older = run_of("kronecker")
     del older.config["wte_init_rms"], older.config["wte_norm"]
     assert runs.arm_keys(older.config) == {"wte": "kronecker", "tie_weights": False}
+
+
+def test_where_results_go_by_default(tmp_path, runs_dir):
+    assert runs.default_out([runs_dir]) == runs.default_out([runs_dir / "kronecker_s1338", "x"]) == runs_dir
+    (tmp_path / "ckpt.pt").touch()
+    assert runs.default_out([tmp_path / "ckpt.pt"]) == Path("out/ckpt") and runs.default_out(
+        ["gpt2"]
+    ) == Path("out/gpt2")

@@ -77,8 +77,13 @@ def find_run_folders(paths) -> list[Path]:
 
 
 def default_out(paths) -> Path:
-    """Where results on some runs go: the folder given, or the parent of a run given by itself."""
+    """Where results on some runs go: the folder given, or the parent of a run given by itself.
+
+    For the weights of others, by a file's or the hub's name: out/NAME. (A folder of the hub's name would hide the hub's.)
+    """
     first = Path(paths[0])
+    if not first.is_dir():
+        return Path("out") / first.stem
     return first.parent if (first / "run.json").exists() else first
 
 
