@@ -17,23 +17,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field
+from typing_extensions import Required, TypedDict
 
 import configurator
 from data.files import write_text
-from data.records import STRICT, Record, read_record, validated
+from data.records import STRICT, PlainName, Record, read_record, validated
 from engine.contract import RULES
 from engine.errors import RunError
-from engine.metrics import read_metrics
+from engine.metrics import Row, read_metrics
 from engine.plan import global_batch
 from engine.runs import read_run
 from model import USUAL_RMS
 from scripts.provenance import ROOT
 
 ARMS = ROOT / "config" / "arms"
-Keys = dict[str, int | float | bool | str]
 # Of config.json, what says where a run was made and not what it is.
 PLACE = {key for key, rule in RULES.items() if not rule.ranks} - {"dataset"} | {"init_from"}
+
+
+def once(values: list) -> list:
+    """The values, if there are some and no two are equal: a run counted twice would weigh twice."""
+    if not values or len(set(values)) < len(values):
+        raise ValueError("it should have a value at least, and each once")
+    return values
+
+
+Each = Annotated[list[TypeVar("T")], AfterValidator(once)]
+Factor = Annotated[float, Field(gt=0)]
+# How the runs of a stage are looked at; what they are follows from rung, length, arm and setting alone.
+Look = Literal["eval_tokens", "eval_skip_tokens", "eval_interval", "log_interval", "ckpt_interval", "keep"]
+
+
+class Length(TypedDict):
+    __pydantic_config__ = STRICT
+    max_iters: int
+
+
+class Shared(TypedDict, total=False):
+    __pydantic_config__ = STRICT | {"extra": "forbid"}
+    learning_rate: Required[Factor]
+    wte_lr_mult: Factor
+    wte_init_rms: Factor
 
 
 class Part(Record):
@@ -48,25 +75,25 @@ class Place(Part):
 
 
 class Stage(Place):
-    seeds: list[int]
-    keys: Keys = {}
+    seeds: Each[int]
+    keys: dict[Look, int] = {}
 
 
 class Tuning(Stage):
-    learning_rate: list[float]
-    wte_lr_mult: dict[str, list[float]]  # by pattern of the arm's name
-    wte_init_rms: dict[str, list[float]]
-    extend: int = 2
+    learning_rate: Each[Factor]
+    wte_lr_mult: dict[str, Each[Factor]]  # by pattern of the arm's name
+    wte_init_rms: dict[str, Each[Factor]]
+    extend: Annotated[int, Field(ge=0)] = 2
 
 
 class Recheck(Stage):
-    factors: list[float]
+    factors: Each[Factor]
 
 
 class Final(Place):
-    seeds: list[int]
-    settings: list[Literal["shared", "best"]]
-    arms: list[str] = []  # of the experiment's; empty: all
+    seeds: Each[int]
+    settings: Each[Literal["shared", "best"]]
+    arms: Each[str] = []  # of the experiment's; empty: all
 
 
 class Pair(Part):
@@ -80,19 +107,19 @@ class Experiment(Part):
     name: str
     records: str
     data: str = ""  # what the text is, for the report
-    rungs: dict[str, str]
-    lengths: dict[str, Keys]
-    min_lr_ratio: float
-    arms: list[str]
+    rungs: dict[PlainName, str]
+    lengths: dict[PlainName, Length]
+    min_lr_ratio: Annotated[float, Field(ge=0)]
+    arms: Each[str]
     tuning: Tuning
     recheck: list[Recheck] = []
-    shared: Keys
-    final_keys: Keys
+    shared: Shared
+    final_keys: dict[Look, int]
     final: list[Final]
     smallest_difference: float
     held_out: Place | None = None
     gap: Pair
-    gflops: float = 50.0
+    gflops: Factor = 50.0
 
 
 class RunRecord(Record):
@@ -103,7 +130,7 @@ class RunRecord(Record):
     state: str  # "finished" or "diverged"
     config: dict
     run: dict
-    rows: list[dict]
+    rows: list[Row]
 
 
 @dataclass(frozen=True)
@@ -135,18 +162,26 @@ def read(path: str) -> Experiment:
     """The experiment of a file, with every name in it known; RunError or DataError in one sentence otherwise."""
     given = {"name": Path(path).stem} | configurator.read_file(path)
     exp = validated(given, Experiment, path, "an experiment")
-    for place in (exp.tuning, *exp.recheck, *exp.final, *filter(None, [exp.held_out])):
+    tuned = [exp.tuning, *exp.recheck]
+    for place in (*tuned, *exp.final, *filter(None, [exp.held_out])):
         for what, value, known in (("rung", place.rung, exp.rungs), ("length", place.length, exp.lengths)):
             if value not in known:
                 raise RunError(f"{path} names the {what} {value!r}, but it has only {', '.join(known)}")
-    for arm in [*exp.arms, exp.gap.arm, exp.gap.over, *(a for f in exp.final for a in f.arms)]:
+    for arm in exp.arms:
         if not arm_file(arm).is_file():
             raise RunError(f"{path} names the arm {arm!r}, but there is no config/arms/{arm}.py")
-    for arm in exp.arms:
         grids(exp, arm)
-    if twice := set(exp.tuning.seeds) & {seed for final in exp.final for seed in final.seeds}:
+    for arm in [exp.gap.arm, exp.gap.over, *(a for f in exp.final for a in f.arms)]:
+        if arm not in exp.arms:
+            raise RunError(f"{path} names the arm {arm!r}, which is none of its arms: put it into arms")
+    places = [(p.rung, p.length) for p in tuned]
+    places += [(p.rung, p.length, which) for p in exp.final for which in p.settings]
+    if len(set(places)) < len(places) or exp.gap.arm == exp.gap.over:
+        cure = "name each rung and length once, and two arms of the gap"
+        raise RunError(f"{path} asks for the same twice: {cure}")
+    if twice := {seed for p in tuned for seed in p.seeds} & {seed for f in exp.final for seed in f.seeds}:
         raise RunError(f"{path} uses seed {min(twice)} to tune and in final runs")
-    end = exp.tuning.keys.get("eval_tokens", math.inf) + exp.tuning.keys.get("eval_skip_tokens", 0)
+    end = max(p.keys.get("eval_tokens", math.inf) + p.keys.get("eval_skip_tokens", 0) for p in tuned)
     if exp.final_keys.get("eval_skip_tokens", 0) < end:
         cure = "raise eval_skip_tokens in final_keys"
         raise RunError(f"{path} tunes on validation windows that final runs read: {cure}")
@@ -381,17 +416,21 @@ def read_records(exp: Experiment) -> dict[str, RunRecord]:
         if (record.name, record.experiment) != (name, exp.name):
             whose = f"{record.name} of {record.experiment}"
             raise RunError(f"{path} is the record of {whose}: it was moved; restore it")
+        if record.state == "finished" and last_row(record).get("iter") != record.config.get("max_iters"):
+            raise RunError(f"{path} is of a finished run, but without its last validation loss: restore it")
         found[name] = record
     return found
 
 
+def last_row(record: RunRecord) -> dict:
+    """The row of the last evaluation that gave a loss; {} where there is none."""
+    return next((row for row in reversed(record.rows) if row.get("val/loss") is not None), {})
+
+
 def losses_of(records: Mapping[str, RunRecord]) -> dict[str, float]:
     """{run name: last validation loss}, infinite where the run diverged."""
-    losses = {}
-    for name, record in records.items():
-        seen = [row["val/loss"] for row in record.rows if row.get("val/loss") is not None]
-        losses[name] = seen[-1] if seen and record.state == "finished" else math.inf
-    return losses
+    ended = {name: last_row(record) if record.state == "finished" else {} for name, record in records.items()}
+    return {name: row.get("val/loss", math.inf) for name, row in ended.items()}
 
 
 # What train.py fills in where the key is left at its default.

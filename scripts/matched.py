@@ -78,10 +78,12 @@ def arguments(argv: list[str]):
         way = f"so {passed[0]} cannot be given: change the file"
         parser.error(f"an experiment's file says all keys of its runs, {way}")
     else:
-        for what, given, known in (("rung", args.rungs, exp.rungs), ("arm", args.arms, exp.arms)):
+        of_file = {seed for stage in (exp.tuning, *exp.recheck, *exp.final) for seed in stage.seeds}
+        asked = (("rung", args.rungs, exp.rungs), ("arm", args.arms, exp.arms), ("seed", args.seeds, of_file))
+        for what, given, known in asked:
             for name in given:
                 if name not in known:
-                    parser.error(f"{args.recipe} has no {what} {name!r}: it has {', '.join(known)}")
+                    parser.error(f"{args.recipe} has no {what} {name!r}: it has {', '.join(map(str, known))}")
     return args, passed
 
 

@@ -187,13 +187,29 @@ def test_settings_that_say_what_the_arm_is_anyway_have_one_name():
     [
         ('"rung": "a", "length": "short"', '"rung": "z", "length": "short"', "names the rung 'z'"),
         ('"length": "long"', '"length": "longer"', "names the length 'longer'"),
-        ('"arm": "kronecker"', '"arm": "codec"', "no config/arms/codec.py"),
+        ('"arm": "kronecker"', '"arm": "bpe_tied"', "the arm 'bpe_tied', which is none of its arms"),
+        ('"over": "bpe_untied"', '"over": "kronecker"', "asks for the same twice"),
+        ("arms = ['bpe_untied', ", "arms = ['codec', ", "no config/arms/codec.py"),
+        ("arms = ['bpe_untied', ", "arms = ['kronecker', ", "arms is .* each once"),
         ('"bpe_*": [1, 4], ', "", "0 patterns of kronecker\\* fit the arm bpe_untied"),
         ('["shared", "best"]', '["best", "worst"]', "final.0.settings.1 is .*'shared' or 'best'"),
         ('"seeds": [5, 6]', '"seeds": [1, 6]', "uses seed 1 to tune and in final runs"),
+        ('"seeds": [1], "factors"', '"seeds": [5], "factors"', "uses seed 5 to tune and in final runs"),
+        ('"seeds": [5, 6]', '"seeds": [5, 5]', "final.0.seeds is .* each once"),
+        ('"length": "long", "seeds"', '"length": "short", "seeds"', "asks for the same twice"),
+        ("[1e-3, 2e-3]", "[0, 2e-3]", "learning_rate.0 is 0"),
+        ("[1e-3, 2e-3]", "[]", "learning_rate is .* a value at least"),
+        ('"max_iters": 6, ', "", "it has no lengths.long.max_iters"),
+        ('"eval_tokens": 512', '"max_iters": 512', "final_keys.max_iters"),
+        ('{"learning_rate": 2e-3}', '{"wte_lr_mult": 4}', "it has no shared.learning_rate"),
         (
             '"eval_skip_tokens": 256',
             '"eval_skip_tokens": 255',
+            "tunes on validation windows that final runs read",
+        ),
+        (
+            '"keys": {"eval_tokens": 256}',
+            '"keys": {"eval_tokens": 257}',
             "tunes on validation windows that final runs read",
         ),
         ("min_lr_ratio = 0.1", 'min_lr_ratio = "0.1"', "min_lr_ratio is"),
@@ -303,6 +319,13 @@ def test_a_record_of_another_run_is_refused(finished):
     with pytest.raises(RunError, match="it was moved"):
         experiment.read_records(exp)
     moved.unlink()
+    whole = (folder / "records" / f"{run.name}.json").read_text()
+    cut = json.loads(whole)
+    del cut["rows"][-1]
+    (folder / "records" / f"{run.name}.json").write_text(json.dumps(cut))
+    with pytest.raises(RunError, match="without its last validation loss"):
+        experiment.read_records(exp)
+    (folder / "records" / f"{run.name}.json").write_text(whole)
 
 
 def test_records_say_nothing_of_the_place(finished, tiny_data):
@@ -318,6 +341,7 @@ def test_records_say_nothing_of_the_place(finished, tiny_data):
     [
         (["--rungs=z"], "has no rung 'z'"),
         (["--arms=bpe_tied"], "has no arm 'bpe_tied'"),
+        (["--seeds=5,7"], "has no seed 7"),
         (["--max_iters=5"], "an experiment's file says all keys"),
         (["--seeds=x"], "'x' is no whole number"),
     ],

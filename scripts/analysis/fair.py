@@ -139,7 +139,9 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
         return None
     contract.check_match(members, swept=("learning_rate", "min_lr"))
     params = {arm: next(iter(by_seed.values())).run["params"] for arm, by_seed in found.items()}
-    last = {arm: {str(s): last_row(r) for s, r in by_seed.items()} for arm, by_seed in found.items()}
+    last = {
+        arm: {str(s): experiment.last_row(r) for s, r in by_seed.items()} for arm, by_seed in found.items()
+    }
     loss = {arm: {s: row["val/loss"] for s, row in rows.items()} for arm, rows in last.items()}
     bpb = {arm: interval(row.get("val/bpb") for row in rows.values()) for arm, rows in last.items()}
     over, shared = exp.gap.over, {}  # of each arm the pairs of rows, its own and the reference's
@@ -170,11 +172,6 @@ def count_pairs(found: dict, paired: set[frozenset[str]]) -> dict:
     pairs = [(found[a][s], found[b][s]) for a, b in paired for s in found[a].keys() & found[b].keys()]
     mixed = {k: sum(made_with(x, k) != made_with(y, k) for x, y in pairs) for k in ("device", "commit")}
     return {"all": len(pairs)} | mixed
-
-
-def last_row(record: experiment.RunRecord) -> dict:
-    """The last evaluation's row."""
-    return next(row for row in reversed(record.rows) if "val/loss" in row)
 
 
 def gain(exp: experiment.Experiment, loss: dict, arm: str, over: str) -> dict | None:
