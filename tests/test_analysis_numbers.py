@@ -7,7 +7,7 @@ import pytest
 from runs_on_disk import load, write_demo, write_run
 
 from engine.errors import RunError
-from scripts.analysis import numbers
+from scripts.analysis import numbers, words
 
 
 @pytest.fixture
@@ -117,6 +117,18 @@ def test_gain_by_frequency_by_hand(runs_dir):
     buckets = numbers.compare(runs)["frequency"]["target"]["kronecker"]
     assert [(b["count"], b["tokens"], b["n"]) for b in buckets] == [(4, 40, 3), (16, 160, 3)]
     assert [b["mean"] for b in buckets] == pytest.approx([0.5, 0.5])
+    older = next(run for run in runs if run.arm == "kronecker")  # one run lacks it
+    older.val[-1] = {k: x for k, x in older.val[-1].items() if "_target/" not in k}
+    assert numbers.compare(runs)["frequency"]["target"]["kronecker"] == []
+
+
+def test_losses_that_a_ratio_cannot_bear_are_compared_all_the_same(tmp_path):
+    for arm, loss in (("bpe_tied", 0.0), ("kronecker", 1e4)):
+        write_run(tmp_path, arm, 1, loss)
+    c = numbers.compare(load(tmp_path))
+    assert c["pairs"][0]["gain_nats"]["mean"] == -1e4
+    assert c["pairs"][0]["gain_percent"] is None and c["pairs"][0]["perplexity_ratio"]["mean"] == math.inf
+    assert words.gain_table(c).rows[0][-3:-1] == ["-", "inf"]
 
 
 def test_runs_of_one_name_with_other_keys_are_compared_as_two_arms(runs_dir):

@@ -125,19 +125,24 @@ def paired_gain(mine: dict, theirs: dict) -> dict:
     return stats.interval(by_seed.values()) | {"by_seed": by_seed} if by_seed else {}
 
 
+def perplexity(nats: float) -> float:
+    """exp(nats), infinite where no float holds it."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
 def compare_pair(mine: list[Run], theirs: list[Run], at: int, iters: list[int]) -> dict:
     """One arm over another, the runs paired one by one (by seed). All gains: positive = mine is better."""
     a, b = ({str(r.seed): r.val_at(at) for r in side} for side in (mine, theirs))
     gain = paired_gain(a, b)
     # the ratio of perplexities is exp of the loss difference; its interval is the gain's, mapped
     ratio = {"mean": gain["mean"], "low": gain["high"], "high": gain["low"]}
-    ratio = {end: None if x is None else math.exp(-x) for end, x in ratio.items()}
+    ratio = {end: None if x is None else perplexity(-x) for end, x in ratio.items()}
     pair = {
         "arm": mine[0].arm,
         "over": theirs[0].arm,
         "seeds": [r.seed for r in mine],
         "gain_nats": gain,
-        "gain_percent": stats.interval(100 * (b[s] - a[s]) / b[s] for s in a),
+        "gain_percent": interval(100 * (b[s] - a[s]) / b[s] if b[s] else None for s in a),
         "perplexity_ratio": ratio,
     }
     bits = [[r.val_at(at, "val/bpb") for r in side] for side in (mine, theirs)]
@@ -173,10 +178,13 @@ def gain_by_frequency(pairs: list[tuple[dict, dict]], side: str) -> list[dict]:
     """Gain by training count of the token read (side "input") or predicted ("target"), in buckets of powers of 4.
 
     pairs: the last evaluation's rows of both arms, paired by seed. [{"count": lowest of the bucket, "tokens": validation
-    tokens in it, and the interval of the gain}]; empty where the rows do not have it.
+    tokens in it, and the interval of the gain}]; empty where a row does not have it.
     """
     by, n = f"val/by_{side}/", f"val/n_{side}/"
-    buckets = {int(k.removeprefix(by)) for rows in pairs for row in rows for k in row if k.startswith(by)}
+    there = [
+        {k for k, x in row.items() if k.startswith(by) and x is not None} for rows in pairs for row in rows
+    ]
+    buckets = {int(k.removeprefix(by)) for k in set.intersection(*there)}
     return [
         {"count": low, "tokens": pairs[0][0][f"{n}{low}"]}
         | stats.interval(b[f"{by}{low}"] - a[f"{by}{low}"] for a, b in pairs)
