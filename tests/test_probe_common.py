@@ -83,7 +83,6 @@ def refused(name: str, argv: list[str]) -> str:
         ("generation", ["--samples=0"], "argument --samples: "),
         ("generation", ["--max_new_tokens=-1"], "argument --max_new_tokens: "),
         ("spelling", ["--generate=1000000"], "argument --generate: "),
-        ("spelling", ["--sources=codespel"], "choose from codespell, nlpaug, keyboard"),
         ("spelling", ["--batch_size=0"], "argument --batch_size: "),
         ("layers", ["--batch_size=many"], "argument --batch_size: "),
         ("norms", ["--device=cuda:99"], "argument --device: "),

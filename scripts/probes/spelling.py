@@ -9,7 +9,7 @@ of ln_f), log-probability that the clean top-1 loses, and whether the top-1 stay
 seed: McNemar's exact test on top-1, a paired bootstrap over prompts on KL, a t interval over seeds.
 
 --generate draws words of the held-out text that stand in codespell's dictionary or nlpaug's list of real
-misspellings, and slips of the keyboard beside them (--sources). Those pairs have the text's next words as a
+misspellings, and slips of the keyboard beside them. Those pairs have the text's next words as a
 continuation, whose bits per byte after either prompt tell robustness from ignorance: a model that predicts
 nothing loses nothing by a typo, but has nothing to lose. The report says what difference so many pairs resolve.
 """
@@ -29,7 +29,7 @@ from kronecker import build_byte_buffer
 from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
 from scripts.analysis.report import Table
-from scripts.arguments import some_of, whole
+from scripts.arguments import whole
 from scripts.probes import common, typos
 
 METRICS = {  # name in agg: (key of a record, heading, digits, scale)
@@ -289,8 +289,6 @@ def draw(strata: list[dict]):
 def arguments(add) -> None:
     add("--pairs", default=str(common.DATA / "spelling_pairs.json"), help="typo pairs (default: our 110)")
     add("--generate", type=whole(1, 100_000), metavar="N", help="N misspellings in held-out text instead")
-    sources = ",".join(typos.SOURCES)
-    add("--sources", type=some_of(typos.SOURCES), default=sources, help="in equal parts (%(default)s)")
     add("--text", metavar="FILE", help="held-out text for --generate: txt, jsonl or parquet, packed or not")
     add("--batch_size", type=whole(1), default=64, help="prompts at a time (%(default)s)")
 
@@ -299,7 +297,7 @@ def probe(args) -> common.Finding:
     if args.generate:
         first = common.finished_runs(args.runs, args.allow_unfinished)[0]
         text = typos.held_out_text(args.text, first)
-        pairs, published = typos.draw_pairs(text, args.generate, args.seed, args.sources), {}
+        pairs, published = typos.draw_pairs(text, args.generate, args.seed), {}
         what, name = f"{len(pairs):,} misspellings in held-out text", "spelling_generated"
     else:
         pairs, published = typos.read_pairs(Path(args.pairs))
@@ -332,10 +330,9 @@ def probe(args) -> common.Finding:
     shown = CONTINUED if args.generate else PLAIN
     rows = with_theirs | {f"{arm}, untrained": mine for arm, mine in untrained.items()}
     tables = [main_table(rows, what, shown), *comparison_tables(comparisons)]
-    sources = args.sources if args.generate else None
     return common.Finding(
         name, TITLES[name], 20 + list(TITLES).index(name), result,
-        {"seed": args.seed, "generate": args.generate, "sources": sources},
+        {"seed": args.seed, "generate": args.generate},
         [*tables, *kind_tables(strata)], draw(strata), common.POINTS,
         "A word of the prompt is misspelled; how far does the prediction of what follows move? A model that "
         "predicts little is moved little, so the figures of weak models say less than they seem to.",

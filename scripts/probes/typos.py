@@ -109,8 +109,8 @@ def read_pairs(path: Path) -> tuple[list[dict], dict]:
     return content["prompt_pairs"], {arm: found["per_prompt"] for arm, found in arms.items()}
 
 
-def draw_pairs(text: str, n: int, seed: int, sources=SOURCES) -> list[dict]:
-    """n clean and misspelled prompts from running text, in equal parts from each source.
+def draw_pairs(text: str, n: int, seed: int) -> list[dict]:
+    """n clean and misspelled prompts from running text, in equal parts from each of SOURCES.
 
     A prompt is 8 to 16 words of the text, of which one of the last five is misspelled; its continuation are the
     next 8. Words are drawn in equal parts from each class of frequency (counted in the text) as far as there are
@@ -122,7 +122,7 @@ def draw_pairs(text: str, n: int, seed: int, sources=SOURCES) -> list[dict]:
     rng = random.Random(seed)
     used: set[int] = set()
     pairs = []
-    for number, source in enumerate(sources):
+    for number, source in enumerate(SOURCES):
         known = misspellings(source) if source in LISTS else None
         classes: dict[str, list[int]] = {name: [] for name in FREQUENCIES}
         for i in range(16, len(words) - AFTER - 5):
@@ -130,7 +130,7 @@ def draw_pairs(text: str, n: int, seed: int, sources=SOURCES) -> list[dict]:
                 classes[frequency(counts[words[i]])].append(i)
         for places in classes.values():
             rng.shuffle(places)
-        wanted = n * (number + 1) // len(sources)
+        wanted = n * (number + 1) // len(SOURCES)
         while len(pairs) < wanted and any(classes.values()):
             for places in classes.values():
                 if places and len(pairs) < wanted and (i := places.pop()) not in used:
