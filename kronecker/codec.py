@@ -72,7 +72,7 @@ def encode_single(
 
 
 def bag_coefficients(
-    char_dim: int, pos_dim: int, length_normalize: bool = True, z_normalize: bool = True, eps: float = 1e-6
+    char_dim: int, pos_dim: int, length_normalize: bool = True, z_normalize: bool = True
 ) -> list[tuple[float, float]]:
     """For each length L = 0..pos_dim (scale, shift):  W z = scale * sum_p W[:, flat_p] - shift * W.sum(1).
 
@@ -87,7 +87,7 @@ def bag_coefficients(
             pairs.append((s, 0.0))
             continue
         std = s * math.sqrt(max(L * (1 - L / D), 0.0) / max(D - 1, 1))
-        pairs.append((s / (std + eps), s * L / D / (std + eps)))
+        pairs.append((s / (std + 1e-6), s * L / D / (std + 1e-6)))
     return pairs
 
 

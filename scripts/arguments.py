@@ -35,14 +35,14 @@ def device(text: str) -> str:
     return chosen.type if text == "auto" else text
 
 
-def some_of(known, what: str = ""):
-    """An argparse type: `names`, each of them one of those that are known (kinds of `what`), and each once."""
+def some_of(known, what: str):
+    """An argparse type: `names`, each of them one of those that are known (each a `what`), and each once."""
 
     def parse(text: str) -> list[str]:
         found = list(dict.fromkeys(names(text)))
         if wrong := [name for name in found if name not in known]:
             raise argparse.ArgumentTypeError(
-                f"there is no {what}{' ' * bool(what)}{wrong[0]!r}: choose from {', '.join(known)}"
+                f"there is no {what} {wrong[0]!r}: choose from {', '.join(known)}"
             )
         return found
 

@@ -67,7 +67,7 @@ def test_where_a_trainings_time_goes(tiny_data, tmp_path):
     ("flags", "sentence"),
     [
         (["--arms=bpe_teid"], "there is no arm 'bpe_teid'"),
-        (["--setting=huge"], "there is no 'huge'"),
+        (["--setting=huge"], "there is no setting 'huge'"),
         (["--steps=3"], "argument --steps"),
         (["--rounds=0"], "argument --rounds"),
         (["--device=cuda:77"], "argument --device"),

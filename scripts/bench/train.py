@@ -231,7 +231,7 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--nanogpt-dir", type=bench.nanogpt, help="checkout of nanoGPT to measure against")
     settings = f"with commas: {', '.join(SETTINGS)}"
-    add("--setting", type=some_of(SETTINGS), default="gpt2-vocabulary,demo", help=settings)
+    add("--setting", type=some_of(SETTINGS, "setting"), default="gpt2-vocabulary,demo", help=settings)
     add("--arms", type=names, default="bpe_tied,bpe_untied,kronecker", help="in config/arms/, with commas")
     add("--minutes", type=number(0, 1e6, above=True), help="begin no round that would end later")
     steps = f"of one process, the first {SKIPPED} of which do not count (%(default)s)"

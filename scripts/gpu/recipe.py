@@ -74,17 +74,8 @@ def commands(args, piece: str) -> list[list[str]]:
     """The commands of a piece, in their order: words after Python's own."""
     measured, left = ["--device=cuda", f"--out={args.out}"], f"--minutes={minutes_left(args):.2f}"
     if piece == "correctness":
-        return [
-            [
-                "-m",
-                "pytest",
-                "-q",
-                "-m",
-                "gpu",
-                f"--junitxml={args.out / 'gpu_tests.xml'}",
-                "tests/test_gpu.py",
-            ]
-        ]
+        found = f"--junitxml={args.out / 'gpu_tests.xml'}"
+        return [["-m", "pytest", "-q", "-m", "gpu", found, "tests/test_gpu.py"]]
     if piece == "embedding":
         bench = ["scripts/bench/embedding.py", *measured, *args.more]
         return [bench, [*bench, "--dtype=bfloat16"]]
