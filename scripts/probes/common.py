@@ -231,7 +231,9 @@ class Finding:
     items: dict | list | None = None  # what is too much for the JSON, for a file beside it
 
     def write(self, out: Path, made: dict) -> None:
-        """Write all files below out, print the tables and where everything lies; made: see provenance."""
+        """Print the tables, write all files below out, and say where everything lies; made: see provenance."""
+        for t in self.tables:  # first: a disk that takes no files shall not cost what was measured
+            report.say("\n" + t.text())
         base = out / "compare" / "probes" / self.name
         intro = self.intro.split("\n\n")
         parts = [*intro, *self.tables, f"![{self.title}]({self.name}.svg)"]
@@ -242,6 +244,4 @@ class Finding:
         blocks = [{"text": intro}, *(t.block() for t in self.tables)]
         blocks += [{"figures": [f"probes/{self.name}.svg"], "caption": self.caption}, *self.extra]
         page = report.write_section(out, self.name, self.title, self.order, blocks)
-        for t in self.tables:
-            report.say("\n" + t.text())
         report.say(f"\nresults {base}.json\nfigure  {base}.png\nreport  {page}")
