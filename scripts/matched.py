@@ -148,12 +148,8 @@ def make_job(args, name: str, words: list[str], out_dir: Path, max_iters: int) -
     Paths are as a person would write them: run.json keeps the command, and is shown to others.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus_per_run}"]
-    command = [
-        sys.executable,
-        *(torchrun if args.gpus_per_run > 1 else []),
-        os.path.relpath(ROOT / "train.py"),
-    ]
-    command += [*words, f"--out_dir={out_dir}", "--init_from=auto"]
+    start = [sys.executable, *(torchrun if args.gpus_per_run > 1 else []), os.path.relpath(ROOT / "train.py")]
+    command = [*start, *words, f"--out_dir={out_dir}", "--init_from=auto"]
     return pool.Job(name, tuple(command), out_dir, max_iters)
 
 

@@ -148,14 +148,8 @@ def prepare(out_dir: Path) -> None:
             part = documents[n_val:] if number else documents[:n_val]
             yield Block([number], part, split="train" if number else "val")
 
-    prepare_shards(
-        out_dir,
-        "pydocs",
-        tokenizer,
-        blocks_from,
-        {"documents_from": counts, "python": platform.python_version(), **versions("torch", "numpy")},
-        val_tokens=None,
-    )
+    source = {"documents_from": counts, "python": platform.python_version(), **versions("torch", "numpy")}
+    prepare_shards(out_dir, "pydocs", tokenizer, blocks_from, source, val_tokens=None)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -217,14 +217,8 @@ def gap(exp: experiment.Experiment, cells: list[dict], resamples: int) -> dict:
     ]
     held = [p for p in points if out is not None and (p["rung"], p["length"]) == (out.rung, out.length)]
     known = [p for p in points if p not in held and len(p["by_seed"]) > 1]
-    result = {
-        "arm": arm,
-        "over": exp.gap.over,
-        "points": points,
-        "fit": None,
-        "held_out": None,
-        "crossings": [],
-    }
+    result = {"arm": arm, "over": exp.gap.over, "points": points}
+    result |= {"fit": None, "held_out": None, "crossings": []}  # until there are enough cells
     terms = [key for key in ("tokens", "body") if len({p[key] for p in known}) > 1]
 
     def design(of: dict) -> np.ndarray:
