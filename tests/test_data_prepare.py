@@ -98,7 +98,7 @@ def make(out, tokenizer, files, workers=1, val=100, shard=900, column="text", bl
     more |= {"column": column, "val_tokens": val, "shard_tokens": shard, "workers": workers}
     with folder_lock(Path(out)):
         source = {"files": [f.name for f in files]}
-        return prepare_shards(Path(out), "set", tokenizer, blocks, source, say=lambda line: None, **more)
+        return prepare_shards(Path(out), "set", tokenizer, blocks, source, **more)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_any_number_of_workers_gives_the_plain_pipelines_tokens(tmp_path, bpe, s
     assert meta["documents"] == len(DOCUMENTS) == int((expected == bpe.eot).sum())
     make(tmp_path / "alone", bpe, [tmp_path / "a.jsonl"], 1)
     assert digests(tmp_path / "o") == digests(tmp_path / "alone")
-    assert is_prepared(tmp_path / "o") and verify.verify(tmp_path / "o", say=lambda line: None) == []
+    assert is_prepared(tmp_path / "o") and verify.verify(tmp_path / "o") == []
     lengths = np.array(meta["byte_lengths"])
     assert lengths[expected].sum() == sum(len(clean_text(text).encode()) for text in DOCUMENTS)
 
@@ -291,7 +291,7 @@ def test_other_tokenizers_and_uint32(tmp_path):
     texts = tokenizer.decode(stream_of(out).tolist()).split(END_OF_TEXT)[1:]
     expected = "".join(END_OF_TEXT + clean_text(text) for text in DOCUMENTS).split(END_OF_TEXT)[1:]
     assert texts == expected and (stream_of(out) == 70_256).sum() == len(DOCUMENTS)
-    assert verify.verify(out, say=lambda line: None) == []
+    assert verify.verify(out) == []
 
 
 # ------------------------------------------------------------------------------------------ unbreakable
@@ -409,7 +409,7 @@ def test_held_out_files_fill_the_validation_shard_and_nothing_else(tmp_path, bpe
     assert val.tolist() == reference(held, bpe).tolist()
     assert training.tolist() == reference(DOCUMENTS, bpe).tolist()
     assert meta["complete"] and meta["tokens"] == {"train": len(training), "val": len(val)}
-    assert verify.verify(tmp_path / "o", say=lambda line: None) == []
+    assert verify.verify(tmp_path / "o") == []
     empty = jsonl(tmp_path / "empty.jsonl", ["", None])
     blocks = lambda p: sources.local_blocks([empty, train], "text", p, held_out=1)  # noqa: E731
     with pytest.raises(DataError, match="validation text has no document"):
@@ -734,7 +734,7 @@ def test_ready_shards_are_fetched_checked_and_resumed(tmp_path, bpe, monkeypatch
     assert downloads == [names[-1], names[0], names[0], names[1], names[1]]
     assert {p.name for p in out.glob("*.bin")} == {names[-1], *names[:2]} and read_meta(out)["complete"]
     fineweb.main(options)
-    assert sorted(downloads[5:]) == names[2:-1] and verify.verify(out, say=lambda line: None) == []
+    assert sorted(downloads[5:]) == names[2:-1] and verify.verify(out) == []
     count = len(downloads)
     with monkeypatch.context() as offline:
         offline.setattr(ready_made, "remote_files", lambda repo: pytest.fail("asked the hub again"))
