@@ -84,6 +84,7 @@ class Tuning(Stage):
     wte_lr_mult: dict[str, Each[Factor]]  # by pattern of the arm's name
     wte_init_rms: dict[str, Each[Factor]]
     extend: Annotated[int, Field(ge=0)] = 2
+    again: list[Factor] = []  # factors of the best learning rate; empty: it is not tried once more
 
 
 class Recheck(Stage):
@@ -283,7 +284,8 @@ class Plan:
             self.complete = False
 
     def tune(self) -> None:
-        """The learning rate at the arm's own defaults, then the input side's multiplier and scale at the best one."""
+        """The learning rate at the arm's own defaults, then the input side's multiplier and scale at the best one, then
+        the learning rate once more at those."""
         t, arms = self.exp.tuning, self.exp.arms
         rates = self.search(
             "tune", t, [Line(a, (), tuple(t.learning_rate)) for a in arms], "learning_rate", 2, t.extend
@@ -292,20 +294,27 @@ class Plan:
         for arm in arms:
             mults, scales = grids(self.exp, arm)
             lines += [Line(arm, (*rates[arm], ("wte_init_rms", rms)), tuple(mults)) for rms in scales]
-        self.choose(t, self.search("tune", t, lines, "wte_lr_mult", 4, t.extend))
+        for arm, setting in self.search("tune", t, lines, "wte_lr_mult", 4, t.extend).items():
+            self.settle(self.once_more, "tune", t, arm, setting, t.again or [1], t.extend)
 
     def recheck(self, place: Recheck, arm: str) -> None:
-        """An arm's learning rate once more on another rung or length, around the tuning's best; its other keys are kept.
-
-        Such a grid is not extended, so no arm waits for another.
-        """
-        tuning = self.exp.tuning
-        keys = dict(self.best.get((tuning.rung, tuning.length, arm), ()))
-        if not keys:
+        """An arm's learning rate on another rung or length, around the tuning's best; such a grid is not extended."""
+        tuned = self.best.get((self.exp.tuning.rung, self.exp.tuning.length, arm))
+        if tuned is None:
             raise Unknown
+        self.once_more("recheck", place, arm, tuned, place.factors, 0)
+
+    def once_more(
+        self, stage: str, place, arm: str, setting: tuple, factors: list[float], extend: int
+    ) -> None:
+        """Choose an arm's learning rate among factors of a setting's, whose other keys are kept.
+
+        A grid that is extended grows for this arm alone, so no arm waits for another.
+        """
+        keys = dict(setting)
         lr = keys.pop("learning_rate")
-        line = Line(arm, tuple(keys.items()), tuple(lr * f for f in place.factors))
-        self.choose(place, self.search("recheck", place, [line], "learning_rate", 2, 0))
+        line = Line(arm, tuple(keys.items()), tuple(lr * f for f in factors))
+        self.choose(place, self.search(stage, place, [line], "learning_rate", 2, extend))
 
     def choose(self, place: Place, settings: dict[str, tuple]) -> None:
         self.best |= {(place.rung, place.length, arm): setting for arm, setting in settings.items()}

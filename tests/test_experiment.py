@@ -108,7 +108,7 @@ def test_every_arm_gets_the_same_number_of_runs_in_each_stage(ladder, lr, mult):
         of_stage = [counts[stage, arm] for arm in ladder.arms]
         assert max(of_stage) - min(of_stage) <= spread, (stage, counts)
     if (lr, mult) == (3e-3, 4):
-        assert counts["tune", "bpe_tied"] == 13
+        assert counts["tune", "bpe_tied"] == 15
 
 
 def test_one_arm_at_the_edge_extends_the_grid_of_all(ladder):
@@ -123,6 +123,19 @@ def test_one_arm_at_the_edge_extends_the_grid_of_all(ladder):
     last = max(ladder.tuning.learning_rate) * 2**ladder.tuning.extend
     edge = f"bpe_tied's best learning_rate on rung xs at 1M tokens, {last:g}, stands at the edge of its grid."
     assert edge in plan.edges
+
+
+def test_the_learning_rate_is_chosen_once_more_at_the_best_multiplier(ladder):
+    """With a multiplier of its own bpe_hash wants a rate four times that of the first line; only its grid grows."""
+
+    def loss(run):
+        far = run.arm == "bpe_hash" and dict(run.setting).get("wte_lr_mult", 1) != 1
+        return bowl(1.2e-2 if far else 3e-3, 4, 0.02)(run) - 3 * far
+
+    plan, _ = follow(ladder, loss)
+    assert plan.complete and dict(plan.best["xs", "1M", "bpe_hash"])["learning_rate"] == 1.2e-2
+    counts = Counter(run.arm for run in plan.runs if run.stage == "tune")
+    assert counts["bpe_hash"] == 15 + 2 and {counts[arm] for arm in ladder.arms if arm != "bpe_hash"} == {15}
 
 
 def test_choices_never_look_at_final_runs(ladder):
@@ -141,11 +154,11 @@ def test_runs_of_a_plan_follow_from_what_is_known(ladder):
     shared = {(("learning_rate", 0.003),)}
     assert {r.setting for r in first.runs if r.stage == "final"} == shared
     _, rounds = follow(ladder, bowl(6e-3, 4, 0.1))
-    assert len(rounds) == 4  # rates, input side, recheck, final
+    assert len(rounds) == 5  # rates, input side, rates once more, recheck, final
     assert len(set(itertools.chain(*rounds))) == sum(map(len, rounds))  # no run twice
     pretended = experiment.Plan(ladder, {}, pretend=True)
     assert pretended.complete
-    assert sum(r.stage == "tune" for r in pretended.runs) == 13 * len(ladder.arms)
+    assert sum(r.stage == "tune" for r in pretended.runs) == 15 * len(ladder.arms)
 
 
 def test_settings_come_from_the_last_place_that_was_tuned(ladder):

@@ -48,7 +48,11 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
         "rungs": rungs(exp, known),
         "validation": validation(known),
         "shared": exp.shared,
-        "tuning": {"tokens": experiment.tokens_of(exp, exp.tuning), "seeds": len(exp.tuning.seeds)},
+        "tuning": {
+            "tokens": experiment.tokens_of(exp, exp.tuning),
+            "seeds": len(exp.tuning.seeds),
+            "again": bool(exp.tuning.again),
+        },
         "complete": plan.complete,
         "edges": plan.edges,
         "settings": [

@@ -26,7 +26,7 @@ def draw(c: dict, folder: Path) -> dict[str, str]:
             ("gap", draw_gap, f"Gain over {g['over']}, each arm at its own best setting: mean and 95% interval over seeds, "
              "none where there is one seed. The axis is logarithmic beyond 0.5 either way." + dotted),
             ("learning_rates", draw_tuning, "The tuning: loss by learning rate at each arm's own defaults, by the input side's "
-             "multiplier at the best learning rate and scale, and by learning rate where it was chosen once more. Stars: each "
+             "multiplier at the best of these, and by learning rate where it was chosen once more. Stars: each "
              f"arm's lowest. {seeds}; what diverged or lies more than 1 nat above the lowest is not shown."),
             ("frequency", draw_frequency, f"Where the gain over {g['over']} sits: by training count of the token read and of "
              "the token predicted, mean over seeds, at the longest length of each rung that has several. The axis is "
@@ -72,7 +72,8 @@ def draw_tuning(c: dict):
     tuned = [p for p in points if p["stage"] == "tune"]
     panels = [
         ("learning_rate", "Loss by learning rate", tuned, at_defaults),
-        ("wte_lr_mult", "Loss by the input side's multiplier", tuned, beside_the_best),
+        ("wte_lr_mult", "Loss by the input side's multiplier", tuned, multipliers),
+        ("learning_rate", "Once more, at the best multiplier", tuned, beside_the_best),
     ]
     for rung, length in dict.fromkeys((p["rung"], p["length"]) for p in points if p["stage"] == "recheck"):
         mine = [p for p in points if (p["stage"], p["rung"], p["length"]) == ("recheck", rung, length)]
@@ -110,10 +111,18 @@ def at_defaults(points: list[dict]) -> list[dict]:
     return [p for p in points if all(p[k] == usual[k] for k in ("wte_lr_mult", "wte_init_rms"))]
 
 
+def multipliers(points: list[dict]) -> list[dict]:
+    """Of one arm's tuning runs, the longest line of multipliers at one learning rate and scale; of equals, the best."""
+    lines: dict[tuple, list[dict]] = {}
+    for p in points:
+        lines.setdefault((p["learning_rate"], p["wte_init_rms"]), []).append(p)
+    return max(lines.values(), key=lambda line: (len(line), -min(p["loss"] for p in line)))
+
+
 def beside_the_best(points: list[dict]) -> list[dict]:
-    """Of one arm's tuning runs, those that differ from its best in the multiplier alone."""
+    """Of one arm's tuning runs, those that differ from its best in the learning rate alone."""
     best = min(points, key=lambda p: p["loss"])
-    return [p for p in points if all(p[k] == best[k] for k in ("learning_rate", "wte_init_rms"))]
+    return [p for p in points if all(p[k] == best[k] for k in ("wte_lr_mult", "wte_init_rms"))]
 
 
 def gain_axis(ax) -> None:

@@ -260,9 +260,10 @@ def limits(c: dict) -> list[str]:
         says.append(
             f"Final runs have {bodies} parameters in the body and {lengths} training tokens: nothing here speaks of larger ones."
         )
+    again = ", then the learning rate once more at those" * c["tuning"]["again"]
     says.append(
         "Settings were searched along lines: the learning rate at an arm's own defaults, then the input side's multiplier and "
-        "scale at the best one, each scale being one of the few in the file. A better setting may lie beside these lines."
+        f"scale at the best one, each scale being one of the few in the file{again}. A better setting may lie beside these lines."
     )
     for x in c["cells"]:
         if x["which"] == "best" and (x["rung"], x["tokens"]) != tuple(x["tuned_at"].values()):
