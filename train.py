@@ -82,7 +82,10 @@ def main(config) -> None:
     print0(f"data        {n_tokens:,} training tokens, {n_windows:,} validation windows in {data_dir}")
 
     # ---- the model, drawn from the seed or read from elsewhere
-    model = GPT(shape, byte_buffers, seed=config.seed)
+    try:
+        model = GPT(shape, byte_buffers, seed=config.seed)
+    except ValueError as e:  # bytes beyond char_dim
+        raise RunError(f"{e}: raise char_dim") from None
     if weights is not None:
         pretrained.load(model, weights, config.init_from)
 

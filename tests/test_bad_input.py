@@ -117,6 +117,7 @@ CASES = [
     ("learning backwards", train, [*NEW, "--learning_rate=-1"], None, "must be at least 0"),
     ("negative rank", train, [*NEW, "--wte=kronecker", "--wte_rank=-1"], None, "wte_rank on the command line is -1"),
     ("one bucket", train, [*NEW, "--wte=kronecker", "--wte_ngrams=1"], None, "ngrams is 1"),
+    ("small alphabet", train, [*NEW, "--wte=kronecker", "--char_dim=7"], None, "outside 0..char_dim-1=6: raise char_dim"),
     ("pos_dim without end", train, [*NEW, "--wte=kronecker", "--pos_dim=1000000000"], None, "pos_dim on the command line is 1000000000, but it must be at most 1024"),
     ("width without end", train, [*NEW, "--n_embd=1e12"], None, "must be at most 65536"),
     ("number without end", train, [*NEW, "--weight_decay=1" + "0" * 400], None, "must be a number"),
