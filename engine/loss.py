@@ -103,7 +103,7 @@ def logits_of(x: Tensor, weight: Tensor, buffers: tuple[Tensor, Tensor | None] |
     return x @ weight.t() if buffers is None else torch.mm(x, weight.t(), out=buffers[0][: len(x)])
 
 
-def blocks(logits: Tensor, target: Tensor, buffers) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def blocks(logits: Tensor, target: Tensor, buffers: tuple | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(rows of logits, the same in float32, their targets), as many rows at a time as the buffers' block has; the first
     two are one tensor where the format is float32 anyway."""
     block = None if buffers is None else buffers[1]

@@ -84,7 +84,7 @@ class Tuning(Stage):
     wte_lr_mult: dict[str, Each[Factor]]  # by pattern of the arm's name
     wte_init_rms: dict[str, Each[Factor]]
     extend: Annotated[int, Field(ge=0)] = 2
-    again: list[Factor] = []  # factors of the best learning rate; empty: it is not tried once more
+    again: Each[Factor] = []  # factors of the best learning rate; without them it is not tried once more
 
 
 class Recheck(Stage):
@@ -294,8 +294,11 @@ class Plan:
         for arm in arms:
             mults, scales = grids(self.exp, arm)
             lines += [Line(arm, (*rates[arm], ("wte_init_rms", rms)), tuple(mults)) for rms in scales]
-        for arm, setting in self.search("tune", t, lines, "wte_lr_mult", 4, t.extend).items():
-            self.settle(self.once_more, "tune", t, arm, setting, t.again or [1], t.extend)
+        best = self.search("tune", t, lines, "wte_lr_mult", 4, t.extend)
+        if not t.again:
+            return self.choose(t, best)
+        for arm, setting in best.items():
+            self.settle(self.once_more, "tune", t, arm, setting, t.again, t.extend)
 
     def recheck(self, place: Recheck, arm: str) -> None:
         """An arm's learning rate on another rung or length, around the tuning's best; such a grid is not extended."""

@@ -138,6 +138,14 @@ def test_the_learning_rate_is_chosen_once_more_at_the_best_multiplier(ladder):
     assert counts["bpe_hash"] == 15 + 2 and {counts[arm] for arm in ladder.arms if arm != "bpe_hash"} == {15}
 
 
+def test_without_factors_the_learning_rate_is_not_chosen_once_more(ladder):
+    tuning = ladder.tuning.model_copy(update={"again": []})
+    plan, rounds = follow(ladder.model_copy(update={"tuning": tuning}), bowl(6e-3, 4, 0.1))
+    assert plan.complete and len(rounds) == 4  # rates, input side, recheck, final
+    assert sum(run.stage == "tune" for run in plan.runs) == 13 * len(ladder.arms)
+    assert not [edge for edge in plan.edges if "rung xs at 1M" in edge]
+
+
 def test_choices_never_look_at_final_runs(ladder):
     loss = bowl(6e-3, 4, 0.1)
     plan, _ = follow(ladder, loss)
