@@ -84,8 +84,8 @@ def main(config) -> None:
     # ---- the model, drawn from the seed or read from elsewhere
     try:
         model = GPT(shape, byte_buffers, seed=config.seed)
-    except ValueError as e:  # bytes beyond char_dim
-        raise RunError(f"{e}: raise char_dim") from None
+    except ValueError as e:  # such as bytes beyond char_dim
+        raise RunError(str(e)) from None
     if weights is not None:
         pretrained.load(model, weights, config.init_from)
 

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 # Logits in float32 that are alive at a time; a GPU wants larger matmuls than a CPU's caches do.
 CHUNK_BYTES = {"cpu": 128 << 20, "gpu": 2 << 30}
-BLOCK_BYTES = (
-    3 << 19
-)  # a thread's part of them that is made float32 and a softmax at a time: it stays in a core's cache
+# A thread's part of them that is made float32 and a softmax at a time: it stays in a core's cache.
+BLOCK_BYTES = 3 << 19
 
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):

@@ -30,7 +30,7 @@ class Start(Record):
 
     time: str
     step: int
-    command: str
+    command: str = ""
     commit: str | None = None
     world: int = 1
     device: str = ""
@@ -44,6 +44,16 @@ class Segment(Record):
     changed: dict[str, Annotated[list, Field(min_length=2, max_length=2)]]  # key: before, after
 
 
+class Parameters(Record):
+    """How many numbers a model trains, by part; stock_table: what a learned table would have."""
+
+    input: int
+    body: int
+    head: int
+    total: int
+    stock_table: Annotated[int, Field(ge=1)]
+
+
 class Run(Record):
     """run.json: who the run is. Device, torch, commit, command and world are those of the last start."""
 
@@ -55,7 +65,7 @@ class Run(Record):
     val_sha256: str
     schedule_sha256: str
     tokens_per_step: int
-    params: dict[str, int] | None = None
+    params: Parameters | None = None
     codec: dict | None = None
     flops_per_token: float | None = None
     world: int = 1

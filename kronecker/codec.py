@@ -113,4 +113,6 @@ def check_buffers(byte_buffer: Tensor, length_buffer: Tensor, char_dim: int, pos
     if wrong.any():
         row, position = (int(i) for i in wrong.nonzero()[0])
         byte = int(byte_buffer[row, position])
-        raise ValueError(f"token {row} has byte {byte} at {position}, outside 0..char_dim-1={char_dim - 1}")
+        raise ValueError(
+            f"token {row} has byte {byte} at {position}, outside 0..char_dim-1={char_dim - 1}: raise char_dim"
+        )

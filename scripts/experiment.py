@@ -29,7 +29,8 @@ from engine.contract import RULES
 from engine.errors import RunError
 from engine.metrics import Row, read_metrics
 from engine.plan import global_batch
-from engine.runs import read_run
+from engine.runs import Parameters, read_run
+from engine.runs import Run as RunSchema
 from model import USUAL_RMS
 from scripts.provenance import ROOT
 
@@ -132,6 +133,10 @@ class RunRecord(Record):
     config: dict
     run: dict
     rows: list[Row]
+
+
+class MadeRun(RunSchema):
+    params: Parameters
 
 
 @dataclass(frozen=True)
@@ -424,6 +429,7 @@ def read_records(exp: Experiment) -> dict[str, RunRecord]:
     found, folder = {}, ROOT / exp.records
     for path in sorted(folder.rglob("*.json")):
         record = read_record(path, RunRecord, "a run's record")
+        validated(record.run, MadeRun, f"run in {path}", "a run's record")
         name = path.relative_to(folder).with_suffix("").as_posix()
         if (record.name, record.experiment) != (name, exp.name):
             whose = f"{record.name} of {record.experiment}"

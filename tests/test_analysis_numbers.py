@@ -57,6 +57,16 @@ def test_steps_to_reach_speed_parameters_drift(runs_dir):
     assert c["final"]["kronecker"]["rms"]["ratio"]["mean"] == pytest.approx(3.0)
 
 
+def test_a_baseline_without_a_speed_leaves_the_ratio_out(tmp_path):
+    for arm in ("bpe_tied", "kronecker"):
+        folder = write_run(tmp_path, arm, 1, 3.8)
+        if arm == "bpe_tied":
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            rows = [row | {"tok_per_sec": 0} for row in rows]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert numbers.compare(load(tmp_path))["speed"]["kronecker"]["ratio"] is None
+
+
 def test_decomposition_adds_up(runs_dir):
     d = numbers.compare(load(runs_dir))["decomposition"]
     assert d["head"]["mean"] == pytest.approx(0.1)

@@ -126,6 +126,12 @@ def test_records_of_another_shape_are_one_sentence(tmp_path, file, content, told
     assert file in str(e.value) and "\n" not in str(e.value)
 
 
+def test_parameters_without_a_part_are_one_sentence(tmp_path):
+    folder = write_run(tmp_path, "kronecker", 1, 3.8, info={"params": {"body": 400, "stock_table": 200}})
+    with pytest.raises(DataError, match=r"run\.json is not a run's record: it has no params\.input"):
+        runs.load_folder(folder)
+
+
 def test_a_run_that_was_given_up_is_said_to_have_diverged(tmp_path):
     folder = write_run(tmp_path, "kronecker", 1, 3.8, upto=50, info={"diverged": 57})
     assert runs.load_folder(folder).state == "diverged: given up at iter 57"

@@ -346,6 +346,11 @@ def test_a_record_of_another_run_is_refused(finished):
     (folder / "records" / f"{run.name}.json").write_text(json.dumps(cut))
     with pytest.raises(RunError, match="without its last validation loss"):
         experiment.read_records(exp)
+    cut = json.loads(whole)
+    del cut["run"]["params"]["input"]
+    (folder / "records" / f"{run.name}.json").write_text(json.dumps(cut))
+    with pytest.raises(DataError, match=r"it has no params\.input"):
+        experiment.read_records(exp)
     (folder / "records" / f"{run.name}.json").write_text(whole)
 
 

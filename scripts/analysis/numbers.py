@@ -112,10 +112,8 @@ def final(mine: list[Run], at: int) -> dict:
     entry = {"val_loss": losses} | stats.interval(losses.values())
     if over_seeds := interval(bits.values()):
         entry["val_bpb"] = over_seeds | {"by_seed": bits}
-    if params := dict(mine[0].info.get("params") or {}):
-        entry["params"] = params
-        if params.get("stock_table"):
-            params["input_percent_of_stock"] = 100 * params["input"] / params["stock_table"]
+    if params := mine[0].info.get("params"):
+        entry["params"] = params | {"input_percent_of_stock": 100 * params["input"] / params["stock_table"]}
     return entry | {"rms": rms_drift(mine, at)}
 
 
@@ -211,7 +209,7 @@ def speeds(of_arm: dict[str, list[Run]], baseline: str) -> dict:
                 speed.setdefault(arm, {})[str(run.seed)] = float(np.median(rows))
     base = speed.get(baseline, {})
     return {
-        arm: {"tok_per_sec": mine, "ratio": interval(x / base[s] for s, x in mine.items() if s in base)}
+        arm: {"tok_per_sec": mine, "ratio": interval(x / base[s] for s, x in mine.items() if base.get(s))}
         for arm, mine in speed.items()
     }
 
