@@ -81,8 +81,12 @@ def draw_tuning(c: dict):
     panels = [panel for panel in panels if len({p[panel[0]] for p in panel[2]}) > 1]
     if not panels:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), squeeze=False)
-    for ax, (key, title, mine, choose) in zip(axes[0], panels, strict=True):
+    columns = len(panels) if len(panels) < 4 else 2  # more in a row could not be read on a page
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.4 * columns, 4.2 * rows), squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (key, title, mine, choose) in zip(axes.flat, panels, strict=False):
         low, high = min(p["loss"] for p in mine), max(p["loss"] for p in mine)
         top, above = min(low + 1, high + 0.03), []  # far from all optima nothing is read
         for arm in sorted({p["arm"] for p in mine}, key=arm_sort_key):
@@ -101,7 +105,8 @@ def draw_tuning(c: dict):
         ax.set_title(title)
         ax.set_xlabel(key + f"\n(above: {'; '.join(above)})" * bool(above))
         ax.set_ylim(low - 0.03, top)
-    axes[0][0].set_ylabel("validation loss (nats/token)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("validation loss (nats/token)")
     return figure
 
 
