@@ -153,7 +153,7 @@ class Run:
         return f"{self.stage}/{self.rung}_{self.length}/{self.arm}_{setting_name(self.setting)}_s{self.seed}"
 
 
-SHORT = {"learning_rate": "lr", "wte_lr_mult": "mult", "wte_init_rms": "rms"}
+SHORT = {"learning_rate": "lr", "wte_lr_mult": "mult", "wte_init_rms": "rms", "head_lr_mult": "head"}
 
 
 def setting_name(setting) -> str:
@@ -205,9 +205,9 @@ def about(arm: str) -> str:
 
 @lru_cache
 def own_keys(arm: str) -> dict:
-    """What an arm's file says, and the multiplier and scale that it has without saying so."""
+    """What an arm's file says, and the multipliers and the scale that it has without saying so."""
     file = configurator.read_file(str(arm_file(arm)))
-    return {"wte_lr_mult": 1.0, "wte_init_rms": USUAL_RMS[file["wte"]]} | file
+    return {"wte_lr_mult": 1.0, "head_lr_mult": 1.0, "wte_init_rms": USUAL_RMS[file["wte"]]} | file
 
 
 def setting_of(arm: str, keys: Mapping[str, float]) -> tuple[tuple[str, float], ...]:

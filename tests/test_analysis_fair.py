@@ -55,6 +55,8 @@ def made_up(noise=0.002):
                 row |= {f"val/n_{side}/{low}": 100 for low in (1, 64)}
             small = run.arm not in ("bpe_tied", "bpe_untied")
             about = {
+                "arm": run.arm,
+                "seed": run.seed,
                 "body_sha256": f"{run.rung} {run.seed}",
                 "data_sha256": f"{run.rung} {run.length} {run.seed}",
                 "val_sha256": f"{run.rung} {run.stage}",
@@ -137,6 +139,33 @@ def test_the_interval_of_the_slope_holds_the_truth_as_often_as_it_says(ladder):
         slope = fair.gap(exp, cells, resamples=100)["fit"]["ln_tokens"]
         held += slope["low"] < -DAMAGE < slope["high"]
     assert 33 <= held <= 40  # 95% of 40 is 38
+
+
+def test_settings_beside_the_lines_are_shown_and_choose_nothing(ladder):
+    exp, records, c = ladder
+    best = next(x for x in c["settings"] if (x["rung"], x["length"], x["arm"]) == ("xs", "1M", "bpe_untied"))
+    best = experiment.setting_of("bpe_untied", best["keys"])
+    chosen = records[experiment.Run("tune", "xs", "1M", "bpe_untied", best, 1).name]
+    others = dict(records)
+    for head, better in ((4.0, 0.25), (16.0, -0.5)):
+        setting = experiment.setting_of("bpe_untied", dict(best) | {"head_lr_mult": head})
+        name = experiment.Run("tune", "xs", "1M", "bpe_untied", setting, 1).name
+        rows = [row | {"val/loss": row["val/loss"] - better} for row in chosen.rows]
+        config = chosen.config | {"head_lr_mult": head}
+        others[name] = chosen.model_copy(update={"name": name, "config": config, "rows": rows})
+    other_windows = chosen.model_copy(update={"run": chosen.run | {"val_sha256": "others"}})
+    others["tune/xs_1M/bpe_untied_elsewhere_s1"] = other_windows
+    found = fair.numbers(exp, others, resamples=10)
+    assert found["settings"] == c["settings"] and found["cells"] == c["cells"]
+    assert [(x["setting"]["head_lr_mult"], x["gain"]) for x in found["beside"]] == [
+        (4.0, pytest.approx(0.25)),
+        (16.0, pytest.approx(-0.5)),
+    ]
+    assert (
+        "2 more were tried in one run each, 1 of them better than the arm's best one (bpe_untied at head 4"
+        in text_of(found)
+    )
+    assert not c["beside"] and "A better setting may lie beside these lines." in text_of(c)
 
 
 def test_the_rule_calls_a_difference_one(ladder):

@@ -60,6 +60,7 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
             for (rung, length, arm), keys in plan.best.items()
         ],
         "curves": tuning_curves(plan),
+        "beside": beside_the_lines(plan, records),
         "cells": cells,
         "missing": [x for place, runs in asked if (x := missing(records, place, runs))],
         "diverged": [
@@ -127,6 +128,30 @@ def tuning_curves(plan: experiment.Plan) -> list[dict]:
         where = {"stage": stage, "rung": rung, "length": length, "arm": arm}
         points.append(where | keys | dict(setting) | {"loss": mean if math.isfinite(mean) else None})
     return points
+
+
+def beside_the_lines(plan: experiment.Plan, records: dict[str, experiment.RunRecord]) -> list[dict]:
+    """Settings at the tuning's place that it did not ask for: {arm, seed, setting, loss, gain: over the arm's best one}.
+
+    Only runs that are matched with one of the best setting, apart from what a setting may say.
+    """
+    t, found = plan.exp.tuning, []
+    asked = {run.name for run in plan.runs}
+    for name, record in records.items():
+        arm, seed = record.run["arm"], record.run["seed"]
+        best = plan.best.get((t.rung, t.length, arm))
+        if not name.startswith(f"tune/{t.rung}_{t.length}/") or name in asked or best is None:
+            continue
+        chosen = records.get(experiment.Run("tune", t.rung, t.length, arm, best, seed).name)
+        if chosen is None or {record.state, chosen.state} != {"finished"}:
+            continue
+        pair = [contract.Member(r.name, r.name, seed, r.config, r.run) for r in (record, chosen)]
+        if any(contract.differences(pair, swept=("learning_rate", "min_lr"))):
+            continue
+        loss, least = (experiment.last_row(r)["val/loss"] for r in (record, chosen))
+        keys = experiment.setting_of(arm, {k: record.config[k] for k in experiment.SHORT})
+        found.append({"arm": arm, "seed": seed, "setting": dict(keys), "loss": loss, "gain": least - loss})
+    return found
 
 
 def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:

@@ -58,7 +58,7 @@ def tables(c: dict) -> list[Table]:
     cells = sorted(c["cells"], key=lambda x: (order.index(x["rung"]), x["tokens"], x["which"] == "best"))
     found = [arm_table(c), rung_table(c), question_table(cells)]
     found += [cell_table(cell, over, first=cell is cells[0]) for cell in cells]
-    found.append(setting_table(c))
+    found += [setting_table(c), beside_table(c)]
     for cell in longest(c):
         seeds = sorted({g["n"] for g in cell["gains"].values() if g})
         where = f"{place_and_setting(cell)}, {' to '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
@@ -129,6 +129,15 @@ def setting_table(c: dict) -> Table:
     rows = [[arm, *(chosen.get((arm, place), "-") for place in places)] for arm in arms]
     title = "Best settings, chosen from the tuning runs alone"
     return Table(title, ["arm", *places], rows, left=1 + len(places))
+
+
+def beside_table(c: dict) -> Table:
+    """Settings that were tried apart from the tuning, against each arm's best one."""
+    order = sorted(c["beside"], key=lambda x: (arm_sort_key(x["arm"]), -x["gain"]))
+    rows = [[x["arm"], setting(x["setting"]), f"{x['loss']:.4f}", with_sign(x["gain"])] for x in order]
+    note = "One seed and the tuning's validation windows. They choose nothing, and no final run has them; head: head_lr_mult."
+    header = ["arm", "setting", "val loss", "gain over its best setting"]
+    return Table("Settings tried beside the tuning's lines", header, rows, left=2, note=note)
 
 
 # ---------------------------------------------------------------------------------------------- sentences
@@ -263,7 +272,7 @@ def limits(c: dict) -> list[str]:
     again = ", then the learning rate once more at those" * c["tuning"]["again"]
     says.append(
         "Settings were searched along lines: the learning rate at an arm's own defaults, then the input side's multiplier and "
-        f"scale at the best one, each scale being one of the few in the file{again}. A better setting may lie beside these lines."
+        f"scale at the best one, each scale being one of the few in the file{again}. {beside(c['beside'])}"
     )
     for x in c["cells"]:
         if x["which"] == "best" and (x["rung"], x["tokens"]) != tuple(x["tuned_at"].values()):
@@ -293,6 +302,18 @@ def limits(c: dict) -> list[str]:
         ]
         says.append(f"Diverged, and in no mean: {'; '.join(each)}.")
     return says
+
+
+def beside(tried: list[dict]) -> str:
+    """What is known of settings beside the tuning's lines."""
+    if not tried:
+        return "A better setting may lie beside these lines."
+    better = sorted((x for x in tried if x["gain"] > 0), key=lambda x: -x["gain"])
+    each = [f"{x['arm']} at {setting(x['setting'])}, by {x['gain']:.4f}" for x in better]
+    which = f", {len(better)} of them better than the arm's best one ({'; '.join(each)})" if better else ""
+    return (
+        f"Beside these lines {len(tried)} more were tried in one run each{which}; others may be better still."
+    )
 
 
 def mixed_pairs(cells: list[dict]) -> list[str]:
