@@ -19,7 +19,7 @@ from data import DataError
 from data.files import write_json
 from data.meta import read_meta
 from data.records import Record, read_record
-from data.shards import find_shards, open_shard
+from data.shards import find_shards, is_whole, open_shard
 
 CONTENTS_NAME = ".contents.json"
 SETTLED_SECONDS = 2  # a file changed so lately may change again without another time of change
@@ -79,6 +79,24 @@ def contents(data_dir, split: str) -> dict[Path, Content]:
     """What each shard of a split holds, in their order. DataError for one that is not what meta.json says."""
     folder, paths = Path(data_dir), find_shards(data_dir, split)
     recorded = {record["file"]: record for record in (read_meta(folder) or {}).get("shards", [])}
+    found = _read(folder, paths)
+    for path, there in found.items():
+        record = recorded.get(path.name)
+        if record and (record["tokens"], record["sha256"]) != (there.tokens, there.sha256):
+            raise DataError(f"{path} is not what was prepared (its SHA-256 differs): prepare it again")
+    return found
+
+
+def lost(data_dir, records: list[dict]) -> list[int]:
+    """Numbers of the records of meta.json's list whose shard is not there, or holds something else."""
+    folder = Path(data_dir)
+    whole = [folder / record["file"] for record in records if is_whole(folder, record)]
+    hashes = {path.name: content.sha256 for path, content in _read(folder, whole).items()}
+    return [k for k, record in enumerate(records) if hashes.get(record["file"]) != record["sha256"]]
+
+
+def _read(folder: Path, paths: list[Path]) -> dict[Path, Content]:
+    """What shards of a folder hold, as it is remembered or by reading them."""
     try:
         memory = read_record(folder / CONTENTS_NAME, dict[str, dict[str, Content]], "a memory of shards")
     except DataError:  # none yet, or damaged: everything is read again
@@ -95,10 +113,6 @@ def contents(data_dir, split: str) -> dict[Path, Content]:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing leaves Python's lock
         found = dict(zip(paths, threads.map(content, paths), strict=True))
-    for path, there in found.items():
-        record = recorded.get(path.name)
-        if record and (record["tokens"], record["sha256"]) != (there.tokens, there.sha256):
-            raise DataError(f"{path} is not what was prepared (its SHA-256 differs): prepare it again")
     new = known | {path.name: there for path, there in found.items() if _settled(there.ctime_ns)}
     if new != known:
         # a folder that one may only read, or another rank that writes the same
@@ -115,15 +129,15 @@ def fingerprint(data_dir) -> str:
     return digest.hexdigest()
 
 
-def check_ids(data_dir, vocab_size: int) -> None:
-    """Raise DataError where a shard has a token id that the model, or the data's own tokenizer, lacks."""
+def check_ids(data_dir, vocab_size: int) -> int:
+    """The highest token id; DataError where a shard has one that the model, or the data's own tokenizer, lacks."""
     meta = read_meta(data_dir)
     if meta and meta["vocab_size"] > vocab_size:
         raise DataError(
             f"{data_dir} was tokenized with {meta['vocab_size']:,} ids but the model's vocab_size is {vocab_size:,}: "
             f"set vocab_size to {meta['vocab_size']:,} or more, or leave it at 0"
         )
-    n_ids = meta["vocab_size"] if meta else vocab_size
+    n_ids, highest = meta["vocab_size"] if meta else vocab_size, 0
     for split in ("train", "val"):
         for path, content in contents(data_dir, split).items():
             if content.highest >= n_ids:
@@ -134,3 +148,5 @@ def check_ids(data_dir, vocab_size: int) -> None:
                         "of the right tokenizer"
                     )
                 raise DataError(f"{path} has {content.top()}, but {why}")
+            highest = max(highest, content.highest)
+    return highest

@@ -42,8 +42,11 @@ class TrainBatches:
         self.n_windows = int(self._first_window[-1])
         self.n_tokens = sum(shard.n_tokens for shard in self._shards)
         if self.n_windows == 0:
+            longest = max(shard.n_tokens for shard in self._shards)
             window = f"one window of block_size + 1 = {block_size + 1:,}: prepare more data or lower it"
-            raise DataError(f"{data_dir} has {self.n_tokens:,} training tokens, less than {window}")
+            raise DataError(
+                f"the longest training shard in {data_dir} has {longest:,} tokens, less than {window}"
+            )
         self._files = _Files(self._shards)
 
     def rows(self, step: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:

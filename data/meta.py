@@ -82,12 +82,12 @@ def read_meta(data_dir) -> dict | None:
     return read_record(path, MetaSchema, "the description of prepared data").model_dump(exclude_unset=True)
 
 
-def describe(data_dir, vocab_size: int = 0) -> dict:
-    """`read_meta`; without a description shards are taken for GPT-2's, unless a smaller `vocab_size` says that they
-    cannot be: then the tokenizer is None, as it is where meta.pkl gives only a number of ids."""
+def describe(data_dir, vocab_size: int = 0, highest: int = 0) -> dict:
+    """`read_meta`; without a description shards are taken for GPT-2's, unless a smaller `vocab_size` or the highest id in
+    them says that they cannot be: then the tokenizer is None, as it is where meta.pkl gives only a number of ids."""
     if (meta := read_meta(data_dir)) is not None:
         return meta
-    if 0 < vocab_size < 50257:
+    if 0 < vocab_size < 50257 or highest >= 50257:
         return {"tokenizer": None, "vocab_size": vocab_size}
     return {"tokenizer": "gpt2", "vocab_size": 50257}
 

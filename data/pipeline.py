@@ -20,10 +20,10 @@ import numpy as np
 from data import DataError, console
 from data.encoder import Encoder
 from data.files import write_atomic
-from data.identity import shard_record
+from data.identity import lost, shard_record
 from data.meta import META_NAME, new_meta, read_meta, totals, versions, write_meta
 from data.progress import Progress
-from data.shards import MAX_TOKENS, header_bytes, is_whole
+from data.shards import MAX_TOKENS, header_bytes
 from data.sources import SKIP_REASONS, Block, read_block
 
 CHECK_ONE_IN = 100  # of the documents, beside all of the first block, see data.encoder
@@ -87,14 +87,14 @@ def prepare_shards(
     )
     _take_up(out_dir, meta)
     shards, limit = meta["shards"], None if max_shards is None else max_shards + 1
-    lost = [number for number, record in enumerate(shards) if not is_whole(out_dir, record)]
+    missing = lost(out_dir, shards)
     progress = Progress(meta, limit)
 
     def enough() -> bool:
         ended = bool(shards) and shards[-1].get("next") is None
         return ended or (limit is not None and len(shards) >= limit)
 
-    if meta["complete"] and enough() and not lost:
+    if meta["complete"] and enough() and not missing:
         progress.end()
         return meta
     meta["complete"] = False
@@ -113,7 +113,7 @@ def prepare_shards(
             yield from in_order(blocks, encode, workers)
 
     try:
-        for number in lost:
+        for number in missing:
             _make_shards(out_dir, meta, number, number + 1, encoded, progress)
         if not enough():
             _make_shards(out_dir, meta, len(shards), limit, encoded, progress)

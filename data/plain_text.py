@@ -9,7 +9,7 @@ import numpy as np
 from data import DataError, console
 from data.files import expanded, folder_lock, write_atomic
 from data.identity import shard_record
-from data.meta import new_meta, write_meta
+from data.meta import META_NAME, new_meta, read_meta, write_meta
 from data.sources import whole_text
 from data.tokenizers import CharTokenizer, load_tokenizer
 
@@ -30,8 +30,19 @@ def obtain(source: Path | None, url: str, folder: Path) -> str:
     return whole_text(path).replace("\r\n", "\n").replace("\r", "\n")
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds data which was not made here: it would be lost."""
+    old = read_meta(folder) if (folder / META_NAME).is_file() else None
+    ours = ["train.bin", "val.bin"] if old and "made" not in old else []
+    if others := sorted(path.name for path in folder.glob("*.bin") if path.name not in ours):
+        raise DataError(
+            f"{folder} holds {others[0]}, which was not made here: take another --out_dir, or delete it"
+        )
+
+
 def prepare(folder: Path, text: str, name: str, characters: bool) -> dict:
     """Write train.bin (the first 90% of the characters), val.bin and the description; returns the meta."""
+    check_folder(folder)
     cut = int(len(text) * (1 - VAL_FRACTION))
     if cut == 0:
         raise DataError(f"a text of {len(text)} characters is too short for training and validation")

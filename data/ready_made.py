@@ -6,10 +6,10 @@ from pathlib import Path
 
 from data import DataError, files
 from data.files import folder_lock
-from data.identity import read_through
+from data.identity import lost, read_through
 from data.meta import new_meta, read_meta, totals, write_meta
 from data.progress import say
-from data.shards import is_whole, open_shard
+from data.shards import open_shard
 from data.sources import retrying
 
 
@@ -20,8 +20,10 @@ def fetch(repo: str, out_dir: Path, tokenizer, max_shards: int | None, retries: 
         old = read_meta(out_dir) or {"made": made}
         if old.get("made", {}).get("source") != made["source"]:
             raise DataError(f"{out_dir} holds another set already: take another --out-dir")
-        known = {record["file"]: record for record in old.get("shards", []) if is_whole(out_dir, record)}
-        if old.get("complete") and old["made"] == made and len(known) == len(old.get("shards", [])):
+        records = old.get("shards", [])
+        gone = lost(out_dir, records)
+        known = {record["file"]: record for k, record in enumerate(records) if k not in gone}
+        if old.get("complete") and old["made"] == made and not gone:
             say(f"already complete, nothing to do: {len(known)} shards in {out_dir}")
             return old
         remote = retrying(lambda: remote_files(repo), min(retries, 2))

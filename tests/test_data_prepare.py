@@ -81,7 +81,7 @@ def stream_of(folder) -> np.ndarray:
 def digests(folder) -> dict:
     return {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(Path(folder).iterdir())
+        for p in sorted(Path(folder).glob("[!.]*"))
         if p.name != "prepare.lock"
     }
 
@@ -337,9 +337,12 @@ def test_a_complete_set_is_left_alone_and_a_lost_shard_remade(tmp_path, bpe, sma
     path, out = jsonl(tmp_path / "a.jsonl"), tmp_path / "set"
     make(out, bpe, [path])
     expected = digests(out)
-    times = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    times = {p.name: p.stat().st_mtime_ns for p in out.glob("[!.]*")}
     make(out, bpe, [path], blocks=lambda position: pytest.fail("read its source again"))
-    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == times
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("[!.]*")} == times
+    with open(out / "set_train_000004.bin", "r+b") as file:  # other tokens, as many as there were
+        file.seek(-4, 2)
+        file.write(b"\x01\x00\x02\x00")
     (out / "set_train_000003.bin").unlink()
     with open(out / "set_train_000005.bin", "ab") as file:
         file.write(b"xx")
@@ -350,7 +353,7 @@ def test_a_complete_set_is_left_alone_and_a_lost_shard_remade(tmp_path, bpe, sma
         return sources.local_blocks([path], "text", position)
 
     make(out, bpe, [path], blocks=blocks)
-    assert digests(out) == expected and len(positions) == 2
+    assert digests(out) == expected and len(positions) == 3
     assert (out / "set_train_000002.bin").stat().st_mtime_ns == times["set_train_000002.bin"]
     # a source that has changed in the meantime is noticed
     (out / "set_train_000003.bin").unlink()

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from data import DataError, plain_text, verify
 from data.files import Lock
+from data.identity import check_ids
 from data.loader import TrainBatches
 from data.meta import characters_meta, describe, read_meta, write_meta
 from data.shards import find_shards, header_bytes, is_prepared, open_shard, write_shard
@@ -180,6 +182,14 @@ def test_what_folders_without_a_description_are_taken_for(tmp_path):
             read_meta(tmp_path)
 
 
+def test_ids_beyond_gpt2s_are_nobodys_without_a_description(tmp_path):
+    write_shard(tmp_path / "x_train_000001.bin", np.array([5, 100_000], np.uint32))
+    write_shard(tmp_path / "x_val_000000.bin", np.array([5, 6], np.uint32))
+    assert check_ids(tmp_path, 128_256) == 100_000
+    assert describe(tmp_path, 128_256, 100_000)["tokenizer"] is None
+    assert describe(tmp_path, 50_304, 50_256)["tokenizer"] == "gpt2"
+
+
 def test_nanogpt_meta_pkl_is_read_but_runs_no_code(tmp_path):
     characters = ["\n", " ", "a", "b"]
     itos, stoi = dict(enumerate(characters)), {c: i for i, c in enumerate(characters)}
@@ -294,11 +304,30 @@ def test_pydocs_is_prepared_once_and_reads_back(pydocs, capsys):
         : sum(len(tokenizer.encode(t)) + 1 for t in documents)
     ].tolist()
     assert tokenizer.byte_lengths()[train].sum() / len(train) > 2.5  # bytes a token
-    before = {p.name: p.stat().st_mtime_ns for p in pydocs.iterdir()}
+    before = {p.name: p.stat().st_mtime_ns for p in pydocs.glob("[!.]*")}
     capsys.readouterr()
     prepare.main(["--out_dir", str(pydocs)])
     assert "already prepared" in capsys.readouterr().out
-    assert before == {p.name: p.stat().st_mtime_ns for p in pydocs.iterdir()}
+    assert before == {p.name: p.stat().st_mtime_ns for p in pydocs.glob("[!.]*")}
+
+
+def test_a_set_of_others_is_left_as_it_is(tmp_path, pydocs):
+    """By the scripts that take no part in a preparation that goes on."""
+    from data.pydocs import prepare
+
+    other = shutil.copytree(pydocs, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"dataset": "other", "complete": False}))
+    plain, text = tmp_path / "plain", "some text of ours, of many letters " * 30
+    plain.mkdir()
+    np.arange(100, dtype=np.uint16).tofile(plain / "train.bin")
+    before = {p: p.read_bytes() for folder in (other, plain) for p in folder.iterdir() if p.is_file()}
+    with pytest.raises(SystemExit, match="holds another data set"):
+        prepare.main(["--out_dir", str(other)])
+    for folder in (other, plain):
+        with pytest.raises(DataError, match="was not made here"):
+            plain_text.prepare(folder, text, "toy", True)
+    assert all(p.read_bytes() == content for p, content in before.items())
 
 
 def test_pydocs_tokenizer_agrees_with_the_library_that_trained_it(pydocs):

@@ -26,7 +26,8 @@ if not __package__:  # run as a file: let `import data` find the project
 
 from data import DataError, console
 from data.files import expanded, folder_lock, write_atomic
-from data.meta import META_NAME, versions
+from data.identity import lost
+from data.meta import read_meta, versions
 from data.pipeline import prepare_shards
 from data.shards import is_prepared
 from data.sources import Block
@@ -134,7 +135,15 @@ def train_tokenizer(texts: list[str], path: Path):
 
 def prepare(out_dir: Path) -> None:
     """Collect the documents and write tokenizer, shards and description, unless they are there."""
-    if is_prepared(out_dir) and (out_dir / FILE_NAME).is_file() and (out_dir / META_NAME).is_file():
+    meta = read_meta(out_dir) or {"dataset": "pydocs", "shards": []}
+    if meta.get("dataset") != "pydocs":
+        raise DataError(f"{out_dir} holds another data set: take another --out_dir")
+    if (
+        meta["shards"]
+        and is_prepared(out_dir)
+        and (out_dir / FILE_NAME).is_file()
+        and not lost(out_dir, meta["shards"])
+    ):
         print(f"{out_dir} is already prepared, nothing to do (delete *.bin and meta.json to make it anew)")
         return
     documents, counts = collect()

@@ -44,8 +44,8 @@ def finish(process: subprocess.Popen, out: Path) -> dict[str, str]:
     return digests(out)
 
 
-def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """{name: SHA-256} of a set's files."""
+def digests(folder: Path, pattern: str = "[!.]*") -> dict[str, str]:
+    """{name: SHA-256} of a set's files, without the memory of their hashes."""
     return {path.name: sha256(path) for path in sorted(folder.glob(pattern)) if path.name != "prepare.lock"}
 
 
