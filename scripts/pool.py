@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from data.console import explain
 
 TIME_IS_UP, DIVERGED = 124, 3  # exit statuses beside 0, 1 and 128 + signal; timeout(1) has the first, too
@@ -104,8 +106,7 @@ class Local:
         return child.returncode
 
     def stop(self, child: subprocess.Popen, number: int = signal.SIGTERM) -> None:
-        with suppress(ProcessLookupError):  # it has just ended
-            os.killpg(child.pid, number)
+        stop_child(child, number)
 
 
 def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: str = "") -> subprocess.Popen:
@@ -115,7 +116,9 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: st
     save. On Linux the kernel sends the child SIGTERM when this process dies, whatever kills it: the child
     saves, and nothing trains on unseen.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    # torchrun's own limit is 30 seconds
+    time_to_save = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE - 20)}
+    environment = time_to_save | os.environ | {"OMP_NUM_THREADS": str(threads)}
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -138,6 +141,18 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: st
         return subprocess.Popen(
             job.command, env=environment, start_new_session=True, preexec_fn=before_exec, **streams
         )
+
+
+def stop_child(child: subprocess.Popen, number: int) -> None:
+    """Send a child's session a signal; SIGKILL also to all below it, as torchrun's ranks lead sessions of their own."""
+    below = []
+    with suppress(psutil.NoSuchProcess):  # it has just ended
+        below = psutil.Process(child.pid).children(recursive=True) if number == signal.SIGKILL else []
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+    for process in below:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def last_words(log: Path, offset: int = 0) -> str:

@@ -113,11 +113,10 @@ def train_here(job: pool.Job, folder: str, nice: int) -> int | str:
     while True:
         try:
             if time.monotonic() - asked > pool.GRACE:
-                os.killpg(child.pid, signal.SIGKILL)
+                pool.stop_child(child, signal.SIGKILL)
             if child.poll() is not None:
                 return child.returncode
             time.sleep(0.1)
         except KeyboardInterrupt:
             asked = min(asked, time.monotonic())
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGTERM)
+            pool.stop_child(child, signal.SIGTERM)

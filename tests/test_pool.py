@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -25,7 +26,8 @@ tries = out_dir / "tries"
 tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
 first_try = tries.read_text() == "x"
 (out_dir / "given.json").write_text(json.dumps({
-    k: os.environ.get(k) for k in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")} | {"nice": os.nice(0)}))
+    k: os.environ.get(k) for k in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+} | {"nice": os.nice(0)}))
 asked = []
 signal.signal(signal.SIGTERM, lambda *a: asked.append(1))
 path = out_dir / "metrics.jsonl"
@@ -86,6 +88,8 @@ def test_each_job_gets_devices_of_its_own_and_none_starts_without(job, capsys):
     seen = [given(j)["CUDA_VISIBLE_DEVICES"] for j in jobs]
     assert sorted(set(seen)) == ["0,1", "MIG-7f1a,GPU-11"]
     assert {given(j)["OMP_NUM_THREADS"] for j in jobs} == {"3"}
+    # torchrun leaves its ranks nearly as long to save as the pool leaves torchrun
+    assert {given(j)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] for j in jobs} == {str(pool.GRACE - 20)}
     assert {given(j)["nice"] for j in jobs} == {os.nice(0) + 7}
     # never two at a time on the same devices: by the times of their first and last words
     span = {j: [(j.out_dir / f).stat().st_mtime for f in ("given.json", "metrics.jsonl")] for j in jobs}
@@ -141,6 +145,24 @@ jobs = [pool.Job(n, [sys.executable, {child!r}, str(Path({out!r}) / n), "100000"
 with sentences():
     sys.exit(pool.run(jobs, pool.Local([(), ()])))
 """
+
+
+def test_sigkill_reaches_the_ranks_that_torchrun_has_started(tmp_path):
+    (tmp_path / "rank.py").write_text(
+        "import os, sys, time\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    job = pool.Job("x", (*command, str(tmp_path / "rank.py"), str(tmp_path / "pid")), tmp_path / "run", 1)
+    engine = pool.Local([()])
+    child = engine.start(job)
+    deadline = time.time() + 60
+    while not (pid := (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert time.time() < deadline and child.poll() is None
+        time.sleep(0.1)
+    engine.stop(child, signal.SIGKILL)
+    assert child.wait(10) == -signal.SIGKILL
+    gone = psutil.wait_procs([p for p in psutil.process_iter() if p.pid == int(pid)], timeout=10)
+    assert not gone[1] and engine.poll(child) == -signal.SIGKILL and engine.has_room()
 
 
 @pytest.fixture

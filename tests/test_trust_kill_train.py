@@ -77,6 +77,7 @@ class Start:
         ("kkc", [], "", 2, 0),
         ("kckkc", [], "", 3, 1),  # through before its second kill: run anew
         ("kkc", ["rows"], "not the twin's: rows", 2, 0),
+        ("kc", ["rows"], "not the twin's: rows", 1, 1),  # what came through early counts, too
         ("kf", [], "a start failed: it printed nothing", 1, 0),
         ("kkf", [], "a start ended with status 3: it printed nothing", 2, 0),
     ],

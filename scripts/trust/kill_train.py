@@ -119,6 +119,11 @@ def finish(arm: str, keys: dict, out_dir: Path, its_twin: Path, patience: float 
         return f"a start hung for {patience:.0f} s"
     if process.exitcode:
         return f"a start ended with status {process.exitcode}: {last_words(log_of(out_dir))}"
+    return compared(keys, out_dir, its_twin)
+
+
+def compared(keys: dict, out_dir: Path, its_twin: Path) -> str:
+    """In what a run that is through is not its twin, if in anything."""
     wrong = twin.differences(out_dir, its_twin, int(keys["keep"]))
     return f"not the twin's: {', '.join(wrong)}" if wrong else ""
 
@@ -143,7 +148,7 @@ def strike(process, out_dir: Path, rng: random.Random, seconds: float, steps: in
 def killed_run(arm: str, keys: dict, out_dir: Path, its_twin: Path, seconds: float, kills: int, rng) -> dict:
     """{"kills": what each of so many found half-written, "missed": starts that ended before theirs, "trouble"} of a run.
 
-    One that comes through before its last kill is run anew.
+    One that comes through before its last kill is compared as it stands, and run anew.
     """
     found = {"arm": arm, "kills": [], "missed": 0}
     while len(found["kills"]) < kills:
@@ -156,6 +161,8 @@ def killed_run(arm: str, keys: dict, out_dir: Path, its_twin: Path, seconds: flo
             return found | {"trouble": f"a start failed: {last_words(log_of(out_dir))}"}
         else:
             found["missed"] += 1
+            if wrong := compared(keys, out_dir, its_twin):
+                return found | {"trouble": wrong}
             shutil.rmtree(out_dir)
     return found | {"trouble": finish(arm, keys, out_dir, its_twin)}
 

@@ -7,10 +7,10 @@ torchrun agents that meet on loopback through the c10d rendezvous. Losses are co
 process that takes the whole global batch at once.
 """
 
-import contextlib
 import itertools
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +30,7 @@ from engine.metrics import read_metrics
 from scripts.analysis.report import Table
 from scripts.bench.train import flags, write_data
 from scripts.experiment import arm_file
-from scripts.pool import last_words
+from scripts.pool import last_words, stop_child
 from scripts.provenance import ROOT
 from scripts.trust import twin
 
@@ -83,11 +83,7 @@ def finish(processes: list[subprocess.Popen], out_dir: Path, expected: int | Non
 
 def stop(agent: subprocess.Popen) -> None:
     """SIGKILL to an agent and then to its workers: it would start others."""
-    below = psutil.Process(agent.pid).children(recursive=True)
-    agent.kill()
-    for worker in below:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.kill()
+    stop_child(agent, signal.SIGKILL)
     agent.wait()
 
 
