@@ -108,7 +108,9 @@ class Config:
     )
     keep: int = key(2, "newest checkpoints that are kept, beside the best one", **COUNT)
     keep_best: bool = key(True, "also save at each new lowest validation loss, and keep the best checkpoint")
-    max_skipped: int = key(10, "non-finite losses or gradients in a row before the run stops", **COUNT)
+    max_skipped: int = key(
+        10, "non-finite losses or gradients in a row that stop the run (looked at when it logs)", **COUNT
+    )
     tracker: str = key("none", "where to show the run; trackio: here", ("none", "wandb", "trackio"))
     wandb_log: bool = key(False, "nanoGPT's key for tracker=wandb")
     wandb_project: str = key("kronecker-nanogpt", "the tracker's project")

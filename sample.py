@@ -49,15 +49,15 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: --help, 
 import torch
 
 import kronecker
-from engine import checkpoint, pretrained, runs
-from engine import ranks as engine_ranks
+from engine import checkpoint, pretrained, ranks, runs
 from engine.errors import RunError, sentences
 from engine.prompts import parse_prompt, read_prompts, shown
 from model import GPT, GPTConfig
 
 
 def load_run(out_dir, device="cpu", which: str = "latest"):
-    """(model in eval mode, tokenizer) of a run's folder; nothing outside the folder is needed.
+    """(model in eval mode, tokenizer) of a run's folder; nothing outside the folder is needed but, for one of
+    tiktoken's tokenizers, its cache.
 
     which: 'latest', 'best' or a step. Raises RunError where the folder holds no such whole checkpoint.
     """
@@ -120,12 +120,12 @@ def main(config: SampleConfig) -> None:
     idle |= {"start"} if config.prompts else set()
     for name in sorted(idle & config.given.keys()):
         raise RunError(f"--{name} would not be used here: leave it out, or see --help for what goes together")
-    ranks = engine_ranks.start(config.device)
-    _, autocast = engine_ranks.number_format(config.dtype, ranks.device)
+    device = ranks.take_device(config.device)
+    _, autocast = ranks.number_format(config.dtype, device)
     if from_run:
-        model, tokenizer = load_run(config.out_dir, ranks.device, config.which)
+        model, tokenizer = load_run(config.out_dir, device, config.which)
     else:
-        model, tokenizer = load_pretrained(config.init_from, config.tokenizer, ranks.device)
+        model, tokenizer = load_pretrained(config.init_from, config.tokenizer, device)
     if config.stop and tokenizer.eot is None:
         raise RunError(f"--stop waits for end-of-text, which the tokenizer {tokenizer.name} does not have")
     texts = read_prompts(config.start, config.prompts)
@@ -137,7 +137,7 @@ def main(config: SampleConfig) -> None:
         )
     if config.compile:
         model.forward = torch.compile(model.forward)
-    generator = torch.Generator(device=ranks.device).manual_seed(config.seed)
+    generator = torch.Generator(device=device).manual_seed(config.seed)
 
     # Many go through the model together, those of like length first, which need the least filling up.
     jobs = [prompt for prompt in prompts for _ in range(config.num_samples)]

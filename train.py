@@ -75,7 +75,7 @@ def main(config) -> None:
     # ---- data: batches are a pure function of (seed, step)
     train = TrainBatches(data_dir, config.block_size, rows, config.seed)
     val = ValWindows(data_dir, config.block_size, config.eval_tokens, config.eval_skip_tokens)
-    check_ids(data_dir, config.vocab_size)
+    meta = describe(data_dir, config.vocab_size, check_ids(data_dir, config.vocab_size))
     tokenizer, byte_buffers, codec = read_tokenizer(config, meta, data_dir, print0)
     byte_lengths = np.zeros(0) if tokenizer is None else tokenizer.byte_lengths()
     n_tokens, n_windows = train.n_tokens, val.n_windows
@@ -108,13 +108,13 @@ def main(config) -> None:
     resume_from = ranks.on_master(runs.resumable, out_dir, config, run)
     model.to(device)
     optimizer = make_optimizer(model, config, device.type)
-    state = {"step": 0, "best_val": None}
+    state, evaluated = {"step": 0, "best_val": None}, False
     if resume_from is not None:
         # rank 0 reads and tells the others, so that only its machine needs the folder
         state = checkpoint.restore(model, optimizer, ranks.on_master(checkpoint.load, resume_from))
         print0(f"resuming    at step {state['step']:,} from {resume_from}")
-        finished = state["step"] >= config.max_iters and metrics.is_finished(out_dir, config.max_iters)
-        if ranks.broadcast(finished) and not config.eval_only:
+        evaluated = ranks.on_master(metrics.is_evaluated, out_dir, state["step"])
+        if evaluated and state["step"] == config.max_iters and not config.eval_only:
             print0("finished    already; nothing to do")
             engine_ranks.stop()
             return
@@ -154,6 +154,9 @@ def main(config) -> None:
         stops = ranks.any(stop_signal.number is not None)
         saved = step == first and resume_from is not None
         evaluates = step % config.eval_interval == 0 or last or config.eval_only
+        evaluates = evaluates or (
+            step == first and evaluated
+        )  # a resume has dropped that row, and knows no best loss
         due = ckpt_interval > 0 and step > first and step % ckpt_interval == 0
         if evaluates or due or stops:
             progress.settle()
@@ -230,12 +233,13 @@ def outline(config, device, on_master=lambda work, *args: work(*args)) -> tuple:
     A dry run needs no more than this, and no more than descriptions for it.
     """
     data_dir = Path(config.data_dir or Path(__file__).parent / "data" / config.dataset)
-    meta = describe(data_dir, config.vocab_size)
     weights, decided = None, {}
     if config.init_from in ("resume", "auto"):
-        decided = on_master(runs.recorded, config, pretrained.DECIDED)
+        kept, where = on_master(runs.recorded, config, pretrained.DECIDED), f"in {config.out_dir}/config.json"
+        decided = {k: configurator.convert(configurator.KEYS, k, v, where) for k, v in kept.items()}
     elif config.init_from != "scratch":
         weights, decided = pretrained.read(config.init_from, config.given, with_weights=not config.dry_run)
+    meta = describe(data_dir, decided.get("vocab_size", config.vocab_size))
     config, shape = settings.resolve(config, device, meta, decided, GPTConfig)
     return config, shape, data_dir, meta, weights
 
@@ -249,6 +253,11 @@ def read_tokenizer(config, meta: dict, data_dir: Path, print0) -> tuple:
             raise
         print0(f"note: {e}; bits per byte are left out")  # a learned table trains without it
         return None, None, None
+    if tokenizer.n_vocab > config.vocab_size:
+        sizes = f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab:,} ids, vocab_size is {config.vocab_size:,}"
+        raise RunError(
+            f"{data_dir} does not fit the model: {sizes}; prepare the data again, or raise vocab_size"
+        )
     if config.wte != "kronecker":
         return tokenizer, None, None
     buffers = kronecker.build_byte_buffer(tokenizer.backend, config.pos_dim, config.byte_extraction)

@@ -2,24 +2,32 @@
 
 import math
 import os
+import re
 
 import torch
 
 from engine.errors import RunError
 from engine.loss import logits_bytes
 
-# Dense bf16 TFLOP/s by the vendors' data sheets, without sparsity; matched in this order against the name.
+# Dense bf16 TFLOP/s by the vendors' data sheets, without sparsity; the first whose words stand in the name.
 PEAK_TFLOPS = {
+    "H200 NVL": 836,
     "H200": 989,
     "H100 PCIe": 756,
+    "H100 NVL": 836,
     "H100": 989,
     "B200": 2250,
     "A100": 312,
     "L40S": 362,
+    "L40": 181,
     "L4": 121,
     "RTX 4090": 165,
     "RTX 3090": 71,
 }
+
+OTHERS = (
+    "Laptop|Ti|D|SUPER|MIG"  # parts of names of GPUs that are slower or faster than what they are named after
+)
 
 CONVENTION = "6N + 12*L*C*T FLOPs a token; N = weights of the matmuls, head included; attention without the causal half"
 
@@ -49,7 +57,9 @@ def peak_flops(device: torch.device) -> tuple[float, str] | None:
         if not 0 < tflops < math.inf:
             raise RunError(f"KNG_PEAK_TFLOPS={stated!r} is no peak: give the device's TFLOP/s, above 0")
         return tflops * 1e12, name
-    known = (tflops for part, tflops in PEAK_TFLOPS.items() if part in name)
+    if re.search(rf"\b(?:{OTHERS})\b", name):
+        return None
+    known = (tflops for part, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name))
     return next(((tflops * 1e12, name) for tflops in known), None)
 
 

@@ -27,8 +27,9 @@ def read_metrics(out_dir) -> list[dict]:
     return read_rows(path, Row, "a run's metrics") if path.is_file() else []
 
 
-def is_finished(out_dir, max_iters: int) -> bool:
-    return any("val/loss" in r and r["iter"] == max_iters for r in read_metrics(out_dir))
+def is_evaluated(out_dir, step: int) -> bool:
+    """Whether the record holds the evaluation of a step; with that of max_iters a run is finished."""
+    return any("val/loss" in r and r["iter"] == step for r in read_metrics(out_dir))
 
 
 class Metrics:

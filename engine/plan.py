@@ -40,7 +40,8 @@ def describe(config, model_config, params: dict, flops_token, world: int, low_pr
     memory = rank_memory(config, model_config, params, world, low_precision, device_type)
     total = sum(memory.values())
     flops = flops_token * tokens_step * config.max_iters
-    compared = f"{saved:.1%} fewer than a learned table" if saved > 0 else "a learned table"
+    compared = f"{saved:.1%} fewer than a learned table" if saved > 0 else f"{1 - saved:.2f}x a learned table"
+    compared = "a learned table" if config.wte == "stock" else compared
     allowed = f" (batch_size allows {config.batch_size})" if micro_batch < config.batch_size else ""
     lines = [
         f"arm         {config.arm}, seed {config.seed}",

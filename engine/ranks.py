@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from data.console import first_line
 from engine.errors import RunError
 
 
@@ -81,19 +82,28 @@ def start(device: str) -> Ranks:
     world, rank = world_size(), from_environment("RANK", 0)
     if not 0 <= rank < world:
         raise RunError(f"WORLD_SIZE={world} and RANK={rank} do not fit: start with torchrun, or unset both")
-    chosen = choose_device(device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if chosen.type == "cpu":
-        keep_heap()
+    chosen = take_device(device)
     if world == 1:
         return Ranks(0, 1, chosen)
     patience = timedelta(minutes=30)
-    store, rank, world = next(rendezvous("env://", timeout=patience))
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=patience))
+    except ValueError as e:  # MASTER_ADDR or MASTER_PORT is missing, or is none
+        raise RunError(f"{first_line(e)}: start with torchrun, or unset WORLD_SIZE and RANK") from None
     store = fresh_store(store, rank, world)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return Ranks(rank, world, chosen, dist.new_group(backend="gloo"))
+
+
+def take_device(name: str) -> torch.device:
+    """`choose_device`, made ready for this process alone."""
+    chosen = choose_device(name)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if chosen.type == "cpu":
+        keep_heap()
+    return chosen
 
 
 def choose_device(name: str) -> torch.device:

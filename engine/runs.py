@@ -96,7 +96,8 @@ def read_run(out_dir) -> tuple[dict, dict]:
 def recorded(config, names) -> dict:
     """Of these keys, those that the user leaves open, as the run that is in out_dir has them; {} for a new run."""
     path = Path(config.out_dir) / "config.json"
-    old = read_record(path, dict, "a run's configuration") if path.is_file() else {}
+    begun = path.is_file() and path.with_name("run.json").is_file()
+    old = read_record(path, dict, "a run's configuration") if begun else {}
     given = getattr(config, "given", {})
     return {name: old[name] for name in names if name in old and name not in given}
 
@@ -108,7 +109,7 @@ class DescribedData(Record):
 
 
 def read_tokenizer(out_dir):
-    """The tokenizer of a run; nothing outside its folder is needed. Raises DataError, or RunError if it has none."""
+    """The tokenizer of a run, from its folder alone, or by name from tiktoken's cache. DataError, or RunError for none."""
     path = Path(out_dir) / "data_meta.json"
     data = read_record(path, DescribedData, "the description of a run's data")
     spec = data.model_dump(exclude_unset=True)["tokenizer"]
@@ -163,7 +164,7 @@ def resumable(out_dir, config, run: dict) -> Path | None:
 
 
 def check_nothing_is_erased(out_dir: Path, config) -> None:
-    """Refuse to begin anew over the record of a run that got as far as a checkpoint: it cannot be made again."""
+    """Refuse to begin anew over the record of a run that got as far as a checkpoint, or over what is no run's at all."""
     rows = metrics.read_metrics(out_dir)
     furthest = max((row["iter"] for row in rows), default=0)
     try:
@@ -176,7 +177,7 @@ def check_nothing_is_erased(out_dir: Path, config) -> None:
         checkpoint.steps(out_dir)
         or any(checkpoint.pointed(out_dir, name) for name in ("latest", "best"))
         or (rows and not (out_dir / "run.json").is_file())
-        or metrics.is_finished(out_dir, old["max_iters"])
+        or metrics.is_evaluated(out_dir, old["max_iters"])
         or (0 < interval <= furthest and not any(row.get("skipped") for row in rows))
     )
     if had_one:
@@ -184,6 +185,9 @@ def check_nothing_is_erased(out_dir: Path, config) -> None:
             f"{out_dir} holds the record of a run up to step {furthest:,}, but no whole checkpoint to go on from: "
             f"restore {out_dir / 'ckpt'}, or choose another --out_dir"
         )
+    for name in ("config.json", "tokenizer.json"):  # a run's first file is run.json
+        if (out_dir / name).is_file() and not (out_dir / "run.json").is_file():
+            raise RunError(f"{out_dir} holds a {name} but no run: choose another --out_dir")
 
 
 def begin(out_dir, config, run: dict, step: int, meta: dict, tokenizer) -> None:

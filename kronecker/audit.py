@@ -100,13 +100,11 @@ def audit_line(report: dict) -> str:
     """The report in one line, for a training log."""
     counts = {cause: row["tokens"] for cause, row in report["by_cause"].items()}
     causes = ", ".join(f"{n} by {cause}" for cause, n in counts.items() if n)
-    share = report["parameters"] / report["stock_parameters"]
     return (
         f"kronecker: {report['tokens']:,} tokens, mean {report['mean_bytes']:.1f} bytes (longest "
         f"{report['longest_bytes']}), pos_dim {report['pos_dim']} truncates {report['truncated']:,}; "
         f"{report['colliding_tokens']} tokens share an embedding in {report['collision_groups']} groups"
-        f"{f' ({causes})' if causes else ''}; buffers {report['buffer_bytes'] / 1e6:.1f} MB, "
-        f"{share:.1%} of the table's parameters"
+        f"{f' ({causes})' if causes else ''}; buffers {report['buffer_bytes'] / 1e6:.1f} MB"
     )
 
 

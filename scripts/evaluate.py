@@ -277,7 +277,7 @@ def arguments(add) -> None:
 
 
 def probe(args) -> common.Finding:
-    device = ranks.start(args.device).device
+    device = ranks.take_device(args.device)
     args.device = str(device)
     args.dtype, autocast = ranks.number_format(args.dtype, device)
     tasks = [read_task(t, args.limit) for t in dict.fromkeys(args.tasks)]

@@ -255,6 +255,20 @@ def test_a_world_that_cannot_be(rank, world, finished, tmp_path, monkeypatch):
         train.cli([f"--data_dir={finished / 'data'}", f"--out_dir={tmp_path}", "--device=cpu"])
 
 
+@pytest.mark.parametrize("port", [None, "abc"])
+def test_a_world_without_a_meeting_place(port, finished, tmp_path, monkeypatch, capsys):
+    """It is one sentence for a training; sampling needs no company."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    if port:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(SystemExit, match=r"error: .*start with torchrun, or unset WORLD_SIZE and RANK"):
+        train.cli([f"--data_dir={finished / 'data'}", f"--out_dir={tmp_path}", "--device=cpu"])
+    sample.cli([f"--out_dir={finished / 'run'}", "--num_samples=1", "--max_new_tokens=2", "--device=cpu"])
+    assert capsys.readouterr().out
+
+
 def test_a_second_process_is_kept_out_of_a_run(tiny_flags, tmp_path):
     held = runs.lock(tmp_path / "new")
     with pytest.raises(SystemExit, match="another process trains in"):

@@ -74,3 +74,18 @@ def test_the_estimate_holds_for_what_is_allocated(how, tokens, low_precision, mo
     print(expected, seen.peak)
     gradients = 4 * (weight.numel() + 3 * x.numel())  # the model's own
     assert expected == pytest.approx(seen.peak, abs=1.2 * gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 836), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA H200", 989),
+        ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GH200 480GB", None),
+    ],
+)  # fmt: skip
+def test_a_peak_is_that_of_the_very_device(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = flops.peak_flops(torch.device("cuda:0"))
+    assert found == (None if tflops is None else (tflops * 1e12, name))

@@ -13,7 +13,7 @@ from conftest import ROOT, TINY
 
 import configurator
 from engine.errors import RunError
-from engine.metrics import is_finished, read_metrics
+from engine.metrics import is_evaluated, read_metrics
 from scripts import devices, forecast, matched
 
 
@@ -37,7 +37,7 @@ def test_runs_are_trained_matched_and_left_alone_when_finished(recipe, tmp_path,
     assert "4 runs of 12 steps" in out
     assert "run 4 of 4 kronecker, seed 2: val loss" in out
     folders = [tmp_path / "out" / f"{a}_s{s}" for s in (1, 2) for a in ("bpe_tied", "kronecker")]
-    assert all(is_finished(f, 12) for f in folders)
+    assert all(is_evaluated(f, 12) for f in folders)
     from scripts import compare
 
     assert compare.main([str(tmp_path / "out")]) in (0, None)  # which refuses runs that do not match
@@ -87,7 +87,7 @@ def test_interrupted_it_saves_and_goes_on(recipe, tmp_path):
     out = process.communicate(timeout=180)[0]
     assert process.returncode == 130
     assert "the same command goes on from there" in out
-    assert not is_finished(tmp_path / "cut" / "bpe_tied_s1", 1500)
+    assert not is_evaluated(tmp_path / "cut" / "bpe_tied_s1", 1500)
     for out_dir in ("cut", "whole"):
         again = [*command, f"--out={tmp_path / out_dir}"]
         done = subprocess.run(again, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import DataError
-from engine.metrics import Metrics, is_finished, memory_gb, read_metrics
+from engine.metrics import Metrics, is_evaluated, memory_gb, read_metrics
 
 ROWS = [{"iter": i, "train/loss": 3.0 - i / 10} for i in range(4)]
 
@@ -74,14 +74,14 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_rewritten(line, wo
     assert path.read_bytes() == before
 
 
-def test_a_run_is_finished_by_its_last_evaluation_alone(tmp_path):
+def test_a_run_is_evaluated_by_its_last_evaluation_alone(tmp_path):
     assert read_metrics(tmp_path) == []
-    assert not is_finished(tmp_path, 3)
+    assert not is_evaluated(tmp_path, 3)
     write(tmp_path, [*ROWS, {"iter": 2, "val/loss": 2.0}])
-    assert not is_finished(tmp_path, 3)  # the step of that number was made, its evaluation was not
+    assert not is_evaluated(tmp_path, 3)  # the step of that number was made, its evaluation was not
     write(tmp_path, [*ROWS, {"iter": 3, "val/loss": None}])
-    assert is_finished(tmp_path, 3)
-    assert not is_finished(tmp_path, 4)
+    assert is_evaluated(tmp_path, 3)
+    assert not is_evaluated(tmp_path, 4)
 
 
 def test_memory_is_the_peak_of_this_process_in_gigabytes():

@@ -3,6 +3,7 @@
 import pytest
 
 import configurator
+import train
 from engine import plan
 from engine.errors import RunError
 
@@ -58,3 +59,23 @@ def test_out_of_memory_names_the_next_smaller_micro_batch():
     assert plan.memory_advice(keys, 8).startswith("--batch_size=11 instead of 22 takes about 50%")
     assert "(--global_batch_size=528)" in plan.memory_advice(keys, 8)
     assert plan.memory_advice(config(batch_size=1), 1).startswith("batch_size is as small as it gets")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "8,192 parameters, a learned table"),
+        (
+            ["--wte=kronecker", "--tie_weights=False", "--pos_dim=8"],
+            "65,536 parameters, 8.00x a learned table",
+        ),
+        (
+            ["--wte=kronecker", "--pos_dim=8", "--char_dim=8"],
+            "2,048 parameters, 75.0% fewer than a learned table",
+        ),
+    ],
+)
+def test_the_input_side_is_called_what_it_is(flags, words, capsys):
+    keys = "--n_layer=1 --n_head=1 --n_embd=32 --vocab_size=256 --device=cpu --dry_run=True".split()
+    train.cli([*keys, *flags])
+    assert words in capsys.readouterr().out

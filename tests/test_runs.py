@@ -7,6 +7,7 @@ import shutil
 import pytest
 from test_bad_input import snapshot
 
+import configurator
 import train
 from engine import checkpoint, runs
 from engine.errors import RunError
@@ -17,8 +18,6 @@ from engine.metrics import read_metrics
 def trained(tmp_path_factory, tiny_data):
     """A finished run of 12 steps with checkpoints at 5, 10 and 12."""
     from conftest import TINY
-
-    import configurator
 
     out = tmp_path_factory.mktemp("trained") / "run"
     keys = TINY | {"data_dir": tiny_data, "out_dir": out}
@@ -201,3 +200,51 @@ def test_a_folder_that_goes_away_ends_the_run_with_a_word(train_tiny, tmp_path, 
     with pytest.raises(RunError, match=r"run was removed while its run was at step \d+"):
         train_tiny(out)
     assert not os.path.exists(out)
+
+
+def test_a_folder_of_others_is_not_trained_in(train_tiny, tmp_path):
+    """As that of the weights that it begins with."""
+    for name in ("config.json", "tokenizer.json"):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_text('{"n_layer": 7}')
+        for init_from in ("auto", "scratch"):
+            refused(train_tiny, out, f"holds a {name} but no run", init_from=init_from)
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_layer", "1"), ("wte", "foo"), ("vocab_size", None)])
+def test_a_recorded_key_of_another_type_is_a_sentence(name, value, run, tiny_data):
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(SystemExit, match=f"{name} in .*config.json is"):
+        train.main(
+            configurator.load(
+                [f"--out_dir={run}", "--init_from=auto", f"--data_dir={tiny_data}", "--device=cpu"]
+            )
+        )
+
+
+def test_a_resume_between_evaluations_keeps_the_one_it_stands_at(train_tiny, tmp_path):
+    """Without it a run that grows worse would point to its last checkpoint as the best, and delete the better one."""
+    out, keys = tmp_path / "run", {"eval_interval": 100, "keep": 1}
+    before = train_tiny(out, **keys)[-1]
+    rows = train_tiny(out, **keys, init_from="auto", max_iters=20, learning_rate=3.0, new_schedule=True)
+    at_12 = [row["val/loss"] for row in rows if row["iter"] == 12 and "val/loss" in row]
+    assert at_12 == [before["val/loss"]] and rows[-1]["val/loss"] > before["val/loss"]
+    assert checkpoint.pointed(out, "best").name == "step_000012" and (out / "ckpt" / "step_000012").is_dir()
+
+
+def test_a_resume_on_data_without_a_description_takes_the_recorded_vocabulary(
+    train_tiny, tiny_data, tmp_path
+):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    (data / "meta.json").unlink()
+    train_tiny(tmp_path / "run", data_dir=data, vocab_size=64)
+    rows = train_tiny(tmp_path / "run", data_dir=data, init_from="auto", max_iters=14, new_schedule=True)
+    assert rows[-1]["iter"] == 14 and "val/bpb" not in rows[-1]
+    assert json.loads((tmp_path / "run" / "data_meta.json").read_text())["tokenizer"] is None
+    meta = {"format": 1, "tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 60}
+    (data / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(RunError, match="has 50,257 ids, vocab_size is 64"):
+        train_tiny(tmp_path / "new", data_dir=data)
+    assert not (tmp_path / "new").exists()
