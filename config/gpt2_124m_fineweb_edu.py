@@ -1,7 +1,7 @@
 # The paper's run: GPT-2 124M on 2.5B tokens of FineWeb-Edu (arXiv 2605.29459, section 6).
 #   python data/fineweb_edu/prepare.py      (or --pretokenized kjj0/finewebedu10B-gpt2)
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m_fineweb_edu.py config/arms/kronecker.py
-# Cost of one run: 860 MFLOP a token x 2.5e9 tokens = 2.15e18 FLOPs. At 40% of an H100's 989 TFLOP/s that is
+# Cost of one run: 855 MFLOP a token x 2.5e9 tokens = 2.14e18 FLOPs. At 40% of an H100's 989 TFLOP/s that is
 # 1.5 GPU-hours; at 30% of an A100's 312, 6.4. Four arms with three seeds: 12 times as much.
 dataset = "fineweb_edu"
 out_dir = "out/gpt2_124m/one"

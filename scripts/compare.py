@@ -48,7 +48,7 @@ def compare_runs(args, command: str) -> None:
     else:
         runs = [load_folder(f) for f in find_run_folders(args.paths)]
         out = args.out or default_out(args.paths)
-    c = numbers.compare(runs, args.baseline, args.allow_unfinished)
+    c = numbers.compare(runs, args.baseline or "bpe_tied", args.allow_unfinished)
     page, curves = write_comparison(c, runs, out, command), out / "compare" / "curves"
     report.say(words.as_text(c))
     report.say(f"\ncurves  {curves}.png\n        {curves}.svg\nreport  {page}")
@@ -61,14 +61,19 @@ def report_experiment(file: str, out: Path | None, made: dict) -> None:
     if not records:
         cure = "run scripts/matched.py on its file first"
         raise RunError(f"{exp.name} has no records in {exp.records}: {cure}")
-    c, out = fair.numbers(exp, records), out or (provenance.ROOT / exp.records).parent
+    out = out or (provenance.ROOT / exp.records).parent
+    page, title = out / "README.md", fair_report.title(exp.name)
+    if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").startswith(title):
+        raise RunError(
+            f"{page} is something else than the report of {exp.name}: give another folder with --out"
+        )
+    c = fair.numbers(exp, records)
     out.mkdir(parents=True, exist_ok=True)
     drawn = fair_figures.draw(c, out)
     write_json(out / "report.json", c | {"provenance": made})
-    page = fair_report.as_markdown(c, made, drawn, Path(file).read_text(encoding="utf-8"))
-    write_text(out / "README.md", page)
+    write_text(page, fair_report.as_markdown(c, made, drawn, Path(file).read_text(encoding="utf-8")))
     report.say(fair_report.as_text(c))
-    report.say(f"\nreport  {out / 'README.md'}")
+    report.say(f"\nreport  {page}")
 
 
 def main(argv=None) -> None:
@@ -77,15 +82,21 @@ def main(argv=None) -> None:
     add("paths", nargs="*", help="run folders, folders that hold runs, or one experiment's file")
     add("--wandb", metavar="ENTITY/PROJECT", help="read the runs of a wandb project instead")
     add("--wandb-group", metavar="GROUP", help="only the runs of this wandb group")
-    add("--baseline", default="bpe_tied", help="arm that the others are compared with (%(default)s)")
+    add("--baseline", metavar="ARM", help="that the others are compared with (bpe_tied; an experiment's own)")
     add("--allow-unfinished", action="store_true", help="compare at the last step that all have reached")
     out = "folder that gets compare/ (default: the first path), or an experiment's report"
     add("--out", type=Path, help=out)
     args = parser.parse_args(argv)
     if bool(args.paths) == bool(args.wandb):
         parser.error("give run folders, or --wandb entity/project")
+    if args.wandb_group and not args.wandb:
+        parser.error("--wandb-group needs --wandb entity/project")
     with sentences():
         if len(args.paths) == 1 and experiment.is_experiment(args.paths[0]):
+            if args.baseline or args.allow_unfinished:
+                parser.error(
+                    f"--baseline and --allow-unfinished are for runs: {args.paths[0]} says what is compared"
+                )
             report_experiment(args.paths[0], args.out, provenance.provenance(__file__, argv))
         else:
             compare_runs(args, provenance.command(__file__, argv))

@@ -2,7 +2,8 @@
 
 An experiment compares arms on several rungs (recipes) and lengths, each arm tuned alike. Its runs come in three stages:
 
-    tune     the learning rate at each arm's own defaults, then wte_lr_mult x wte_init_rms at the best learning rate
+    tune     the learning rate at each arm's own defaults, then wte_lr_mult x wte_init_rms at the best learning rate, then
+             the learning rate once more at the best of these
     recheck  on a larger rung or length: the learning rate once more, around the best
     final    other seeds, other validation windows: all arms at one shared setting, and each at its own best
 
@@ -392,19 +393,20 @@ def command_keys(exp: Experiment, run: Run) -> list[str]:
     stage = stages[(run.rung, run.length) if run.stage == "recheck" else run.stage]
     keys = exp.lengths[run.length] | stage | dict(run.setting)
     keys |= {"min_lr": keys["learning_rate"] * exp.min_lr_ratio, "seed": run.seed, "arm": run.arm}
-    return [exp.rungs[run.rung], f"config/arms/{run.arm}.py", *(f"--{k}={v}" for k, v in keys.items())]
+    return [str(ROOT / exp.rungs[run.rung]), str(arm_file(run.arm)), *(f"--{k}={v}" for k, v in keys.items())]
 
 
 def tokens_of(exp: Experiment, place) -> int:
     """Training tokens of the runs at a place of the experiment: anything with a rung and a length."""
     keys = [f"--{k}={v}" for k, v in exp.lengths[place.length].items()]
-    config = configurator.load([exp.rungs[place.rung], *keys], quiet=True)
+    config = configurator.load([str(ROOT / exp.rungs[place.rung]), *keys], quiet=True)
     return global_batch(config) * config.block_size * config.max_iters
 
 
 def write_record(exp: Experiment, run: Run, out_dir: Path, state: str) -> None:
     """Keep what a finished (or diverged) run's folder says, on one line, without where on this machine it lay."""
     config, about = read_run(out_dir)
+    check_record(exp, run, config, out_dir)
     place = PLACE | ({"dataset"} if config.get("data_dir") else set())  # which then names no data of this run
     rows = [row for row in read_metrics(out_dir) if "val/loss" in row or row.get("iter", 0) % 64 == 0]
     record = {
@@ -419,9 +421,13 @@ def write_record(exp: Experiment, run: Run, out_dir: Path, state: str) -> None:
             for row in rows
         ],
     }
-    path = ROOT / exp.records / f"{run.name}.json"
+    path = record_path(exp, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(record, allow_nan=False) + "\n")
+
+
+def record_path(exp: Experiment, run: Run) -> Path:
+    return ROOT / exp.records / f"{run.name}.json"
 
 
 def read_records(exp: Experiment) -> dict[str, RunRecord]:
@@ -445,6 +451,15 @@ def last_row(record: RunRecord) -> dict:
     return next((row for row in reversed(record.rows) if row.get("val/loss") is not None), {})
 
 
+def plan_of(exp: Experiment, records: Mapping[str, RunRecord]) -> Plan:
+    """The plan that the records lead to; RunError where one of its runs was made with other keys than the file's."""
+    plan = Plan(exp, losses_of(records))
+    for run in plan.runs:
+        if run.name in records:
+            check_record(exp, run, records[run.name].config)
+    return plan
+
+
 def losses_of(records: Mapping[str, RunRecord]) -> dict[str, float]:
     """{run name: last validation loss}, infinite where the run diverged."""
     ended = {name: last_row(record) if record.state == "finished" else {} for name, record in records.items()}
@@ -455,15 +470,15 @@ def losses_of(records: Mapping[str, RunRecord]) -> dict[str, float]:
 RESOLVED = {"vocab_size", "wte_init_rms", "global_batch_size", "dtype", "compile", "lr_decay_iters"}
 
 
-def check_record(exp: Experiment, run: Run, record: RunRecord) -> None:
-    """RunError where a run was made with other keys than the experiment's file says."""
+def check_record(exp: Experiment, run: Run, config: dict, where: Path | None = None) -> None:
+    """RunError where a run's config.json has other keys than the experiment's file says; where: its folder or record."""
     wanted = configurator.load(command_keys(exp, run), quiet=True)
     held = {key for key, rule in RULES.items() if rule.same} - RESOLVED | set(wanted.given)
     for key in (key for key in RULES if key in held - PLACE):
         asked = getattr(wanted, key)
-        there = record.config.get(key, asked)  # a key that is younger than the record
+        there = config.get(key, asked)  # a key that is younger than the record
         if there != asked:
             raise RunError(
-                f"{run.name} was made with {key}={there!r}, but {exp.name} asks for {asked!r}: remove its record and "
-                "run it again, or restore the experiment's file"
+                f"{where or record_path(exp, run)} was made with {key}={there!r}, but {exp.name} asks for {asked!r}: "
+                "remove it and run it again, or restore the experiment's file"
             )

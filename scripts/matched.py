@@ -137,7 +137,7 @@ def make_jobs(args, passed: list[str]) -> dict[pool.Job, tuple[str, int]]:
 
 def experiment_job(args, run: experiment.Run) -> pool.Job:
     recipe, arm, *keys = experiment.command_keys(args.experiment, run)
-    words = [os.path.relpath(ROOT / recipe), os.path.relpath(ROOT / arm), *keys]
+    words = [os.path.relpath(recipe), os.path.relpath(arm), *keys]
     steps = args.experiment.lengths[run.length]["max_iters"]
     return make_job(args, run.name, words, args.out / run.name, steps)
 
@@ -217,6 +217,10 @@ def check(args, passed: list[str]) -> None:
     for run in chosen_runs(args)[1]:
         if run.stage == "final":
             places.setdefault((run.rung, run.length), {}).setdefault((run.arm, run.seed), run)
+    if not places:
+        raise RunError(
+            "no final run of this choice is known yet, so nothing was checked: run the tuning first, or ask for more"
+        )
     for (rung, length), runs in places.items():
         print(f"rung {rung}, length {length}")
         asked = [(run.name, run.arm, run.seed, experiment_job(args, run).command) for run in runs.values()]
@@ -233,7 +237,7 @@ def selected(args, run: experiment.Run) -> bool:
 
 def chosen_runs(args) -> tuple[experiment.Plan, list[experiment.Run]]:
     """The plan that the records lead to, and those of its runs that were asked for."""
-    plan = experiment.Plan(args.experiment, experiment.losses_of(experiment.read_records(args.experiment)))
+    plan = experiment.plan_of(args.experiment, experiment.read_records(args.experiment))
     return plan, [run for run in plan.runs if selected(args, run)]
 
 
@@ -265,7 +269,7 @@ def keep_record(args, run: experiment.Run, job: pool.Job) -> None:
 def run_experiment(args) -> int:
     """Run what the experiment's file asks for and no record has yet, stage after stage; the exit status."""
     end = time.monotonic() + 60 * (args.minutes or math.inf)
-    status, engine = 0, None
+    diverged, engine = 0, None
 
     def keep(job: pool.Job) -> None:
         keep_record(args, jobs[job], job)
@@ -280,10 +284,11 @@ def run_experiment(args) -> int:
         status = pool.run(list(jobs), engine, left, args.retries, args.patience, on_end=keep)
         if status not in (0, pool.DIVERGED):
             return status
+        diverged = diverged or status
     pool.say(line)
-    if status == 0 and not (args.rungs or args.arms or args.seeds):
+    if not (args.rungs or args.arms or args.seeds):
         pool.say(f"the experiment is finished: python scripts/compare.py {shlex.quote(args.recipe)}")
-    return status
+    return diverged
 
 
 def run_recipe(args, passed: list[str]) -> int:

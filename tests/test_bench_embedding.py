@@ -66,3 +66,12 @@ def test_ids_and_buffers_without_a_text():
 def test_missing_text(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*none\.txt"):
         bench.main(["--text", str(tmp_path / "none.txt")])
+
+
+def test_what_can_be_wrong_is_said_before_anything_is_measured(tmp_path, monkeypatch, gpt2_encoding):
+    monkeypatch.setattr(bench, "bench_setting", lambda *a: pytest.fail("it measures"))
+    (tmp_path / "short.txt").write_text("One short sentence.")
+    with pytest.raises(SystemExit, match=r"error: .*short\.txt: only .* give a longer --text"):
+        bench.main([f"--text={tmp_path / 'short.txt'}"])
+    with pytest.raises(SystemExit, match=r"error: --hf-tokenizer .* is no folder of a tokenizer"):
+        bench.main([f"--hf-tokenizer={tmp_path}"])

@@ -56,3 +56,13 @@ def test_the_loaders_bench_compares_the_same_amount_of_rows(tmp_path, monkeypatc
     assert len(speeds) == 4 and all(min(map(min, sides.values())) > 0 for sides in speeds.values())
     assert len(record["memory_mib"]) == 11
     assert (tmp_path / "bench_loader.md").read_text().count("|") > 20
+
+
+@pytest.mark.parametrize(
+    ("line", "what"), [("no json", "are no JSON objects"), ('{"words": "x"}', "have no text")]
+)
+def test_lines_that_no_side_takes_are_a_sentence(line, what, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "x"}) + f"\n{line}\n")
+    with pytest.raises(SystemExit, match=f"error: some lines of --input {what}"):
+        prepare.main([f"--input={path}", f"--out={tmp_path / 'out'}"])

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from conftest import ROOT
 from runs_on_disk import LOSSES, write_demo, write_run
 
 from scripts import compare
@@ -35,6 +36,12 @@ def test_command_writes_everything_and_page_stands_alone(runs_dir, capsys):
 def test_command_errors_are_one_sentence(tmp_path, runs_dir):
     (tmp_path / "empty").mkdir()
     mistakes = [["nowhere"], [str(tmp_path / "empty")], [str(runs_dir), "--baseline", "x"], ["--wandb", "x"]]
+    ladder = str(ROOT / "config" / "experiments" / "ladder.py")
+    mistakes += [
+        [str(runs_dir), "--wandb-group=x"],
+        [ladder, "--baseline=kronecker"],
+        [ladder, "--allow-unfinished"],
+    ]
     for argv in (*mistakes, [], ["x", "--wandb", "a/b"], ["--basline", "x"]):
         with pytest.raises(SystemExit) as e:
             compare.main(argv)
@@ -70,3 +77,16 @@ def test_ctrl_c_and_a_folder_that_is_none_end_in_one_sentence(runs_dir, tmp_path
     with pytest.raises(SystemExit) as leaving:
         compare.main([str(runs_dir)])
     assert leaving.value.code == 130 and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_page_of_others_is_not_replaced_by_an_experiments_report(tmp_path, monkeypatch):
+    """And the report is made from any folder."""
+    (tmp_path / "README.md").write_text("# Ours\n")
+    monkeypatch.chdir(tmp_path)
+    ladder = str(ROOT / "config" / "experiments" / "ladder.py")
+    with pytest.raises(SystemExit, match="is something else than the report of ladder"):
+        compare.main([ladder, f"--out={tmp_path}"])
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    (tmp_path / "README.md").write_text("# Ladder: input embeddings compared, every arm tuned alike\n")
+    compare.main([ladder, f"--out={tmp_path}"])
+    assert (tmp_path / "report.json").is_file() and "bpe_untied" in (tmp_path / "README.md").read_text()

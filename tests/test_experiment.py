@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -301,7 +302,7 @@ def test_a_small_experiment_runs_to_its_end(finished):
         for seed in (5, 6)
     }
     for run in plan.runs:
-        experiment.check_record(exp, run, records[run.name])
+        experiment.check_record(exp, run, records[run.name].config)
     # arms of one rung, length and seed share body, data and windows
     for group in {(r.rung, r.length, r.seed) for r in finals}:
         mine = [records[r.name].run for r in finals if (r.rung, r.length, r.seed) == group]
@@ -334,7 +335,7 @@ def test_a_record_of_another_run_is_refused(finished):
     for key, value in (("learning_rate", 0.5), ("dropout", 0.1), ("n_layer", 2), ("eval_skip_tokens", 0)):
         other = record.model_copy(update={"config": record.config | {key: value}})
         with pytest.raises(RunError, match=f"made with {key}="):
-            experiment.check_record(exp, run, other)
+            experiment.check_record(exp, run, other.config)
     moved = folder / "records" / "final" / "moved.json"
     moved.write_text((folder / "records" / f"{run.name}.json").read_text())
     with pytest.raises(RunError, match="it was moved"):
@@ -352,6 +353,42 @@ def test_a_record_of_another_run_is_refused(finished):
     with pytest.raises(DataError, match=r"it has no params\.input"):
         experiment.read_records(exp)
     (folder / "records" / f"{run.name}.json").write_text(whole)
+
+
+def test_a_folder_of_other_keys_becomes_no_record_and_chooses_nothing(finished, tmp_path, monkeypatch):
+    path, folder = finished
+    exp = experiment.read(str(path))
+    shutil.copytree(folder / "out", tmp_path / "out")
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)  # where no record is yet
+    run = experiment.Plan(exp, {}).runs[0]
+    config = tmp_path / "out" / run.name / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"warmup_iters": 2}))
+    exp = exp.model_copy(update={"records": "records"})
+    with pytest.raises(RunError, match=f"{run.name} was made with warmup_iters=2"):
+        experiment.write_record(exp, run, config.parent, "finished")
+    assert not (tmp_path / "records").exists()
+    monkeypatch.undo()
+    record = folder / "records" / f"{run.name}.json"
+    whole = record.read_text()
+    other = json.loads(whole)
+    other["config"]["warmup_iters"] = 2
+    record.write_text(json.dumps(other))
+    with pytest.raises(RunError, match=rf"{run.name}\.json was made with warmup_iters=2"):
+        matched.main([str(path), f"--out={folder / 'out'}"])
+    record.write_text(whole)
+
+
+def test_a_check_of_nothing_and_a_run_that_diverged_are_told(finished, monkeypatch, capsys):
+    path, folder = finished
+    with pytest.raises(RunError, match="nothing was checked"):
+        matched.main([str(path), "--check", "--seeds=1"])
+    left, ends = [{"job": None}, {"job": None}, {}], [pool.DIVERGED, 0]
+    monkeypatch.setattr(matched, "next_jobs", lambda args: (left.pop(0), "small"))
+    monkeypatch.setattr(matched, "workers", lambda *a: "here")
+    monkeypatch.setattr(matched.experiment, "command_keys", lambda *a: [])
+    monkeypatch.setattr(pool, "run", lambda *a, **how: ends.pop(0))
+    assert matched.main([str(path), f"--out={folder / 'out'}"]) == pool.DIVERGED
+    assert "the experiment is finished" in capsys.readouterr().out
 
 
 def test_records_say_nothing_of_the_place(finished, tiny_data):

@@ -124,3 +124,20 @@ def test_the_recipe_is_the_one_that_the_plan_pins():
     assert plan["schedule_sha256"] == schedule_sha256(dataclasses.asdict(config), step)
     assert (plan["tokens_per_step"], plan["tokens"]) == (step, step * config.max_iters)
     assert 100_000_000 <= plan["tokens"] <= 4 * plan["train_tokens"]
+
+
+def test_an_unfinished_run_does_not_replace_a_finished_record(work, copied, tmp_path):
+    """A machine that was lent anew has none of the runs whose records are here."""
+    kept = copied / "runs" / "kronecker_s1"
+    before = {p: p.read_bytes() for p in kept.iterdir()}
+    anew = shutil.copytree(
+        work / "work" / "runs" / "kronecker_s1", tmp_path / "work" / "runs" / "kronecker_s1"
+    )
+    lines = (anew / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (anew / "metrics.jsonl").write_text("".join(lines[:3]))
+    args = recipe.arguments(["gather", f"--work={tmp_path / 'work'}", f"--out={copied}"])
+    recipe.keep_records(args)
+    assert {p: p.read_bytes() for p in kept.iterdir()} == before
+    (kept / "metrics.jsonl").write_text("".join(lines[:2]))
+    recipe.keep_records(args)
+    assert (kept / "metrics.jsonl").read_text() == "".join(lines[:3])

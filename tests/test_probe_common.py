@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from probe_runs import args_for, published, word_families
+from runs_on_disk import write_run
 
 import model as gpt
 from engine import checkpoint
@@ -148,3 +149,20 @@ def test_unfinished_runs_do_not_pass_for_their_arm(probed_runs, tmp_path, capsys
         assert list(by_seed["by_seed"]) == ["1337"]
         module.main(["--runs", str(root), "--allow-unfinished"])
         assert "left out" not in capsys.readouterr().err
+
+
+def test_runs_of_one_name_and_other_keys_are_arms_of_their_own(tmp_path):
+    for seed, rms in ((1, 0.1), (2, 1.0), (3, 1.0)):
+        write_run(
+            tmp_path,
+            "kronecker",
+            seed,
+            3.8,
+            config={"wte": "kronecker", "tie_weights": False, "wte_init_rms": rms},
+        )
+    found = common.finished_runs([tmp_path], False, needs_checkpoint=False)
+    assert [(r.arm, r.seed) for r in found] == [
+        ("kronecker", 2),
+        ("kronecker", 3),
+        ("kronecker[wte_init_rms=0.1]", 1),
+    ]

@@ -1,5 +1,7 @@
 """scripts/probes/generation.py: continuations by hand, slots, and the published flags."""
 
+import json
+
 from probe_runs import args_for, manual_forward, published
 
 from engine.prompts import parse_prompt
@@ -53,3 +55,27 @@ def test_gibberish_rule_gives_the_published_flags(shared_dir):
     assert len(prompts) == 44
     forced = [p for p in prompts if p["condition"] == "forced_oov"]
     assert forced[0]["text"] == "{{kubernetes}} is a system for" and forced[0]["targets"] == ["kubernetes"]
+
+
+def test_the_table_counts_each_conditions_continuations(probed_runs, capsys, tmp_path):
+    path = tmp_path / "prompts.json"
+    prompts = [
+        {"prompt_id": 1, "normal": "The eye", "misspelled": "The eey"},
+        {"prompt_id": 2, "normal": "The ear"},
+    ]
+    path.write_text(json.dumps({"prompts": prompts}))
+    generation.main(
+        [
+            "--runs",
+            str(probed_runs),
+            f"--prompts={path}",
+            "--samples=3",
+            "--max_new_tokens=2",
+            f"--out={tmp_path}",
+        ]
+    )
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {(r[0], r[2]) for r in rows if r and r[0] in ("normal", "misspelled")} == {
+        ("normal", "6"),
+        ("misspelled", "3"),
+    }

@@ -28,10 +28,8 @@ QUESTIONS = (
 
 def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord], resamples=2000) -> dict:
     """Everything that the report shows. RunError where a record differs from the file or runs do not match."""
-    plan = experiment.Plan(exp, experiment.losses_of(records))
+    plan = experiment.plan_of(exp, records)
     known = [(run, records[run.name]) for run in plan.runs if run.name in records]
-    for run, record in known:
-        experiment.check_record(exp, run, record)
     asked = [
         (place_of(exp, final, which), plan.final_runs(final, which))
         for final in exp.final
@@ -72,10 +70,10 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
             "final": finals,
             "unasked": len(records) - len(known),
             **{
-                key: dict(sorted(Counter(v for r in records.values() for v in made_with(r, key)).items()))
+                key: dict(sorted(Counter(v for _, r in known for v in made_with(r, key)).items()))
                 for key in ("commit", "torch", "device")
             },
-            "days": sorted({r.run["started"][:10] for r in records.values() if r.run.get("started")}),
+            "days": sorted({r.run["started"][:10] for _, r in known if r.run.get("started")}),
         },
     }
 

@@ -291,7 +291,7 @@ def limits(c: dict) -> list[str]:
             "The tuning has not ended, so some arms have no best setting yet at some rung and length."
         )
     says += c["edges"]
-    if n := c["runs"]["unasked"]:
+    if n := c["runs"]["unasked"] - len(c["beside"]):
         says.append(
             f"{n} record{'s' * (n > 1)} of runs that are not asked for, at settings that were not chosen, are in no table."
         )
@@ -367,7 +367,8 @@ def provenance(c: dict, made: dict) -> list[str]:
     commit, torch, device = (each_with_count(runs[k]) for k in ("commit", "torch", "device"))
     return [
         f"Made by `{made['command']}` at commit {made['commit']} on {made['date']} from the records alone.",
-        f"{runs['tuning']} tuning and {runs['final']} final runs, made{days} at commit {commit} with torch {torch} on {device}.",
+        f"{runs['tuning']} runs of the tuning, rechecks among them, and {runs['final']} final ones, made{days} at commit "
+        f"{commit} with torch {torch} on {device}. (A run that went on elsewhere counts at each place.)",
     ]
 
 
@@ -378,11 +379,16 @@ def each_with_count(runs_of: dict[str, int]) -> str:
     return ", ".join(f"{name} ({n} run{'s' * (n > 1)})" for name, n in runs_of.items())
 
 
+def title(experiment: str) -> str:
+    """The first line of an experiment's page."""
+    return f"# {escaped(capital(experiment))}: input embeddings compared, every arm tuned alike"
+
+
 def as_markdown(c: dict, made: dict, figures: dict[str, str], file: str) -> str:
     """The report as a page beside its figures. file: text of the experiment's file, which the page quotes."""
     shown = {name: f"![{name}]({name}.svg)\n\n{caption}" for name, caption in figures.items()}
     parts = [
-        f"# {escaped(capital(c['experiment']))}: input embeddings compared, every arm tuned alike",
+        title(c["experiment"]),
         READING,
         markdown_list("Findings", findings(c)),
         shown.pop("gap", ""),

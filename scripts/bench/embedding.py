@@ -28,9 +28,10 @@ import psutil
 import torch
 from torch import nn
 
+from data.console import first_line
 from data.files import expanded
 from data.sources import local_blocks, read_block
-from engine.errors import sentences
+from engine.errors import RunError, sentences
 from engine.ranks import keep_heap
 from kronecker import KroneckerEmbedding, build_byte_buffer
 from scripts.analysis.report import Table, progress
@@ -114,7 +115,10 @@ class Corpus:
             p = 1 / np.arange(1, V + 1)
             return torch.from_numpy(rng.choice(V, n, p=p / p.sum()))
         # a smaller vocabulary keeps the ids that it has: GPT-2's first ids are its most frequent pieces
-        return torch.from_numpy(self.tokens[self.tokens < V][:n].copy())
+        kept = self.tokens[self.tokens < V]
+        if len(kept) < n:
+            raise RunError(f"{self.name}: only {len(kept):,} of {n:,} ids below {V:,}: give a longer --text")
+        return torch.from_numpy(kept[:n].copy())
 
 
 def build(side: str, V: int, d: int, pos_dim: int, buffers, device="cpu", dtype=torch.float32) -> nn.Module:
@@ -257,13 +261,21 @@ def bench_growth(corpus: Corpus, args) -> list[dict]:
     return rows
 
 
-def bench_buffers(folder: str) -> dict:
-    """Building GPT-2's byte buffer; the reference reads a transformers tokenizer only."""
-    import tiktoken
-    from kronecker_embeddings import build_byte_buffer as reference
+def hf_tokenizer(folder: str):
+    """GPT-2's tokenizer of transformers."""
     from transformers import AutoTokenizer
 
-    fast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # transformers raises many kinds
+        raise RunError(f"--hf-tokenizer {folder} is no folder of a tokenizer ({first_line(e)})") from None
+
+
+def bench_buffers(fast) -> dict:
+    """Building GPT-2's byte buffer; the reference reads a transformers tokenizer (`fast`) only."""
+    import tiktoken
+    from kronecker_embeddings import build_byte_buffer as reference
+
     encoding = tiktoken.get_encoding("gpt2")
     runs = {
         "reference": lambda: reference(fast, 16),
@@ -394,15 +406,18 @@ def growth_parts(rows: list[dict], folder: Path) -> list:
 
 def measure(args) -> tuple[dict, list]:
     """All settings: (record, the page's paragraphs and tables)."""
-    corpus = Corpus(args.text)
+    # what can be wrong is, before the first measurement
+    corpus, fast = Corpus(args.text), hf_tokenizer(args.hf_tokenizer) if args.hf_tokenizer else None
     settings = SETTINGS_CUDA if args.device.startswith("cuda") else SETTINGS
+    for V, _, _, counts in settings:
+        corpus.ids("text", max(counts), V)
     rows = [row for setting in settings for row in bench_setting(*setting, corpus, args)]
     record = {"dtype": args.dtype, "tokens_from": corpus.name, "rows": rows}
     parts = [f"{args.dtype}. Ids: {corpus.name}.", time_table(rows)]
     if args.dtype == "float32":
         parts.append(memory_table(rows))
     if args.hf_tokenizer:
-        record["buffers_ms"] = ms = bench_buffers(args.hf_tokenizer)
+        record["buffers_ms"] = ms = bench_buffers(fast)
         listed = ", ".join(f"{side} {bench.median(values, '.1f')} ms" for side, values in ms.items())
         ratio = over(ms, "reference", "kronecker, transformers")
         parts.append(f"Building GPT-2's byte buffer: {listed}; from transformers {ratio} the reference.")

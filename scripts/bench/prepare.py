@@ -29,7 +29,7 @@ from data.files import expanded
 from data.identity import shard_record
 from data.pipeline import checked_of
 from data.shards import find_shards, open_shard, write_shard
-from data.sources import local_blocks, read_block
+from data.sources import SKIP_REASONS, local_blocks, read_block
 from data.tokenizers import load_tokenizer
 from engine.errors import RunError, sentences
 from scripts.analysis.report import Table
@@ -87,8 +87,13 @@ def unpacked(paths: list[Path], target: Path) -> list[str]:
         for path in paths:
             with lzma.open(path) if path.suffix == ".xz" else open(path, "rb") as file:
                 shutil.copyfileobj(file, out, 1 << 22)
-    with open(target, "rb") as file:  # also brings it into the page cache, for both sides
-        return [json.loads(line)["text"] for line in file]
+    texts = []
+    for block in local_blocks([target], "text"):  # also brings it into the page cache, for both sides
+        found, skipped = read_block(block, "text")
+        texts += found
+        if wrong := [what for reason, what in SKIP_REASONS.items() if skipped[reason]]:
+            raise RunError(f"some lines of --input {wrong[0]}: both sides want JSON lines with a text key")
+    return texts
 
 
 def stages(source: Path, packed: list[Path], scratch: Path) -> dict[str, float]:

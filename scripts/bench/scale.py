@@ -94,6 +94,7 @@ def main(argv=None) -> None:
             ("ranks", args.ranks, lambda n: train_on(n, work, args)),
             ("shards", args.shards, lambda n: read_from(n, work)),
         ):
+            numbers = list(dict.fromkeys(numbers))
             record[what] = rounds = bench.alternate({n: partial(run, n) for n in numbers}, args.rounds)
             for quantity in rounds[numbers[0]][0]:
                 values = [statistics.median(bench.column(rounds, n, quantity)) for n in numbers]

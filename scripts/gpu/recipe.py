@@ -23,7 +23,6 @@ compare.py. --show prints the commands of a piece and runs nothing. Nothing is f
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -33,8 +32,10 @@ if not __package__:  # run by its path: the root takes the place of this folder,
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     import scripts.by_path  # noqa: F401 - Ctrl-C
 
+from data.files import write_atomic
 from data.records import read_record
 from engine.errors import RunError, sentences
+from engine.metrics import read_metrics
 from scripts import matched
 from scripts.analysis.runs import find_run_folders, load_folder
 from scripts.arguments import Parser, number
@@ -136,14 +137,25 @@ def check_plan(args, words: list[str]) -> None:
     check_facts(args, job.name, first.info, first.config["max_iters"])
 
 
+def last_step(folder: Path) -> int:
+    """The step of a run's last row, -1 where there is none."""
+    return max((row["iter"] for row in read_metrics(folder)), default=-1)
+
+
 def keep_records(args) -> None:
-    """Copy the small records of every run below --work, under the run's own name, to below --out."""
+    """Copy the small records of every run below --work, under the run's own name, to below --out.
+
+    A record that is there already and says more, of a machine that was given back, stays.
+    """
     for run in args.work.glob("*/*/run.json"):
         there = args.out / run.parent.relative_to(args.work)
+        if last_step(there) > last_step(run.parent):
+            print(f"{there} stays as it is: {run.parent} has not come as far", flush=True)
+            continue
         there.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "run.json", "metrics.jsonl"):
             if (run.parent / name).is_file():
-                shutil.copyfile(run.parent / name, there / name)
+                write_atomic(there / name, [(run.parent / name).read_bytes()])
 
 
 def main(argv=None) -> None:

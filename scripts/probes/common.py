@@ -14,7 +14,7 @@ from engine.errors import RunError, sentences
 from sample import load_run
 from scripts.analysis import figures, report, stats
 from scripts.analysis.report import Table, arm_sort_key, progress
-from scripts.analysis.runs import Run, default_out, find_run_folders, load_folder, refuse_twins
+from scripts.analysis.runs import Run, default_out, distinguish, find_run_folders, load_folder, refuse_twins
 from scripts.arguments import Parser, device, whole
 from scripts.provenance import provenance, write_page
 
@@ -64,6 +64,7 @@ def finished_runs(paths, allow_unfinished: bool, needs_checkpoint: bool = True) 
             progress(f"left out: {run.name} ({run.state}); --allow-unfinished takes it in")
         else:
             runs.append(run)
+    distinguish(runs)
     refuse_twins(runs)
     if not runs:
         what = "no finished run with a checkpoint" if needs_checkpoint else "no finished run"

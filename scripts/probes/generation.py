@@ -170,14 +170,16 @@ def rates(by_run: dict, baseline: str) -> dict:
     return {c: by_rate for c, by_rate in found.items() if by_rate["echo"][baseline]}
 
 
-def make_tables(found: dict, baseline: str, n: int) -> list[Table]:
+def make_tables(found: dict, baseline: str, number: dict) -> list[Table]:
     rows = []
     for condition, by_rate in found.items():
         for arm, echo in by_rate["echo"].items():
             cells = [common.cell(by_rate[k][arm], 1, 100) for k in RATES]
-            rows.append([condition, arm, *cells, common.interval_cell(echo["difference"], 1, 100)])
-    title = f"Echo of the novel or misspelled word, in per cent ({n} continuations a condition and run)"
-    header = ["condition", "arm", *RATES.values(), f"echo less {baseline}'s"]
+            rows.append(
+                [condition, arm, number[condition], *cells, common.interval_cell(echo["difference"], 1, 100)]
+            )
+    title = "Echo of the novel or misspelled word, in per cent of a run's continuations"
+    header = ["condition", "arm", "of", *RATES.values(), f"echo less {baseline}'s"]
     note = (
         "Mean ± SD over seeds; last column: paired over seeds, 95%. normal: the ordinary word of the same "
         "place, as a control. forced_oov: one position made from bytes on kronecker arms, pieces on stock arms."
@@ -226,10 +228,10 @@ def probe(args) -> common.Finding:
         "settings": SAMPLED | {k: getattr(args, k) for k in ("max_new_tokens", "samples", "seed")},
         "rates": found,
     }
-    n = sum(p["condition"] == "normal" for p in prompts) * args.samples
+    number = Counter(p["condition"] for p in prompts for _ in range(args.samples))
     return common.Finding(
         "generation", "Generation", 30, result, {},
-        make_tables(found, baseline, n), draw(found, by_run), common.POINTS,
+        make_tables(found, baseline, number), draw(found, by_run), common.POINTS,
         "Does a misspelled or made-up word of the prompt come back in what the model writes?",
         examples(by_run),
     )  # fmt: skip
