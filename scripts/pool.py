@@ -143,12 +143,14 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: st
 
 def stop_child(child: subprocess.Popen, number: int) -> None:
     """Send a child's session a signal; SIGKILL also to all below it, as torchrun's ranks lead sessions of their own."""
-    below = []
-    with suppress(psutil.NoSuchProcess):  # it has just ended
-        below = psutil.Process(child.pid).children(recursive=True) if number == signal.SIGKILL else []
+    everyone = []
+    if number == signal.SIGKILL:
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            root = psutil.Process(child.pid)
+            everyone = [root, *root.children(recursive=True)]
     with suppress(ProcessLookupError):
         os.killpg(child.pid, number)
-    for process in below:
+    for process in everyone:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
