@@ -153,10 +153,8 @@ def main(config) -> None:
         last = step == config.max_iters
         stops = ranks.any(stop_signal.number is not None)
         saved = step == first and resume_from is not None
-        evaluates = step % config.eval_interval == 0 or last or config.eval_only
-        evaluates = evaluates or (
-            step == first and evaluated
-        )  # a resume has dropped that row, and knows no best loss
+        again = step == first and evaluated  # a resume drops that row, and with it the best loss so far
+        evaluates = again or step % config.eval_interval == 0 or last or config.eval_only
         due = ckpt_interval > 0 and step > first and step % ckpt_interval == 0
         if evaluates or due or stops:
             progress.settle()

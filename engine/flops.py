@@ -25,9 +25,8 @@ PEAK_TFLOPS = {
     "RTX 3090": 71,
 }
 
-OTHERS = (
-    "Laptop|Ti|D|SUPER|MIG"  # parts of names of GPUs that are slower or faster than what they are named after
-)
+# Words in the names of GPUs that are slower or faster than those they are named after.
+OTHERS = "Laptop|Ti|D|SUPER|MIG"
 
 CONVENTION = "6N + 12*L*C*T FLOPs a token; N = weights of the matmuls, head included; attention without the causal half"
 

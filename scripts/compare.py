@@ -62,8 +62,8 @@ def report_experiment(file: str, out: Path | None, made: dict) -> None:
         cure = "run scripts/matched.py on its file first"
         raise RunError(f"{exp.name} has no records in {exp.records}: {cure}")
     out = out or (provenance.ROOT / exp.records).parent
-    page, title = out / "README.md", fair_report.title(exp.name)
-    if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").startswith(title):
+    page, heading = out / "README.md", fair_report.heading(exp.name)
+    if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").startswith(heading):
         raise RunError(
             f"{page} is something else than the report of {exp.name}: give another folder with --out"
         )

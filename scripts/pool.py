@@ -141,16 +141,26 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: st
         )
 
 
+def ranks_of(child: subprocess.Popen) -> dict[int, psutil.Process]:
+    """{rank: process} of what torchrun has started; {} of any other child."""
+    found = {}
+    with suppress(psutil.NoSuchProcess):  # it has just ended
+        for process in psutil.Process(child.pid).children():
+            with suppress(psutil.Error):
+                if (rank := process.environ().get("RANK")) is not None:
+                    found[int(rank)] = process
+    return found
+
+
 def stop_child(child: subprocess.Popen, number: int) -> None:
-    """Send a child's session a signal; SIGKILL also to all below it, as torchrun's ranks lead sessions of their own."""
-    everyone = []
-    if number == signal.SIGKILL:
-        with suppress(psutil.NoSuchProcess):  # it has just ended
-            root = psutil.Process(child.pid)
-            everyone = [root, *root.children(recursive=True)]
-    with suppress(ProcessLookupError):
+    """Send a child's session a signal; SIGKILL also to torchrun's ranks, which lead sessions of their own.
+
+    A tracker, in yet another session, is left to send the last rows.
+    """
+    ranks = ranks_of(child) if number == signal.SIGKILL else {}
+    with suppress(ProcessLookupError):  # it has just ended
         os.killpg(child.pid, number)
-    for process in everyone:
+    for process in ranks.values():
         with suppress(psutil.NoSuchProcess):
             process.kill()
 

@@ -163,6 +163,24 @@ def test_sigkill_reaches_the_ranks_that_torchrun_has_started(tmp_path):
     assert not gone[1] and engine.poll(child) == -signal.SIGKILL and engine.has_room()
 
 
+def test_sigkill_leaves_a_tracker_to_its_work(tmp_path):
+    code = (
+        "import subprocess, sys, time\n"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+        "open(sys.argv[1], 'w').write(str(p.pid) + ' ')\ntime.sleep(600)"
+    )
+    engine = pool.Local([()])
+    child = engine.start(
+        pool.Job("x", (sys.executable, "-c", code, str(tmp_path / "pid")), tmp_path / "run", 1)
+    )
+    wait_for(tmp_path / "pid", " ")
+    engine.stop(child, signal.SIGKILL)
+    assert child.wait(10) == -signal.SIGKILL
+    tracker = psutil.Process(int((tmp_path / "pid").read_text()))
+    assert tracker.is_running() and tracker.status() != psutil.STATUS_ZOMBIE
+    tracker.kill()
+
+
 @pytest.fixture
 def parent(tmp_path, job):
     """A pool of two long jobs in a process of its own, and their folders."""

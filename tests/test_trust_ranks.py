@@ -17,19 +17,19 @@ WAITS = "import sys; print('up', flush=True); sys.stdin.read()"
 
 @pytest.fixture
 def agent():
-    """What torchrun's agent is to this module: a process with two children that know their ranks."""
+    """What torchrun's agent is to this module: a process with two children that know their ranks, each in a session of
+    its own. (tests/test_pool.py has the real one.)"""
     code = f"""
 import os, subprocess, sys
 children = [subprocess.Popen([sys.executable, "-c", {WAITS!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             env=os.environ | {{"RANK": rank}}) for rank in "01"]
+                             env=os.environ | {{"RANK": rank}}, start_new_session=True) for rank in "01"]
 for child in children:
     child.stdout.readline()
 print(*(child.pid for child in children), flush=True)
 sys.stdin.read()
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **streams)
     process.children = dict(enumerate(map(int, process.stdout.readline().split())))
     yield process
     if process.poll() is None:
@@ -37,11 +37,11 @@ sys.stdin.read()
 
 
 def test_workers_are_found_by_rank(agent):
-    assert {rank: p.pid for rank, p in ranks.workers(agent).items()} == agent.children
+    assert {rank: p.pid for rank, p in ranks.ranks_of(agent).items()} == agent.children
 
 
 def test_an_agent_is_stopped_with_its_workers(agent):
-    found = list(ranks.workers(agent).values())
+    found = list(ranks.ranks_of(agent).values())
     found[0].kill()  # gone before: the others must go all the same
     ranks.stop(agent)
     assert agent.returncode == -9

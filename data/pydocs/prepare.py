@@ -135,15 +135,11 @@ def train_tokenizer(texts: list[str], path: Path):
 
 def prepare(out_dir: Path) -> None:
     """Collect the documents and write tokenizer, shards and description, unless they are there."""
-    meta = read_meta(out_dir) or {"dataset": "pydocs", "shards": []}
-    if meta.get("dataset") != "pydocs":
+    meta = read_meta(out_dir) or {}
+    if meta.get("dataset", "pydocs") != "pydocs":
         raise DataError(f"{out_dir} holds another data set: take another --out_dir")
-    if (
-        meta["shards"]
-        and is_prepared(out_dir)
-        and (out_dir / FILE_NAME).is_file()
-        and not lost(out_dir, meta["shards"])
-    ):
+    shards = meta.get("shards") if is_prepared(out_dir) and (out_dir / FILE_NAME).is_file() else None
+    if shards and not lost(out_dir, shards):
         print(f"{out_dir} is already prepared, nothing to do (delete *.bin and meta.json to make it anew)")
         return
     documents, counts = collect()

@@ -147,7 +147,9 @@ def beside_the_lines(plan: experiment.Plan, records: dict[str, experiment.RunRec
         if any(contract.differences(pair, swept=("learning_rate", "min_lr"))):
             continue
         loss, least = (experiment.last_row(r)["val/loss"] for r in (record, chosen))
-        keys = experiment.setting_of(arm, {k: record.config[k] for k in experiment.SHORT})
+        keys = experiment.setting_of(
+            arm, {k: record.config[k] for k in experiment.SHORT if k in record.config}
+        )
         found.append({"arm": arm, "seed": seed, "setting": dict(keys), "loss": loss, "gain": least - loss})
     return found
 

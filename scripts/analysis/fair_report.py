@@ -379,16 +379,16 @@ def each_with_count(runs_of: dict[str, int]) -> str:
     return ", ".join(f"{name} ({n} run{'s' * (n > 1)})" for name, n in runs_of.items())
 
 
-def title(experiment: str) -> str:
+def heading(name: str) -> str:
     """The first line of an experiment's page."""
-    return f"# {escaped(capital(experiment))}: input embeddings compared, every arm tuned alike"
+    return f"# {escaped(capital(name))}: input embeddings compared, every arm tuned alike"
 
 
 def as_markdown(c: dict, made: dict, figures: dict[str, str], file: str) -> str:
     """The report as a page beside its figures. file: text of the experiment's file, which the page quotes."""
     shown = {name: f"![{name}]({name}.svg)\n\n{caption}" for name, caption in figures.items()}
     parts = [
-        title(c["experiment"]),
+        heading(c["experiment"]),
         READING,
         markdown_list("Findings", findings(c)),
         shown.pop("gap", ""),

@@ -30,7 +30,7 @@ from engine.metrics import read_metrics
 from scripts.analysis.report import Table
 from scripts.bench.train import flags, write_data
 from scripts.experiment import arm_file
-from scripts.pool import last_words, stop_child
+from scripts.pool import last_words, ranks_of, stop_child
 from scripts.provenance import ROOT
 from scripts.trust import twin
 
@@ -85,12 +85,6 @@ def stop(agent: subprocess.Popen) -> None:
     """SIGKILL to an agent and then to its workers: it would start others."""
     stop_child(agent, signal.SIGKILL)
     agent.wait()
-
-
-def workers(agent: subprocess.Popen) -> dict[int, psutil.Process]:
-    """{rank: process} of what an agent has started."""
-    found = [(p.environ().get("RANK"), p) for p in psutil.Process(agent.pid).children()]
-    return {int(rank): p for rank, p in found if rank is not None}
 
 
 def await_step(out_dir: Path, step: int, agents: list[subprocess.Popen], since: int = 0) -> None:
@@ -162,7 +156,7 @@ def launch_nodes(keys: dict, out_dir: Path, count: int, restarts: int = 0) -> li
 
 def kill_worker(out_dir: Path, agents: list[subprocess.Popen], step: int, rank: int) -> dict:
     """SIGKILL to the worker of a rank; what the job did then, in seconds."""
-    there = {k: p for a in agents for k, p in workers(a).items()}
+    there = {k: p for a in agents for k, p in ranks_of(a).items()}
     rows = (out_dir / "metrics.jsonl").stat().st_ino
     killed = time.monotonic()
     there.pop(rank).kill()
