@@ -5,8 +5,10 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator
 from typing_extensions import Required, TypedDict
 
 from data.files import finite, write_text
@@ -17,8 +19,19 @@ from engine.tracker import Tracker
 
 # The figures that others compute with carry nanoGPT's wandb names, and null stands for NaN. Only `iter` is in all rows.
 FIGURES = ("train/loss", "val/loss", "val/bpb", "wte/rms", "grad_norm", "tok_per_sec")
-Row = TypedDict("Row", {"iter": Required[int]} | dict.fromkeys(FIGURES, float | None), total=False)
-Row.__pydantic_config__ = STRICT
+Named = TypedDict("Named", {"iter": Required[int]} | dict.fromkeys(FIGURES, float | None), total=False)
+Named.__pydantic_config__ = STRICT
+
+
+def evaluated(row: Named) -> Named:
+    """A row whose losses by frequency, too many to be named, are numbers or null as well."""
+    for key, x in row.items():
+        if key.startswith("val/") and (isinstance(x, bool) or not isinstance(x, int | float | None)):
+            raise ValueError(f"{key} should be a number or null")
+    return row
+
+
+Row = Annotated[Named, AfterValidator(evaluated)]
 
 
 def read_metrics(out_dir) -> list[dict]:

@@ -26,7 +26,8 @@ from typing_extensions import Required, TypedDict
 import configurator
 from data.files import write_text
 from data.records import STRICT, PlainName, Record, read_record, validated
-from engine.contract import RULES
+from engine.contract import HASHED, RULES, Member, check_match
+from engine.contract import check_record as check_schedule
 from engine.errors import RunError
 from engine.metrics import Row, read_metrics
 from engine.plan import global_batch
@@ -130,7 +131,7 @@ class RunRecord(Record):
 
     experiment: str
     name: str
-    state: str  # "finished" or "diverged"
+    state: Literal["finished", "diverged"]
     config: dict
     run: dict
     rows: list[Row]
@@ -257,6 +258,11 @@ class Line:
     values: tuple[float, ...]
 
 
+def middling(line: Line, value: float) -> float:
+    """A made-up loss of one of a line's values, lowest in the middle."""
+    return abs(math.log(value / sorted(line.values)[(len(line.values) - 1) // 2]))
+
+
 class Plan:
     """The runs that follow from the losses known so far, and the choices made from the tuning's losses alone.
 
@@ -338,8 +344,11 @@ class Plan:
         """
         for extension in range(extend + 1):
             tried = [(self.loss(stage, place, line, key, v), line, v) for line in lines for v in line.values]
-            if any(math.isnan(loss) for loss, *_ in tried):
-                raise Unknown
+            if unknown := {line.arm for loss, line, _ in tried if math.isnan(loss)}:
+                if not self.pretend:
+                    raise Unknown
+                # made-up losses and real ones have no order, so an arm has either
+                tried = [(middling(line, v) if line.arm in unknown else x, line, v) for x, line, v in tried]
             best: dict[str, tuple[float, Line, float]] = {}  # arm: (loss, line, value)
             for point in tried:
                 best[point[1].arm] = min(best.get(point[1].arm, point), point, key=lambda p: p[0])
@@ -365,8 +374,6 @@ class Plan:
         setting = setting_of(line.arm, dict(line.fixed) | {key: value})
         runs = [Run(stage, place.rung, place.length, line.arm, setting, seed) for seed in place.seeds]
         self.runs += runs
-        if self.pretend and any(run.name not in self.losses for run in runs):
-            return abs(math.log(value / sorted(line.values)[(len(line.values) - 1) // 2]))
         return sum(self.losses.get(run.name, math.nan) for run in runs) / len(runs)
 
     def final_runs(self, final: Final, which: str) -> list[tuple[str, int, Run | None]]:
@@ -406,7 +413,7 @@ def tokens_of(exp: Experiment, place) -> int:
 def write_record(exp: Experiment, run: Run, out_dir: Path, state: str) -> None:
     """Keep what a finished (or diverged) run's folder says, on one line, without where on this machine it lay."""
     config, about = read_run(out_dir)
-    check_record(exp, run, config, out_dir)
+    check_record(exp, run, config, about, out_dir)
     place = PLACE | ({"dataset"} if config.get("data_dir") else set())  # which then names no data of this run
     rows = [row for row in read_metrics(out_dir) if "val/loss" in row or row.get("iter", 0) % 64 == 0]
     record = {
@@ -452,11 +459,18 @@ def last_row(record: RunRecord) -> dict:
 
 
 def plan_of(exp: Experiment, records: Mapping[str, RunRecord]) -> Plan:
-    """The plan that the records lead to; RunError where one of its runs was made with other keys than the file's."""
+    """The plan that the records lead to; RunError where one of its runs was made with other keys than the file's, or
+    does not match the others of its stage, rung and length: neither chooses a setting nor is compared."""
     plan = Plan(exp, losses_of(records))
+    members: dict[tuple, list[Member]] = {}
     for run in plan.runs:
-        if run.name in records:
-            check_record(exp, run, records[run.name].config)
+        if record := records.get(run.name):
+            check_record(exp, run, record.config, record.run)
+            arm = f"{run.arm} {setting_name(run.setting)}"
+            member = Member(record.name, arm, run.seed, record.config, record.run)
+            members.setdefault((run.stage, run.rung, run.length), []).append(member)
+    for of_place in members.values():
+        check_match(of_place, swept=("learning_rate", "min_lr"))
     return plan
 
 
@@ -470,15 +484,24 @@ def losses_of(records: Mapping[str, RunRecord]) -> dict[str, float]:
 RESOLVED = {"vocab_size", "wte_init_rms", "global_batch_size", "dtype", "compile", "lr_decay_iters"}
 
 
-def check_record(exp: Experiment, run: Run, config: dict, where: Path | None = None) -> None:
-    """RunError where a run's config.json has other keys than the experiment's file says; where: its folder or record."""
+def check_record(exp: Experiment, run: Run, config: dict, about: dict, where: Path | None = None) -> None:
+    """RunError where a run's config.json and run.json say another run than the experiment's file; where: its folder."""
+    where = where or record_path(exp, run)
+    if (about.get("arm"), about.get("seed")) != (run.arm, run.seed):
+        what = f"arm {about.get('arm')!r} and seed {about.get('seed')!r}, not {run.arm!r} and {run.seed}"
+        raise RunError(f"{where} is of {what}: remove it and run it again")
     wanted = configurator.load(command_keys(exp, run), quiet=True)
-    held = {key for key, rule in RULES.items() if rule.same} - RESOLVED | set(wanted.given)
+    asked_of = vars(wanted) | {"wte_init_rms": (own_keys(run.arm) | dict(run.setting))["wte_init_rms"]}
+    given = set(wanted.given) | {"wte_init_rms"}
+    held = {key for key, rule in RULES.items() if rule.same} - RESOLVED | given
     for key in (key for key in RULES if key in held - PLACE):
-        asked = getattr(wanted, key)
+        if key not in config and key in given | set(HASHED):
+            raise RunError(f"{where} has no {key}: restore it, or remove it and run it again")
+        asked = asked_of[key]
         there = config.get(key, asked)  # a key that is younger than the record
         if there != asked:
             raise RunError(
-                f"{where or record_path(exp, run)} was made with {key}={there!r}, but {exp.name} asks for {asked!r}: "
+                f"{where} was made with {key}={there!r}, but {exp.name} asks for {asked!r}: "
                 "remove it and run it again, or restore the experiment's file"
             )
+    check_schedule(str(where), config, about)

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 import configurator
+from engine import contract
 from engine.errors import RunError
 from scripts import experiment
 from scripts.analysis import fair, fair_figures, fair_report, stats
@@ -62,12 +63,13 @@ def made_up(noise=0.002):
                 "val_sha256": f"{run.rung} {run.stage}",
                 "data_fingerprint": "one",
                 "tokens_per_step": 4096,
-                "schedule_sha256": "each its own",
                 "device": "here",
                 "commit": "abc",
                 "params": {"body": BODY[run.rung], "input": 100 if small else 1000, "stock_table": 1000},
             }
             config = {key: getattr(given, key) for key in configurator.KEYS}
+            config |= {"wte_init_rms": experiment.own_keys(run.arm)["wte_init_rms"]} | dict(run.setting)
+            about["schedule_sha256"] = contract.schedule_sha256(config, 4096)
             what = {"experiment": "ladder", "name": run.name, "state": "finished"}
             records[run.name] = experiment.RunRecord(**what, config=config, run=about, rows=[row])
     return exp, records
@@ -207,7 +209,7 @@ def test_the_report_says_it_with_intervals(ladder, tmp_path):
     gain = best_cell(c, "xs", "1M")["gains"]["kronecker"]
     assert f"({gain['low']:+.4f} to {gain['high']:+.4f}, 5 seeds" in text
     assert "the tuned bpe_untied is beaten by kronecker_rank4" in text
-    assert "does not cross zero between 1.05M and 16.8M tokens" in text
+    assert "does not cross zero between 1.05M and 4.19M tokens" in text  # 16.8M are held out
     double = math.log(2) * c["gap"]["fit"]["ln_tokens"]["mean"]
     slope = text.partition("changes by ")[2].partition("training tokens")[0]
     assert slope.startswith(f"{double:+.4f} nats (") and slope.endswith(") with twice the ")
@@ -277,10 +279,10 @@ def test_part_of_the_final_runs_claims_no_more_than_it_shows(ladder):
     assert "1 seeds" not in text and "At rung s" not in text
     for says in (
         "(one seed, no interval) at 1.05M",
-        "xs, 1.05M tokens, the longest with several seeds so far (16.8M are planned), the tuned bpe_untied is beaten by",
+        "xs, 1.05M tokens (the longest with several seeds of these arms so far; 16.8M are planned) the tuned bpe_untied is "
+        "beaten by",
         "ahead in 1, only one seed in 1 of 2 cells",
         "each arm at its own best setting, 1 to 2 seeds",
-        "bpe_hash cannot be judged: one seed",
         "27 of 45 final runs of rung xs, 1.05M tokens, one shared setting for all (seeds 13, 14, 15 of every arm)",
         "all final runs of rung xs, 4.19M tokens, each arm at its own best setting (27); rung xs, 16.8M",
         "Diverged, and in no mean: bpe_hash at lr 0.006, rms 1, mult 16, rung xs, 1M tokens, seed 12 (final)",
@@ -294,7 +296,7 @@ def test_part_of_the_final_runs_claims_no_more_than_it_shows(ladder):
     )
     # bpe_untied's run differs from seven others in machine and from eight in commit, bpe_tied's from kronecker's in machine
     assert (
-        "Of 58 pairs of runs of one seed, 8 hold runs of different machines and 8 hold runs of different"
+        "Of the pairs of runs of one seed (58) in 8 they are of different machines and in 8 they are of different"
         in text
     )
 
@@ -308,7 +310,42 @@ def cells_of(gains: dict) -> list[dict]:
     ]
 
 
-THREE = (0.1, 0.101, 0.099)
+THREE, BELOW = (0.1, 0.101, 0.099), (-0.2, -0.201, -0.199)
+
+
+def test_the_fit_speaks_of_what_it_has_seen_alone(ladder):
+    """Neither of a rung without a cell in it, nor beyond the fitted lengths, where the held-out one has the other sign."""
+    exp, _, _ = ladder
+    cells = cells_of({1e6: THREE, 4e6: (0.2, 0.201, 0.199)})
+    held = [cell | {"length": "16M"} for cell in cells_of({16e6: BELOW})]
+    elsewhere = [
+        cell | {"rung": "s", "body": 8e5} for cell in cells_of({1e6: THREE[:1], 4e6: BELOW[:1]})
+    ]  # one seed each
+    g = fair.gap(exp, cells + held + elsewhere, resamples=500)
+    assert [(x["rung"], x["from"], x["to"]) for x in g["crossings"]] == [("xs", 1e6, 4e6)]
+    assert g["held_out"]["predicted"]["mean"] == pytest.approx(0.3)
+    says = fair_report.gap_findings({"gap": g})
+    assert "the fit fails there" in says[1] and "between 1M and 4M tokens" in says[2]
+    # a place of a size that no term follows is predicted by nothing
+    g = fair.gap(exp, cells + [cell | {"body": 8e5} for cell in held], resamples=500)
+    assert "predicted" not in g["held_out"]
+    says = fair_report.gap_findings({"gap": g})[1]
+    assert says.startswith(
+        "The fit has no term for parameters in the body, so for rung xs, 16M tokens, it predicts"
+    )
+
+
+def test_the_interval_of_a_prediction_hangs_on_no_draw(ladder):
+    """A fit through two cells knows each as the t interval does, whatever the generator: to a hundredth of its width."""
+    exp, _, _ = ladder
+    cells = cells_of({1e6: (0.1, 0.12, 0.09), 4e6: (0.2, 0.23, 0.19)})
+    g = fair.gap(exp, cells, resamples=100_000)
+    for end, cell in zip(("at_from", "at_to"), cells, strict=True):
+        gain = cell["gains"]["kronecker"]
+        for side in ("low", "high"):
+            assert g["crossings"][0][end][side] == pytest.approx(
+                gain[side], abs=0.02 * (gain["high"] - gain["low"])
+            )
 
 
 @pytest.mark.parametrize(
@@ -336,3 +373,122 @@ def test_arms_of_equal_loss_keep_a_row_each(ladder):
     cell = best_cell(c, "xs", "1M")
     twins = {**cell, "gains": cell["gains"] | {"bpe_hash": cell["gains"]["kronecker"]}}
     assert {row[0] for row in fair_report.cell_table(twins, "bpe_untied", True).rows} == set(cell["loss"])
+
+
+def test_arms_that_stop_early_are_judged_where_they_stopped(ladder):
+    """At 16M only the two arms of the gap: what 4M says of the others stands, and the tables show all arms."""
+    exp, records, _ = ladder
+    two = {
+        name: r
+        for name, r in records.items()
+        if not name.startswith("final/xs_16M") or r.run["arm"] in ("bpe_untied", "kronecker")
+    }
+    c = fair.numbers(exp, two, resamples=10)
+    says = [s for s in fair_report.prize_findings(c) if s.startswith("At rung xs")]
+    assert says[0].startswith(
+        "At rung xs, 16.8M tokens none of the arms tried with at most 15% of the table's input"
+    )
+    assert "(kronecker) beats" in says[0]
+    shorter = "At rung xs, 4.19M tokens (the longest with several seeds of these arms so far; 16.8M are planned) the tuned"
+    assert says[1].startswith(f"{shorter} bpe_untied is beaten by kronecker_rank4 by ")
+    assert "not by kronecker_permuted" in says[1] and len(says) == 2
+    assert [cell["length"] for cell in fair_figures.fullest(c)] == ["4M", "4M", "1M"]
+    assert "by training count of the token read, rung xs, 4.19M tokens, each arm at its own best" in text_of(
+        c
+    )
+
+
+def test_an_arm_whose_run_diverged_is_not_called_the_better_one(ladder):
+    exp, records, _ = ladder
+    gone = next(n for n in records if n.startswith("final/s_1M/kronecker_rank4") and n.endswith("s12"))
+    part = records | {gone: records[gone].model_copy(update={"state": "diverged"})}
+    cell = best_cell(fair.numbers(exp, part, resamples=10), "s", "1M")
+    lucky = cell["gains"]["kronecker_rank4"]
+    assert lucky["low"] > 0 and not lucky["called"] and cell["gains"]["kronecker_permuted"]["called"]
+    row = next(r for r in fair_report.cell_table(cell, "bpe_untied", True).rows if r[0] == "kronecker_rank4")
+    assert row[3] == "2, 1 diverged"
+
+
+def test_runs_of_the_tuning_match_or_choose_nothing(ladder):
+    exp, records, _ = ladder
+    name = next(n for n in records if n.startswith("recheck/xs_4M/kronecker_lr"))
+    for key in ("data_fingerprint", "val_sha256", "data_sha256", "body_sha256"):
+        other = records[name].model_copy(update={"run": records[name].run | {key: "another"}})
+        with pytest.raises(RunError, match=f"runs do not match: {key}"):
+            experiment.plan_of(exp, records | {name: other})
+
+
+@pytest.mark.parametrize(
+    ("config", "run", "says"),
+    [
+        ({"wte_init_rms": 0.37}, {}, "was made with wte_init_rms=0.37, but ladder asks for 1.0"),
+        ({"n_layer": None}, {}, "has no n_layer: restore it"),
+        ({"weight_decay": None}, {}, "has no weight_decay: restore it"),
+        ({"grad_clip": None}, {}, "has no grad_clip: restore it"),
+        ({}, {"arm": "bpe_tied"}, "is of arm 'bpe_tied' and seed 12, not 'kronecker' and 12"),
+        ({}, {"seed": 99}, "is of arm 'kronecker' and seed 99"),
+        ({}, {"schedule_sha256": "0"}, "is not the one that its run.json signs"),
+    ],
+)
+def test_a_record_that_says_another_run_is_refused(ladder, config, run, says):
+    exp, records, _ = ladder
+    name = "final/xs_1M/kronecker_lr0.003_s12"
+    old = records[name]
+    kept = {k: v for k, v in (old.config | config).items() if v is not None or k not in config}
+    other = old.model_copy(update={"config": kept, "run": old.run | run})
+    with pytest.raises(RunError, match=says):
+        experiment.plan_of(exp, records | {name: other})
+
+
+def test_a_record_less_in_the_tuning_is_told_as_that(ladder):
+    exp, records, _ = ladder
+    lost = "tune/xs_1M/bpe_hash_lr0.0015_s1"
+    c = fair.numbers(exp, {n: r for n, r in records.items() if n != lost}, resamples=10)
+    text = text_of(c)
+    assert f"(1 of its runs is missing, {lost} first)" in text
+    assert "Not run for want of time" not in text
+    waiting = "Waiting for tuning that there was no time for: all final runs of rung xs, 1.05M tokens, each arm at its own"
+    assert waiting in text and "runs that are not asked for are in no table" in text
+
+
+def test_one_of_a_thing_is_told_in_the_singular():
+    tried = {"arm": "a", "setting": {"learning_rate": 1e-3}, "gain": -0.1}
+    assert (
+        fair_report.beside([tried])
+        == "Beside these lines 1 more was tried in one run; others may be better still."
+    )
+    assert fair_report.from_to([3, 1, 2]) == "1 to 3"
+
+
+def test_without_the_reference_the_lowest_loss_comes_first(ladder):
+    _, _, c = ladder
+    cell = best_cell(c, "s", "1M")
+    alone = {**cell, "gains": {}, "loss": {a: x for a, x in cell["loss"].items() if a != "bpe_untied"}}
+    means = [float(row[4]) for row in fair_report.cell_table(alone, "bpe_untied", True).rows]
+    assert means == sorted(means)
+
+
+def test_buckets_that_one_arm_lacks_are_dashes(ladder):
+    exp, records, _ = ladder
+    part = dict(records)
+    for name in (n for n in records if n.startswith("final/xs_1M/bpe_hash")):
+        rows = [{k: v for k, v in row.items() if k != "val/n_input/64"} for row in records[name].rows]
+        part[name] = records[name].model_copy(update={"rows": rows})
+    cell = best_cell(fair.numbers(exp, part, resamples=10), "xs", "1M")
+    table = fair_report.frequency_table(cell["frequency"]["input"], "input", "bpe_untied", "here")
+    assert [row[table.header.index("bpe_hash")] for row in table.rows][1] == "-"
+
+
+def test_every_line_of_a_figure_has_a_name(ladder):
+    """An arm that only the second panel shows stands in the legend as well, and the axes reach beyond the gains."""
+    _, _, c = ladder
+    cells = [
+        x | {"gains": {"kronecker": x["gains"]["kronecker"]}} if x["rung"] == "xs" else x for x in c["cells"]
+    ]
+    figure = fair_figures.draw_gap(c | {"cells": cells})
+    fair_figures.legend_below(figure)
+    named = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert named == {fair_figures.label(arm) for arm in c["arms"] if arm != "bpe_untied"}
+    low, high = figure.axes[0].get_ylim()
+    marks = figure.axes[0].get_yticks()
+    assert low in marks and high in marks and low < 0 < high

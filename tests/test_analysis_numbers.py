@@ -150,3 +150,8 @@ def test_runs_of_one_name_with_other_keys_are_compared_as_two_arms(runs_dir):
     assert c["arms"] == ["bpe_tied", "bpe_untied", "kronecker", "kronecker[wte_rank=16]"]
     assert c["arm_keys"]["kronecker[wte_rank=16]"]["wte_rank"] == 16
     assert pair(c, "kronecker", "bpe_tied")["seeds"] == [1337, 1338]
+
+
+def test_a_count_takes_its_unit_after_rounding():
+    told = [numbers.count(n) for n in (0, 999, 999.6, 1000, 999_600, 9.996e8, 104857600)]
+    assert told == ["0", "999", "1k", "1k", "1M", "1B", "105M"]

@@ -63,6 +63,7 @@ def test_a_last_line_cut_short_is_left_out_and_does_not_spoil_the_next(tail, tmp
         ('{"train/loss": 1.0}', "line 5 of .*iter"),
         ('{"iter": "4"}', "line 5 of .*iter"),
         ('{"iter": 4, "val/loss": "low"}', "line 5 of .*val/loss"),
+        ('{"iter": 4, "val/by_input/64": "low"}', "line 5 of .*val/by_input/64 should be a number or null"),
         ("[4]", "line 5 of"),
     ],
 )

@@ -7,6 +7,7 @@ which the tables, the findings and the figures of results/NAME/ are made.
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from itertools import groupby
 
 import numpy as np
@@ -26,7 +27,7 @@ QUESTIONS = (
 )
 
 
-def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord], resamples=2000) -> dict:
+def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord], resamples=100_000) -> dict:
     """Everything that the report shows. RunError where a record differs from the file or runs do not match."""
     plan = experiment.plan_of(exp, records)
     known = [(run, records[run.name]) for run in plan.runs if run.name in records]
@@ -52,6 +53,7 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
             "again": bool(exp.tuning.again),
         },
         "complete": plan.complete,
+        "untuned": [r.name for r in plan.runs if r.stage != "final" and r.name not in records],
         "edges": plan.edges,
         "settings": [
             {"rung": rung, "length": length, "arm": arm, "keys": dict(keys)}
@@ -80,7 +82,7 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
 
 def made_with(record: experiment.RunRecord, key: str) -> set[str]:
     """The commits, torch versions or machines ("device") of a run: that of its last start, and of those before it."""
-    return {str(start.get(key)) for start in (record.run, *record.run.get("starts", []))}
+    return {start.get(key) or "not recorded" for start in (record.run, *record.run.get("starts", []))}
 
 
 def place_of(exp, final: experiment.Final, which: str) -> dict:
@@ -157,16 +159,16 @@ def beside_the_lines(plan: experiment.Plan, records: dict[str, experiment.RunRec
 def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
     """One place's losses by arm and seed, gains over the reference, questions. runs: see Plan.final_runs."""
     found: dict[str, dict[int, experiment.RunRecord]] = {}
-    settings, members = {}, []
+    settings, diverged = {}, Counter()
     for arm, seed, run in runs:
         record = run and records.get(run.name)
         if record and record.state == "finished":
             found.setdefault(arm, {})[seed] = record
             settings[arm] = dict(run.setting)
-            members.append(contract.Member(record.name, arm, seed, record.config, record.run))
+        elif record:
+            diverged[arm] += 1
     if not found:
         return None
-    contract.check_match(members, swept=("learning_rate", "min_lr"))
     params = {arm: next(iter(by_seed.values())).run["params"] for arm, by_seed in found.items()}
     last = {
         arm: {str(s): experiment.last_row(r) for s, r in by_seed.items()} for arm, by_seed in found.items()
@@ -177,16 +179,17 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
     for arm in last if over in last else []:
         if arm != over:
             shared[arm] = [(row, last[over][s]) for s, row in last[arm].items() if s in last[over]]
-    asked = [(arm, other, what, gain(exp, loss, arm, other)) for arm, other, what in QUESTIONS]
+    asked = [(arm, other, what, gain(exp, loss, arm, other, diverged)) for arm, other, what in QUESTIONS]
     paired = {frozenset((arm, over)) for arm in shared}
     paired |= {frozenset((arm, other)) for arm, other, _, g in asked if g}
     return place | {
         "body": params[next(iter(found))]["body"],
         "settings": settings,
         "loss": loss,
+        "diverged": dict(diverged),
         "bpb": {arm: bits["mean"] if bits else None for arm, bits in bpb.items()},
         "input_share": {arm: p["input"] / p["stock_table"] for arm, p in params.items()},
-        "gains": {arm: gain(exp, loss, arm, over) for arm in shared},
+        "gains": {arm: gain(exp, loss, arm, over, diverged) for arm in shared},
         "questions": [{"arm": arm, "over": other, "what": what} | g for arm, other, what, g in asked if g],
         "frequency": gains_by_frequency(shared),
         "pairs": count_pairs(found, paired),
@@ -203,17 +206,24 @@ def count_pairs(found: dict, paired: set[frozenset[str]]) -> dict:
     return {"all": len(pairs)} | mixed
 
 
-def gain(exp: experiment.Experiment, loss: dict, arm: str, over: str) -> dict | None:
-    """The gain of an arm over another by shared seeds: its interval, and whether the rule calls it a difference."""
+def gain(
+    exp: experiment.Experiment, loss: dict, arm: str, over: str, diverged: Iterable[str] = ()
+) -> dict | None:
+    """The gain of an arm over another by shared seeds: its interval, and whether the rule calls it a difference.
+
+    An arm of which a run has diverged there is never called the better one: its seeds that are left are the lucky ones.
+    """
     result = paired_gain(loss.get(arm, {}), loss.get(over, {}))
     if not result:
         return None
     sure = result["low"] is not None and (result["low"] > 0 or result["high"] < 0)
-    return result | {"called": bool(sure and abs(result["mean"]) >= exp.smallest_difference)}
+    fair = (arm if result["mean"] > 0 else over) not in diverged
+    return result | {"called": bool(sure and fair and abs(result["mean"]) >= exp.smallest_difference)}
 
 
 def missing(records: dict, place: dict, runs: list[tuple]) -> dict | None:
-    """How many and which of a place's final runs have no record; None where all have one."""
+    """How many and which of a place's final runs have no record, and which arms have no setting there yet; None where
+    every run has a record."""
     lacking: dict[str, list[int]] = {}
     for arm, seed, run in runs:
         if run is None or run.name not in records:
@@ -225,7 +235,7 @@ def missing(records: dict, place: dict, runs: list[tuple]) -> dict | None:
         "runs": len(runs),
         "missing": sum(map(len, lacking.values())),
     }
-    return place | counts | {"seeds": lacking}
+    return place | counts | {"seeds": lacking, "unset": sorted({arm for arm, _, run in runs if run is None})}
 
 
 # ---- the gap as a function of tokens and size
@@ -235,8 +245,9 @@ def gap(exp: experiment.Experiment, cells: list[dict], resamples: int) -> dict:
     """The gap of the experiment's pair at each arm's own best, fitted as a + b ln(tokens) + c ln(body parameters).
 
     A parametric bootstrap over seeds (redrawn_means) gives the intervals, so cells of one seed take no part. Nor does
-    the held-out cell, which is held against its prediction. Every rung says where its fitted gap is zero within the tokens
-    that were measured, with the fitted gap at both ends.
+    the held-out cell, which is held against its prediction. The fit says nothing of a rung that it has not seen, nor of
+    tokens or a size that none of its terms follows. Every rung that it has seen at several lengths says where its fitted
+    gap is zero between these, with the fitted gap at both ends.
     """
     arm, out = exp.gap.arm, exp.held_out
     points = [
@@ -275,21 +286,27 @@ def gap(exp: experiment.Experiment, cells: list[dict], resamples: int) -> dict:
         "resamples": resamples,
     }
     for p in held:
+        where = {k: p[k] for k in ("rung", "length", "tokens")}
+        result["held_out"] = where | {"measured": {k: p[k] for k in ("mean", "low", "high")}}
+        untold = [key for key in ("tokens", "body") if key not in terms and p[key] != known[0][key]]
+        if untold:
+            result["held_out"] |= {"untold": untold}
+            continue
         predicted = fitted(p)
         off = {"mean": p["mean"] - predicted["mean"], "low": None, "high": None}
         if len(p["by_seed"]) > 1:
             off |= quantiles(redrawn_means(p, resamples, rng) - draws @ design(p))
-        measured = {k: p[k] for k in ("mean", "low", "high")}
-        where = {k: p[k] for k in ("rung", "length", "tokens")}
-        result["held_out"] = where | {"predicted": predicted, "measured": measured, "off": off}
-    for rung in dict.fromkeys(p["rung"] for p in points) if "tokens" in terms else []:
-        of_rung = sorted((p for p in points if p["rung"] == rung), key=lambda p: p["tokens"])
+        result["held_out"] |= {"predicted": predicted, "off": off}
+    for rung in dict.fromkeys(p["rung"] for p in known):
+        of_rung = sorted((p for p in known if p["rung"] == rung), key=lambda p: p["tokens"])
         low, high = of_rung[0], of_rung[-1]
         if low is high:
             continue
         # ln(tokens) where a + b ln(tokens) + c ln(body) is zero, of the fit and of every draw
-        without = design(low | {"tokens": 1.0})
-        at = [-(w @ without) / w[1] if w[1] else math.inf for w in (best, *draws)]
+        all_fits = np.vstack([best, draws])
+        slopes = all_fits[:, 1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at = np.where(slopes != 0, -(all_fits @ design(low | {"tokens": 1.0})) / slopes, np.inf)
         at = np.exp(np.clip(at, -700, 700))
         inside = low["tokens"] < at[0] < high["tokens"]
         ends = {"from": low["tokens"], "to": high["tokens"], "at_from": fitted(low), "at_to": fitted(high)}

@@ -11,15 +11,20 @@ from scripts.analysis.report import arm_sort_key, arm_style
 from scripts.analysis.words import SIDES
 
 AXIS = "#8a8f98"
-GAINS = (0.25, 0.5, 1, 2, 4, 8)  # marked on an axis of gains
+# Marks on an axis of gains; the finer ones where no gain is larger than the last of them.
+GAINS = 0.25, 0.5, 1, 2, 4, 8
+FINER = 0.02, 0.05, 0.1, 0.25
 FEW = 50  # validation tokens in a bucket of frequency, below which its gain says nothing
 
 
 def draw(c: dict, folder: Path) -> dict[str, str]:
     """Write the figures for which there are numbers; {name without suffix: caption}."""
     drawn, g = {}, c["gap"]
-    dotted = f" Dotted: the gap of {g['arm']} as fitted." if g["fit"] else ""
-    dotted += " The hollow mark took no part in the fit." if g["held_out"] else ""
+    goes_on = ", and what it predicts where the hollow mark is, which took no part in it"
+    predicts = g["held_out"] and "predicted" in g["held_out"]
+    dotted = (
+        f" Dotted: the gap of {g['arm']} as fitted{goes_on if predicts else ''}." if g["crossings"] else ""
+    )
     seeds = "One seed" if c["tuning"]["seeds"] == 1 else f"Means over {c['tuning']['seeds']} seeds"
     with plt.rc_context(STYLE):
         for name, make, caption in (
@@ -29,8 +34,8 @@ def draw(c: dict, folder: Path) -> dict[str, str]:
              "multiplier at the best of these, and by learning rate where it was chosen once more. Stars: each "
              f"arm's lowest. {seeds}; what diverged or lies more than 1 nat above the lowest is not shown."),
             ("frequency", draw_frequency, f"Where the gain over {g['over']} sits: by training count of the token read and of "
-             "the token predicted, mean over seeds, at the longest length of each rung that has several. The axis is "
-             f"logarithmic beyond 0.5 either way; buckets of fewer than {FEW} validation tokens are left out."),
+             "the token predicted, mean over seeds, at that length of each rung at which most arms have several, of equals the "
+             f"longest. The axis is logarithmic beyond 0.5 either way; buckets of fewer than {FEW} validation tokens are left out."),
         ):  # fmt: skip
             figure = make(c)
             if figure is not None:
@@ -42,9 +47,15 @@ def draw(c: dict, folder: Path) -> dict[str, str]:
 
 def legend_below(figure) -> None:
     """The names of all arms below the panels, where they hide no curve."""
-    handles, names = figure.axes[0].get_legend_handles_labels()
+    named = {}
+    for ax in figure.axes:
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle)
+    order = sorted(named, key=arm_sort_key)
     columns = max(2, min(5, int(figure.get_figwidth() / 1.9)))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9)
+    figure.legend(
+        [named[name] for name in order], order, loc="outside lower center", ncols=columns, fontsize=9
+    )
 
 
 def at_best(c: dict) -> list[dict]:
@@ -52,13 +63,11 @@ def at_best(c: dict) -> list[dict]:
     return [cell for cell in c["cells"] if cell["which"] == "best" and any(cell["gains"].values())]
 
 
-def longest(c: dict, share: float = np.inf) -> list[dict]:
-    """For each rung the cell of the longest length at the arms' best settings: of those, if there are any, in which an
-    arm with at most this share of the table's input parameters has several seeds."""
+def fullest(c: dict) -> list[dict]:
+    """For each rung the cell of the arms' best settings in which most arms have several seeds; of equals, the longest."""
 
     def rank(cell):
-        several = [arm for arm, g in cell["gains"].items() if g and g["n"] > 1]
-        return any(cell["input_share"][arm] <= share for arm in several), cell["tokens"]
+        return sum(g["n"] > 1 for g in cell["gains"].values()), cell["tokens"]
 
     best: dict[str, dict] = {}
     for cell in at_best(c):
@@ -130,12 +139,21 @@ def beside_the_best(points: list[dict]) -> list[dict]:
     return [p for p in points if all(p[k] == best[k] for k in ("wte_lr_mult", "wte_init_rms"))]
 
 
-def gain_axis(ax) -> None:
-    """Gains in nats: linear to 0.5 either way, so that one arm far off does not press the others together."""
-    ax.axhline(0, linewidth=1, color=AXIS)
-    ax.set_yscale("symlog", linthresh=0.5, base=2)
-    ax.yaxis.set_major_locator(plt.FixedLocator([*(-v for v in GAINS), 0, *GAINS]))
-    ax.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
+def gain_axes(axes) -> None:
+    """Gains in nats on axes that are drawn: linear to 0.5 either way, so that one arm far off does not press the others
+    together; each end at a mark beyond the data."""
+    drawn = [ax.dataLim for ax in axes if ax.has_data()]
+    low, high = min((box.ymin for box in drawn), default=0.0), max((box.ymax for box in drawn), default=0.0)
+    marks = FINER if max(-low, high) < FINER[-1] else GAINS
+    marks = [*(-v for v in reversed(marks)), 0, *marks]
+    bottom = max((v for v in marks if v < min(low, 0)), default=2 * low)
+    top = min((v for v in marks if v > max(high, 0)), default=2 * high)
+    for ax in axes:
+        ax.axhline(0, linewidth=1, color=AXIS)
+        ax.set_yscale("symlog", linthresh=0.5, base=2)
+        ax.yaxis.set_major_locator(plt.FixedLocator(marks))
+        ax.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
+        ax.set_ylim(bottom, top)
 
 
 def draw_gap(c: dict):
@@ -158,17 +176,24 @@ def draw_gap(c: dict):
             x, y = [t * shift[arm] for t, _ in seen], [gain["mean"] for _, gain in seen]
             style = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1}
             ax.errorbar(x, y, half, label=label(arm), **style, **arm_style(arm, c["arms"]))
-        if held and held["rung"] == rung:
+        line = [
+            pair
+            for x in g["crossings"]
+            if x["rung"] == rung
+            for pair in ((x["from"], x["at_from"]), (x["to"], x["at_to"]))
+        ]
+        if fit and held and held["rung"] == rung:
             mark = {"markersize": 6, "zorder": 5, "markerfacecolor": "white", "color": colour}
             ax.plot(held["tokens"] * shift[g["arm"]], held["measured"]["mean"], "o", **mark)
-        if fit and "ln_tokens" in fit:
-            t = np.geomspace(of_rung[0]["tokens"], of_rung[-1]["tokens"])
-            body = fit["ln_body"]["mean"] * np.log(of_rung[0]["body"]) if "ln_body" in fit else 0.0
-            y = fit["intercept"]["mean"] + fit["ln_tokens"]["mean"] * np.log(t) + body
-            ax.plot(t, y, color=colour, linewidth=1.5, linestyle=":")
-        gain_axis(ax)
+            line += [(held["tokens"], held["predicted"])] if line and "predicted" in held else []
+        if line:  # straight in the logarithm of the tokens, which the other axis need not be
+            ends = np.log([t for t, _ in line])
+            t = np.linspace(ends[0], ends[-1])
+            y = np.interp(t, ends, [value["mean"] for _, value in line])
+            ax.plot(np.exp(t), y, color=colour, linewidth=1.5, linestyle=":")
         ax.set_xlabel("training tokens")
         ax.set_title(f"Rung {rung}, {count(c['rungs'][rung]['body'])} in the body")
+    gain_axes(axes[0])
     lengths = sorted({cell["tokens"] for cell in best})
     ax.set_xscale("log")
     ax.set_xticks(lengths, [count(t) for t in lengths])
@@ -179,8 +204,8 @@ def draw_gap(c: dict):
 
 
 def draw_frequency(c: dict):
-    """Gain by bucket of training count, for the longest cell of each rung."""
-    cells = [x for x in longest(c) if any(b for side in x["frequency"].values() for b in side.values())]
+    """Gain by bucket of training count, for the fullest cell of each rung."""
+    cells = [x for x in fullest(c) if any(b for side in x["frequency"].values() for b in side.values())]
     if not cells:
         return None
     size = (11, 3.8 * len(cells))
@@ -191,11 +216,11 @@ def draw_frequency(c: dict):
                 known = [b for b in arms[arm] if b["count"] > 0 and b["tokens"] >= FEW]
                 x, y = [b["count"] for b in known], [b["mean"] for b in known]
                 ax.plot(x, y, marker="o", markersize=3, label=label(arm), **arm_style(arm, c["arms"]))
-            gain_axis(ax)
             ax.set_xscale("log", base=4)
             ax.xaxis.set_major_formatter(lambda v, _: count(v))
             ax.set_title(f"Rung {cell['rung']}, {count(cell['tokens'])} tokens, by the token {SIDES[side]}")
         row[0].set_ylabel(f"gain over {c['gap']['over']} (nats)")
-    for ax, side in zip(axes[-1], SIDES, strict=True):
+    for ax, side, of_side in zip(axes[-1], SIDES, axes.T, strict=True):
+        gain_axes(of_side)
         ax.set_xlabel(f"training count of the token {SIDES[side]} (from)")
     return figure

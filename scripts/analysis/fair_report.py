@@ -6,12 +6,13 @@ from collections import Counter
 import numpy as np
 
 from scripts import experiment
-from scripts.analysis.fair_figures import longest
+from scripts.analysis.fair_figures import at_best, fullest
 from scripts.analysis.numbers import count
 from scripts.analysis.report import Table, arm_sort_key, bullets, escaped, markdown_list
 from scripts.analysis.words import dash, frequency_table, span, with_sign, with_span
 
 BUDGET = 0.15  # of the table's input parameters, for an arm that would win the prize
+TERMS = {"tokens": "training tokens", "body": "parameters in the body"}  # of the fit
 WHICH = {"shared": "one shared setting for all", "best": "each arm at its own best setting"}
 READING = (
     "A gain is the other arm's final validation loss minus this arm's, in nats a token, paired by seed: positive means "
@@ -59,9 +60,9 @@ def tables(c: dict) -> list[Table]:
     found = [arm_table(c), rung_table(c), question_table(cells)]
     found += [cell_table(cell, over, first=cell is cells[0]) for cell in cells]
     found += [setting_table(c), beside_table(c)]
-    for cell in longest(c):
-        seeds = sorted({g["n"] for g in cell["gains"].values() if g})
-        where = f"{place_and_setting(cell)}, {' to '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
+    for cell in fullest(c):
+        seeds = [g["n"] for g in cell["gains"].values()]
+        where = f"{place_and_setting(cell)}, {from_to(seeds)} seed{'s' * (max(seeds) > 1)}"
         found += [frequency_table(by_arm, side, over, where) for side, by_arm in cell["frequency"].items()]
     return [t for t in found if t.rows]
 
@@ -84,17 +85,19 @@ def rung_table(c: dict) -> Table:
 
 def cell_table(cell: dict, over: str, first: bool) -> Table:
     """Losses of every arm in one cell and their gains over the reference, the best first."""
-    base, rows = cell["loss"].get(over), []
+    base, rows = cell["loss"].get(over, {}), []
     for arm, by_seed in cell["loss"].items():
         losses, g = list(by_seed.values()), cell["gains"].get(arm)
         mean, sd = np.mean(losses), np.std(losses, ddof=1) if len(losses) > 1 else None
         share = f"{100 * cell['input_share'][arm]:.1f}%"
-        seeds = f"{len(losses)}, {g['n']} paired" if g and g["n"] < len(losses) else len(losses)
+        seeds = f"{len(losses)}, {g['n']} paired" if g and g["n"] < len(losses) else f"{len(losses)}"
+        if bad := cell["diverged"].get(arm):
+            seeds += f", {bad} diverged"
         row = [arm, setting(cell["settings"][arm]), share, seeds]
         row += [f"{mean:.4f}", dash(sd, ".4f"), dash(cell["bpb"][arm], ".4f")]
         row += [with_sign(g["mean"]), span(g), called(g)] if g else [""] * 3
         # by the paired gain where there is one: means over different seeds have no order
-        behind = -g["mean"] if g else mean - np.mean(list((base or by_seed).values()))
+        behind = -g["mean"] if g else mean - np.mean(list(base.values()) or [0.0])
         rows.append((behind, row))
     header = "arm|setting|of table|seeds|val loss|SD|bits/byte".split("|")
     header += [f"gain over {over}", "95% interval", "called"]
@@ -194,9 +197,9 @@ def gap_findings(c: dict) -> list[str]:
     if fit is None:
         return [f"The gap ({pair}) is not fitted: {g['reason']}."]
     slopes = []
-    for key, term in {"ln_tokens": "training tokens", "ln_body": "parameters in the body"}.items():
-        if key in fit:
-            double = {end: math.log(2) * fit[key][end] for end in ("mean", "low", "high")}
+    for key, term in TERMS.items():
+        if slope := fit.get(f"ln_{key}"):
+            double = {end: math.log(2) * slope[end] for end in ("mean", "low", "high")}
             slopes.append(f"{with_sign(double['mean'])} nats ({span(double)}) with twice the {term}")
     miss = f"which it misses by at most {fit['largest_miss']:.4f} nats"
     if fit["cells"] == fit["terms"]:
@@ -206,12 +209,17 @@ def gap_findings(c: dict) -> list[str]:
         "Its intervals hold the chance of seeds, not of the form of the fit."
     ]
     if h := g["held_out"]:
+        here = f"measured {with_span(h['measured'])}"
+        if "untold" in h:
+            lacking = " or ".join(TERMS[key] for key in h["untold"])
+            says.append(f"The fit has no term for {lacking}, so for {place(h)}, it predicts nothing; {here}.")
+            return says + [crossing(x) for x in g["crossings"]]
         off, low, high = with_span(h["off"]), h["off"]["low"], h["off"]["high"]
         if low is not None:
             off += ": the fit fails there" if low > 0 or high < 0 else ": no miss beyond chance"
         says.append(
-            f"For {place(h)}, which the fit has not seen, it predicts {with_span(h['predicted'])}; measured "
-            f"{with_span(h['measured'])}; measured minus predicted {off}."
+            f"For {place(h)}, which the fit has not seen, it predicts {with_span(h['predicted'])}; {here}; measured minus "
+            f"predicted {off}."
         )
     return says + [crossing(x) for x in g["crossings"]]
 
@@ -232,25 +240,29 @@ def crossing(x: dict) -> str:
 
 
 def prize_findings(c: dict) -> list[str]:
-    """At the longest length of each rung, whether an arm with few input parameters beats the tuned untied table."""
+    """On each rung, at the longest length that an arm with few input parameters has several seeds of, whether it beats the
+    tuned untied table. Arms of one length share a sentence."""
     says, over = [], f"the tuned {c['gap']['over']}"
-    for cell in longest(c, BUDGET):
-        small = {arm: g for arm, g in cell["gains"].items() if g and cell["input_share"][arm] <= BUDGET}
+    seen: set[tuple[str, str]] = set()  # (rung, arm) judged at a longer length
+    for cell in sorted(at_best(c), key=lambda x: (list(c["rungs"]).index(x["rung"]), -x["tokens"])):
+        small = {a: g for a, g in cell["gains"].items() if cell["input_share"][a] <= BUDGET}
+        small = {arm: g for arm, g in small.items() if (cell["rung"], arm) not in seen}
         judged = [arm for arm, g in small.items() if g["low"] is not None]
         if not judged:
             continue
         planned = c["rungs"][cell["rung"]]["planned"]
-        so_far = f", the longest with several seeds so far ({count(planned)} are planned),"
+        so_far = f" (the longest with several seeds of these arms so far; {count(planned)} are planned)"
         where = f"At {place(cell)}{so_far * (cell['tokens'] < planned)}"
         if won := [arm for arm in judged if verdict_on(small[arm]) == "ahead"]:
             budget = {arm: f"{100 * cell['input_share'][arm]:.1f}% of its input parameters" for arm in won}
             each = [f"{arm} by {with_span(small[arm])} with {budget[arm]}" for arm in won]
-            says.append(f"{where} {over} is beaten by {'; '.join(each)}.")
+            lost = [arm for arm in judged if arm not in won]
+            not_by = f", not by {', '.join(lost)}" if lost else ""
+            says.append(f"{where} {over} is beaten by {'; '.join(each)}{not_by}.")
         else:
             tried = f"the arms tried with at most 15% of the table's input parameters ({', '.join(judged)})"
             says.append(f"{where} none of {tried} beats {over} by the rule.")
-        if alone := [arm for arm in small if arm not in judged]:
-            says.append(f"{where} {', '.join(alone)} cannot be judged: one seed.")
+        seen |= {(cell["rung"], arm) for arm in judged}
     return says
 
 
@@ -287,14 +299,19 @@ def limits(c: dict) -> list[str]:
     says += mixed_pairs(c["cells"])
     says += not_run(c["missing"])
     if not c["complete"]:
+        n, first = len(c["untuned"]), ", ".join(c["untuned"][:1])
+        lacking = f" ({n} of its runs {'is' if n == 1 else 'are'} missing, {first} first)"
         says.append(
-            "The tuning has not ended, so some arms have no best setting yet at some rung and length."
+            f"The tuning has not ended{lacking}, so some arms have no best setting yet at some rung and length."
         )
     says += c["edges"]
     if n := c["runs"]["unasked"] - len(c["beside"]):
-        says.append(
-            f"{n} record{'s' * (n > 1)} of runs that are not asked for, at settings that were not chosen, are in no table."
+        records = (
+            "1 record of a run that is not asked for is"
+            if n == 1
+            else f"{n} records of runs that are not asked for are"
         )
+        says.append(f"{records} in no table.")
     if c["diverged"]:
         each = [
             f"{x['arm']} at {setting(x['setting'])}, rung {x['rung']}, {x['length']} tokens, seed {x['seed']} ({x['stage']})"
@@ -311,40 +328,52 @@ def beside(tried: list[dict]) -> str:
     better = sorted((x for x in tried if x["gain"] > 0), key=lambda x: -x["gain"])
     each = [f"{x['arm']} at {setting(x['setting'])}, by {x['gain']:.4f}" for x in better]
     which = f", {len(better)} of them better than the arm's best one ({'; '.join(each)})" if better else ""
-    return (
-        f"Beside these lines {len(tried)} more were tried in one run each{which}; others may be better still."
+    more = (
+        "1 more was tried in one run" if len(tried) == 1 else f"{len(tried)} more were tried in one run each"
     )
+    return f"Beside these lines {more}{which}; others may be better still."
 
 
 def mixed_pairs(cells: list[dict]) -> list[str]:
     """How many pairs of runs were not made alike, in one sentence; none where all were."""
     pairs = sum((Counter(x["pairs"]) for x in cells), Counter())
     kinds = {"device": "different machines", "commit": "different commits"}
-    mixed = [f"{pairs[key]} hold runs of {what}" for key, what in kinds.items() if pairs[key]]
+    mixed = [f"in {pairs[key]} they are of {what}" for key, what in kinds.items() if pairs[key]]
     between = (
-        f"Of {pairs['all']} pairs of runs of one seed, {' and '.join(mixed)}, whose rounding may differ."
+        f"Of the pairs of runs of one seed ({pairs['all']}) {' and '.join(mixed)}, whose rounding may differ."
     )
     return [between] * bool(mixed)
 
 
 def not_run(missing: list[dict]) -> list[str]:
-    """Which final runs are missing: a sentence for each place that has some, and one for those that have none."""
-    says, whole = [], []
+    """Which final runs are missing: a sentence for each place that has some, and one for those that have none. Runs of
+    arms that have no setting yet wait for the tuning; the others are a matter of time."""
+    reasons = ("Not run for want of time", "Waiting for tuning that there was no time for")
+    says, whole = [], {why: [] for why in reasons}
     for m in missing:
-        if m["missing"] == m["runs"]:
-            whole.append(f"{place_and_setting(m)} ({m['runs']})")
-            continue
-        arms_of: dict[tuple, list[str]] = {}
-        for arm, seeds in m["seeds"].items():
-            arms_of.setdefault(tuple(seeds), []).append(arm)
-        each = []
-        for seeds, arms in arms_of.items():
-            whose = "every arm" if len(arms) == m["arms"] else ", ".join(arms)
-            each.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of {whose}")
-        of = f"{m['missing']} of {m['runs']} final runs of {place_and_setting(m)}"
-        says.append(f"{of} ({'; '.join(each)}).")
-    says += [f"all final runs of {'; '.join(whole)}."] * bool(whole)
-    return [f"Not run for want of time: {s}" for s in says]
+        for why in reasons:
+            mine = {arm: s for arm, s in m["seeds"].items() if (arm in m["unset"]) == (why != reasons[0])}
+            n, of_place = sum(map(len, mine.values())), place_and_setting(m)
+            if n == m["runs"]:
+                whole[why].append(f"{of_place} ({n})")
+            elif n:
+                each = "; ".join(arms_by_seeds(mine, m["arms"]))
+                says.append(f"{why}: {n} of {m['runs']} final runs of {of_place} ({each}).")
+    return says + [
+        f"{why}: all final runs of {'; '.join(places)}." for why, places in whole.items() if places
+    ]
+
+
+def arms_by_seeds(seeds_of: dict[str, list[int]], all_arms: int) -> list[str]:
+    """Arms that lack the same seeds in one phrase: seeds 11, 12 of kronecker, bpe_hash."""
+    arms_of: dict[tuple, list[str]] = {}
+    for arm, seeds in seeds_of.items():
+        arms_of.setdefault(tuple(seeds), []).append(arm)
+    phrases = []
+    for seeds, arms in arms_of.items():
+        whose = "every arm" if len(arms) == all_arms else ", ".join(arms)
+        phrases.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of {whose}")
+    return phrases
 
 
 def from_to(values: list) -> str:
@@ -367,7 +396,7 @@ def provenance(c: dict, made: dict) -> list[str]:
     commit, torch, device = (each_with_count(runs[k]) for k in ("commit", "torch", "device"))
     return [
         f"Made by `{made['command']}` at commit {made['commit']} on {made['date']} from the records alone.",
-        f"{runs['tuning']} runs of the tuning, rechecks among them, and {runs['final']} final ones, made{days} at commit "
+        f"Runs of the tuning, rechecks among them: {runs['tuning']}; final ones: {runs['final']}; made{days} at commit "
         f"{commit} with torch {torch} on {device}. (A run that went on elsewhere counts at each place.)",
     ]
 

@@ -180,7 +180,9 @@ def gain_by_frequency(pairs: list[tuple[dict, dict]], side: str) -> list[dict]:
     """
     by, n = f"val/by_{side}/", f"val/n_{side}/"
     there = [
-        {k for k, x in row.items() if k.startswith(by) and x is not None} for rows in pairs for row in rows
+        {k for k, x in row.items() if k.startswith(by) and x is not None and k.replace(by, n, 1) in row}
+        for rows in pairs
+        for row in rows
     ]
     buckets = {int(k.removeprefix(by)) for k in set.intersection(*there)}
     return [
@@ -262,6 +264,7 @@ def claims(result: dict, kept: list[Run]) -> list[str]:
 
 def count(n: float) -> str:
     """A number in three digits and a unit: 104857600 is 105M."""
+    n = float(f"{n:.3g}") if abs(n) >= 100 else n
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(n) >= size:
             return f"{n / size:.3g}{unit}"

@@ -129,10 +129,12 @@ def arm_table(c: dict) -> Table:
 def frequency_table(by_arm: dict[str, list], side: str, over: str, where: str) -> Table:
     """Gain of every arm over another by training count of the token read ("input") or predicted ("target")."""
     arms = [arm for arm, buckets in by_arm.items() if buckets]
-    rows = [
-        [f"{b[0]['count']:,}", f"{b[0]['tokens']:,}", *(with_sign(x["mean"], 3) for x in b)]
-        for b in zip(*(by_arm[arm] for arm in arms), strict=True)
-    ]
+    found = {arm: {b["count"]: b for b in by_arm[arm]} for arm in arms}
+    tokens = {b["count"]: b["tokens"] for arm in arms for b in by_arm[arm]}
+    rows = []
+    for low in sorted(tokens):
+        gains = [found[arm].get(low) for arm in arms]
+        rows.append([f"{low:,}", f"{tokens[low]:,}", *(with_sign(b and b["mean"], 3) for b in gains)])
     title = f"Gain over {over} by training count of the token {SIDES[side]}, {where}"
     note = "count: powers of 4, from this one to the next, in the first 100M training tokens; tokens: of the validation."
     return Table(title, ["count", "tokens", *arms], rows, left=0, note=note)
