@@ -64,5 +64,6 @@ lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 
+# the environment alone: trainings in out/ are nobody's rubbish
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV)

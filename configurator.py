@@ -132,6 +132,9 @@ OBSOLETE = {
     "backend": "nccl on CUDA and gloo elsewhere are chosen by themselves",
 }
 
+# Keys that say the same as another, which they would else be silently overruled by.
+OVERRULED_BY = {"dataset": "data_dir", "gradient_accumulation_steps": "global_batch_size"}
+
 KEYS = {f.name: f for f in fields(Config)}
 
 
@@ -152,7 +155,10 @@ def load(argv: list[str], prog: str = "train.py", also: type | None = None, quie
                 notes.setdefault(name, f"note: {name} {where} means nothing here: {OBSOLETE[name]}")
                 continue
             values[name] = convert(known, name, value, where)
-            if name == "tracker":  # one choice under two names: the later one counts
+            # one choice under two names: the later one counts
+            if (other := OVERRULED_BY.get(name)) and values.get(other):
+                values[other] = known[other].default
+            elif name == "tracker":
                 values["wandb_log"] = values["tracker"] == "wandb"
             elif name == "wandb_log" and (values[name] or values.get("tracker") == "wandb"):
                 values["tracker"] = "wandb" if values[name] else "none"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import configurator
 from configurator import SEEDS, key
-from data import console
+from data import DataError, console
 
 BATCH = 64  # samples that go through the model together
 
@@ -129,7 +129,12 @@ def main(config: SampleConfig) -> None:
     if config.stop and tokenizer.eot is None:
         raise RunError(f"--stop waits for end-of-text, which the tokenizer {tokenizer.name} does not have")
     texts = read_prompts(config.start, config.prompts)
-    prompts = [parse_prompt(text, tokenizer, model.config.vocab_size) for text in texts]
+    try:
+        prompts = [parse_prompt(text, tokenizer, model.config.vocab_size) for text in texts]
+    except DataError as error:
+        if {"start", "prompts"} & config.given.keys():
+            raise
+        raise RunError(f"the usual prompt, a line end, will not do ({error}): give --start") from None
     if any(slots for _, slots in prompts) and model.config.wte != "kronecker":
         way_out = "sample a kronecker arm, or write the word without braces"
         raise RunError(
@@ -159,6 +164,7 @@ def main(config: SampleConfig) -> None:
             done[i] = shown(jobs[i], tokenizer) + tokenizer.decode(tokens)
     for i in sorted(done):
         print(f"{done[i]}\n---------------")
+    console.output_arrived()
 
 
 def cli(argv: list[str]) -> None:

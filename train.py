@@ -77,6 +77,8 @@ def main(config) -> None:
     val = ValWindows(data_dir, config.block_size, config.eval_tokens, config.eval_skip_tokens)
     meta = describe(data_dir, config.vocab_size, check_ids(data_dir, config.vocab_size))
     tokenizer, byte_buffers, codec = read_tokenizer(config, meta, data_dir, print0)
+    if weights is not None and tokenizer is not None:
+        pretrained.check_tokenizer(config.init_from, tokenizer, config.vocab_size, data_dir)
     byte_lengths = np.zeros(0) if tokenizer is None else tokenizer.byte_lengths()
     n_tokens, n_windows = train.n_tokens, val.n_windows
     print0(f"data        {n_tokens:,} training tokens, {n_windows:,} validation windows in {data_dir}")
@@ -96,6 +98,7 @@ def main(config) -> None:
     run = runs.identity(config, facts, device)
     if config.check_only:
         print0(json.dumps(run | {"config": dataclasses.asdict(config)}))
+        console.output_arrived()
         engine_ranks.stop()
         return
     ours = {"dtype": config.dtype} | {k: run[k] for k in ("body_sha256", "data_sha256", "val_sha256")}

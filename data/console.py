@@ -50,6 +50,37 @@ def system_error(error: BaseException) -> tuple[int | None, str | None]:
     return (int(written_out[1]) if written_out else None), None
 
 
+@contextmanager
+def writing(path):
+    """Inside, what the system refuses names this path where the error itself, as of a write, names none."""
+    try:
+        yield
+    except Exception as error:
+        number, named = system_error(error)
+        if number is None or named:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def output_arrived() -> None:
+    """DataError where what was printed could not be written, for commands whose product it is; a reader who has left
+    (`| head`) wanted no more."""
+    sys.stdout.flush()
+    error = getattr(sys.stdout, "lost", None)
+    if error is not None and error.errno != errno.EPIPE:
+        raise DataError(
+            f"what was printed is lost: {explain(OSError(error.errno, '', 'standard output')) or error}"
+        )
+
+
+def cores() -> int:
+    """Processor cores that this process may use, which under taskset, in a container or a job can be fewer than there are."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what a library says went wrong, or else the kind of the error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -91,23 +122,25 @@ class Tolerant:
 
     def __init__(self, stream):
         self.stream = stream
+        self.lost: OSError | None = None  # why nothing is written any more
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
 
-    def _give_up(self) -> None:
+    def _give_up(self, error: OSError) -> None:
+        self.lost = self.lost or error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.stream.fileno())
         os.close(nowhere)

@@ -1,6 +1,7 @@
 """Files that are whole or not there: atomic writes, hashes, locks, and names that stay inside their folder."""
 
 import errno
+import fnmatch
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from data import DataError
+from data.console import writing
 
 
 def expanded(path) -> Path:
@@ -24,7 +26,7 @@ def write_atomic(path, chunks: Iterable) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)  # a link there, in a folder had from others, could lead anywhere
-        with open(temporary, "xb") as file:
+        with writing(path), open(temporary, "xb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
@@ -73,6 +75,29 @@ def flush(path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def found_below(folder, pattern: str) -> list[Path]:
+    """Files at or below a folder whose names fit the pattern, sorted; [] where it is not there. Links to folders count as
+    folders, each once.
+
+    OSError where a folder may not be read: what lies in it would be missing without a word.
+    """
+    found, seen = [], set()
+    if not os.path.lexists(folder):
+        return found
+
+    def refuse(error: OSError):
+        raise error
+
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders.sort()
+        if (real := os.path.realpath(here)) in seen:
+            folders.clear()  # a link back up, or a second way here
+            continue
+        seen.add(real)
+        found += [Path(here, name) for name in names if fnmatch.fnmatch(name, pattern)]
+    return sorted(found)
 
 
 def sha256(path) -> str:

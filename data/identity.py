@@ -7,7 +7,6 @@ believed.)
 
 import contextlib
 import hashlib
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError
+from data.console import cores
 from data.files import write_json
 from data.meta import read_meta
 from data.records import Record, read_record
@@ -111,7 +111,7 @@ def _read(folder: Path, paths: list[Path]) -> dict[Path, Content]:
             return read_through(path)[0]
         return old if old and (old.size, old.mtime_ns, old.ctime_ns) == now else _read_once(path, *now)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing leaves Python's lock
+    with ThreadPoolExecutor(min(8, cores())) as threads:  # hashing leaves Python's lock
         found = dict(zip(paths, threads.map(content, paths), strict=True))
     new = known | {path.name: there for path, there in found.items() if _settled(there.ctime_ns)}
     if new != known:

@@ -118,8 +118,11 @@ def prepare_shards(
         if not enough():
             _make_shards(out_dir, meta, len(shards), limit, encoded, progress)
     except (DataError, OSError, MemoryError) as error:
-        kept = f"{len(shards)} whole shard{'' if len(shards) == 1 else 's'} kept in {out_dir}"
-        raise DataError(f"{console.explain(error) or error}; {kept}; the same command goes on") from error
+        said = console.explain(error) or str(error)
+        if shards:  # else there is nothing to go on from, and what was said is the whole of it
+            kept = f"{len(shards)} whole shard{'' if len(shards) == 1 else 's'} kept in {out_dir}"
+            said += f"; {kept}; once that is mended the same command goes on"
+        raise DataError(said) from error
     if len(shards) < 2 and limit != 1:
         (out_dir / shards[0]["file"]).unlink()  # in the way of a run with another --val-tokens
         (out_dir / META_NAME).unlink()
@@ -196,6 +199,7 @@ def _make_shards(out_dir: Path, meta: dict, first: int, stop: int | None, encode
 
     # a shard's tokens wait on the disk, in a file without a name, until their number is known: it stands at the front
     with (
+        console.writing(out_dir),
         tempfile.TemporaryFile(dir=out_dir) as waiting,
         contextlib.closing(encoded(start["position"])) as stream,
     ):

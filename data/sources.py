@@ -134,8 +134,10 @@ def local_blocks(files: list[Path], column: str, position=None, held_out=0, cut=
 def check_files(files: list[Path]) -> None:
     """Raise DataError where a file is missing or of a kind that is not read here."""
     for path in files:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder: give its files, e.g. {path / '*.jsonl'}")
         if not path.is_file():
-            raise DataError(f"no input file {path}")
+            raise DataError(f"no input file {path}: check the path")
         kind, packed = _kind(path)
         if kind not in (".parquet", ".txt", *LINES):
             raise DataError(f"{path} is of no known kind; known are {KINDS}")

@@ -212,7 +212,11 @@ class HFTokenizer(_Tokenizer):
         return next((vocab[name] for name in names if name in vocab), None)
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(clean_text(text), add_special_tokens=False).ids
+        try:
+            return self.backend.encode(clean_text(text), add_special_tokens=False).ids
+        except Exception as error:  # tokenizers raises bare Exception, e.g. for a character without a token
+            why = first_line(error)
+            raise DataError(f"the tokenizer {self.name} has no tokens for {text[:40]!r}: {why}") from None
 
 
 class CharTokenizer(_Tokenizer):
@@ -230,8 +234,8 @@ class CharTokenizer(_Tokenizer):
             return [self._id[c] for c in text]
         except KeyError as error:
             raise DataError(
-                f"the character {error.args[0]!r} does not occur in the data that this vocabulary was "
-                f"made from; leave it out of the text"
+                f"the character {error.args[0]!r} does not occur in the data that this vocabulary of characters was made "
+                "from: leave it out of the text, or take a model with another tokenizer"
             ) from None
 
 

@@ -6,7 +6,6 @@ Everything is compared with meta.json where there is one. Folders without (publi
 checked against --tokenizer, GPT-2's unless another is named. Exits with 1 and one sentence a fault.
 """
 
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +58,7 @@ def verify(folder: Path, tokenizer_name: str = "gpt2") -> list[str]:
         if records and path.name not in records:
             faults.append(f"{path} is not in meta.json, so nothing reads it")
     tokens = documents = 0
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # reading and hashing leave Python's lock
+    with ThreadPoolExecutor(console.cores()) as threads:  # reading and hashing leave Python's lock
         there = [records.get(path.name, {}) for path in paths]
         checks = threads.map(lambda *shard: check_shard(*shard, n_vocab, tokenizer.eot), paths, there)
         for line, n_tokens, n_documents, wrong in checks:

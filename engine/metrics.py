@@ -11,6 +11,7 @@ import torch
 from pydantic import AfterValidator
 from typing_extensions import Required, TypedDict
 
+from data.console import writing
 from data.files import finite, write_text
 from data.records import STRICT, read_rows
 from engine.flops import peak_flops
@@ -56,7 +57,8 @@ class Metrics:
         self.tracker = None if tracker == "none" else Tracker(out_dir, tracker)
 
     def log(self, row: dict) -> None:
-        self.file.write(json.dumps(finite(row)) + "\n")
+        with writing(self.file.name):
+            self.file.write(json.dumps(finite(row)) + "\n")
 
     def sync(self) -> None:
         """All rows so far are on the disk itself, not in the system's memory."""

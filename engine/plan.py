@@ -52,11 +52,23 @@ def describe(config, model_config, params: dict, flops_token, world: int, low_pr
         f"a step      {rows:,} sequences of {config.block_size:,} = {tokens_step:,} tokens on {world} rank{'s' * (world > 1)}, "
         f"{micro_batch} at a time{allowed}",
         f"the run     {config.max_iters:,} steps, {tokens_step * config.max_iters:,} tokens, {flops:.3g} FLOPs",
+        f"rate        {schedule(config)}",
         f"FLOPs       {flops_token:,} a token ({CONVENTION})",
         f"memory      about {total:.2f} GB a rank: {memory['state']:.2f} weights, gradients and moments, "
         f"{memory['activations']:.2f} activations, {memory['logits']:.2f} logits",
     ]
     return "\n".join(lines)
+
+
+def schedule(config) -> str:
+    """The learning rate over the run, and what is odd about it."""
+    top, warm, end = config.learning_rate, config.warmup_iters, config.lr_decay_iters or config.max_iters
+    if not config.decay_lr:
+        return f"{top:g} throughout"
+    says = f"up to {top:g} in {warm:,} steps, then down to {config.min_lr:g} at step {end:,}"
+    if warm >= config.max_iters:
+        return f"{says}; it still rises when the run ends: lower warmup_iters"
+    return says + "; it falls at once, without a decay: raise lr_decay_iters" * (end <= warm)
 
 
 def rank_memory(config, model_config, params: dict, world: int, low_precision, device_type) -> dict:

@@ -132,6 +132,23 @@ def tokenizer(source: str, name: str, vocab_size: int):
     return found
 
 
+def check_tokenizer(source: str, ours, vocab_size: int, data_dir) -> None:
+    """RunError where the weights' own tokenizer, if one is known, has other tokens than the data's, `ours`: each row of
+    the table would stand for another token."""
+    if source not in HUB and tokenizer_beside(Path(source).expanduser()) is None:
+        return
+    try:
+        theirs = tokenizer(source, "", vocab_size)
+    except data.DataError:  # not to be had here
+        return
+    for i, (here, there) in enumerate(zip(ours.token_bytes(), theirs.token_bytes(), strict=False)):
+        if here != there:
+            raise RunError(
+                f"{source} knows token {i} as {there!r} (tokenizer {theirs.name}), the data in {data_dir} as {here!r} "
+                f"({ours.name}): prepare the data with the tokenizer of the weights"
+            )
+
+
 def tokenizer_beside(path: Path) -> Path | None:
     """The folder of a checkpoint, or that of the data which a nanoGPT one names, if a tokenizer lies there."""
     places = [path] if path.is_dir() else [path.parent] if path.is_file() else []

@@ -48,6 +48,12 @@ def check(config) -> None:
         raise RunError("head_lr_mult means nothing with tie_weights=True: wte_lr_mult is the head's too")
     if config.wte != "kronecker" and config.wte_entropy:
         raise RunError(f"wte_entropy means nothing with wte={config.wte!r}: it belongs to wte='kronecker'")
+    if config.decay_lr and config.min_lr > config.learning_rate:
+        cure = "lower min_lr (a tenth of learning_rate is usual), or give --decay_lr=False"
+        raise RunError(
+            f"min_lr is {config.min_lr:g}, above learning_rate, {config.learning_rate:g}, so the rate would rise where it "
+            f"should decay: {cure}"
+        )
     # it becomes a legend, a table's cell, a folder's name; $ and a leading _ mean something to matplotlib
     if not re.fullmatch(r"[^\W_][\w.+=-]{0,63}", config.arm):
         allowed = "at most 64 letters, digits, and _ . + = - behind the first"

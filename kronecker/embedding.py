@@ -30,8 +30,9 @@ class KroneckerEmbedding(nn.Module):
     projection_init: "normal" (std init_rms/sqrt(D), the paper's at init_rms 1) or "xavier" (times init_rms).
     length_normalize, z_normalize: the codec's two normalisations (both on in the paper).
     byte_extraction: "bytes" for the tokens' true bytes, "decode" for what the reference package extracts.
-    row_major: lay projection.weight out as usual, as FSDP2's fully_shard demands, instead of transposed, which
-        spares a transposed copy of the weight and of its gradient at each step.
+    row_major: lay projection.weight out as usual, as FSDP2's fully_shard and whatever flattens parameters demand
+        (torch.optim.LBFGS, parameters_to_vector), instead of transposed, which spares a transposed copy of the weight
+        and of its gradient at each step.
 
     Additions that the paper does not have, off by default (ngrams and rank add nothing at the start):
     init_rms: RMS of the embeddings of z-normalised codes at the start: it scales the initial projection alone.

@@ -158,7 +158,7 @@ def from_pretrained(folder, dtype: torch.dtype | None = None, tokenizer=None):
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     folder = Path(folder)
     if not (folder / BYTES_FILE).is_file():
@@ -178,6 +178,8 @@ def from_pretrained(folder, dtype: torch.dtype | None = None, tokenizer=None):
         swap_input_embeddings(model, **options)
         first = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
         model.to(dtype or first).load_state_dict(weights)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         reason = "it needs code of its own, which is never run" if "custom code" in reason else reason

@@ -214,6 +214,8 @@ def _huggingface(backend, byte_extraction: str, special: set[int] | None) -> lis
         texts = [piece if i in special else decoded[i] for i, piece in enumerate(pieces)]
         return [_byte_piece(piece) or text.encode("utf-8") for piece, text in zip(pieces, texts, strict=True)]
     space = _space_symbol(steps)
+    if kinds == {"Fuse"}:  # which joins the pieces as they stand
+        space = " "
     if space is None:
         raise TypeError(
             "cannot read true token bytes of this tokenizer (decoder steps: "

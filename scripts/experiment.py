@@ -14,7 +14,7 @@ run leaves one small JSON in the experiment's `records`, and with it counts as d
 import fnmatch
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from pydantic import AfterValidator, Field
 from typing_extensions import Required, TypedDict
 
 import configurator
-from data.files import write_text
+from data.files import found_below, write_text
 from data.records import STRICT, PlainName, Record, read_record, validated
 from engine.contract import HASHED, RULES, Member, check_match
 from engine.contract import check_record as check_schedule
@@ -440,7 +440,7 @@ def record_path(exp: Experiment, run: Run) -> Path:
 def read_records(exp: Experiment) -> dict[str, RunRecord]:
     """{run name: record} of all that lie in the experiment's folder; RunError where one is another run than it says."""
     found, folder = {}, ROOT / exp.records
-    for path in sorted(folder.rglob("*.json")):
+    for path in found_below(folder, "*.json"):
         record = read_record(path, RunRecord, "a run's record")
         validated(record.run, MadeRun, f"run in {path}", "a run's record")
         name = path.relative_to(folder).with_suffix("").as_posix()
@@ -481,7 +481,7 @@ def losses_of(records: Mapping[str, RunRecord]) -> dict[str, float]:
 
 
 # What train.py fills in where the key is left at its default.
-RESOLVED = {"vocab_size", "wte_init_rms", "global_batch_size", "dtype", "compile", "lr_decay_iters"}
+RESOLVED = {"vocab_size", "wte_init_rms", "global_batch_size", "dtype", "compile", "lr_decay_iters", "arm"}
 
 
 def check_record(exp: Experiment, run: Run, config: dict, about: dict, where: Path | None = None) -> None:
@@ -491,17 +491,23 @@ def check_record(exp: Experiment, run: Run, config: dict, about: dict, where: Pa
         what = f"arm {about.get('arm')!r} and seed {about.get('seed')!r}, not {run.arm!r} and {run.seed}"
         raise RunError(f"{where} is of {what}: remove it and run it again")
     wanted = configurator.load(command_keys(exp, run), quiet=True)
-    asked_of = vars(wanted) | {"wte_init_rms": (own_keys(run.arm) | dict(run.setting))["wte_init_rms"]}
-    given = set(wanted.given) | {"wte_init_rms"}
-    held = {key for key, rule in RULES.items() if rule.same} - RESOLVED | given
-    for key in (key for key in RULES if key in held - PLACE):
-        if key not in config and key in given | set(HASHED):
+    cure = "remove it and run it again, or restore the experiment's file"
+    check_keys(where, config, wanted, set(wanted.given) - PLACE, exp.name, cure)
+    check_schedule(str(where), config, about)
+
+
+def check_keys(where, config: dict, wanted, also: Iterable[str], asker: str, cure: str) -> None:
+    """RunError where a run's config.json has other keys than are wanted of it, among those that compared runs share, or
+    the runs of one arm, and `also` some. What train.py resolved counts only where it was wanted."""
+    shared = {key for key, rule in RULES.items() if rule.same}
+    for key in (key for key in RULES if key in shared | set(also)):
+        asked = getattr(wanted, key)
+        if key in RESOLVED and asked == configurator.KEYS[key].default:
+            if key != "wte_init_rms":
+                continue
+            asked = USUAL_RMS[wanted.wte]
+        if key not in config and key in set(also) | set(HASHED):
             raise RunError(f"{where} has no {key}: restore it, or remove it and run it again")
-        asked = asked_of[key]
         there = config.get(key, asked)  # a key that is younger than the record
         if there != asked:
-            raise RunError(
-                f"{where} was made with {key}={there!r}, but {exp.name} asks for {asked!r}: "
-                "remove it and run it again, or restore the experiment's file"
-            )
-    check_schedule(str(where), config, about)
+            raise RunError(f"{where} was made with {key}={there!r}, but {asker} asks for {asked!r}: {cure}")

@@ -22,6 +22,7 @@ if not __package__:  # run by its path
 import torch
 from safetensors.torch import save_file
 
+from data.console import writing
 from data.files import write_json, write_text
 from engine.errors import RunError, sentences
 from kronecker.tokens import byte_level_alphabet
@@ -151,7 +152,8 @@ def export(run_dir, out_dir, which: str = "latest") -> str:
     with TemporaryDirectory(prefix=f"{out_dir.name}.", dir=out_dir.parent) as unfinished:
         folder = Path(unfinished) / "whole"
         folder.mkdir()
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with writing(folder / "model.safetensors"):
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "config.json", config)
         special = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
         write_json(folder / "generation_config.json", special)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +29,13 @@ if not __package__:  # run by its path: the root takes the place of this folder,
     import scripts.by_path  # noqa: F401 - Ctrl-C
 
 import configurator
+from data import DataError
+from data.console import cores, output_arrived
+from data.loader import fingerprint
 from engine import contract
 from engine.errors import RunError, sentences
+from engine.plan import batch_split, global_batch
+from engine.runs import read_run
 from scripts import devices, experiment, forecast, pool
 from scripts.arguments import Parser, names, number, some_of, whole
 
@@ -110,6 +116,8 @@ def refuse_false_labels(args, passed: list[str]) -> None:
                 )
             if name in set_by_arms or defines_an_arm(name):
                 raise RunError(f"{name} defines an arm, so it cannot come from {word}: {advice}")
+    if "arm" in configurator.read_file(args.recipe):
+        raise RunError(f"{args.recipe} is an arm's file, not a recipe: give a recipe, and the arm by --arms")
     for name in filter(defines_an_arm, configurator.read_file(args.recipe)):
         for arm, file in files.items():
             if name not in file:
@@ -166,12 +174,12 @@ def workers(args, keys: list[str]):
         return OnRay(args.ray_address, args.gpus_per_run, gpus, args.jobs, args.nice)
     gpus = devices.visible_gpus() if device in ("auto", "cuda") else []
     slots = devices.slots(gpus, args.gpus_per_run, args.jobs) if gpus else [()] * cpu_jobs(args)
-    return pool.Local(slots, max(1, (os.cpu_count() or 1) // (len(slots) * args.gpus_per_run)), args.nice)
+    return pool.Local(slots, max(1, cores() // (len(slots) * args.gpus_per_run)), args.nice)
 
 
 def cpu_jobs(args) -> int:
     """Runs at a time on a CPU. Small ones gain more from company than from a second thread."""
-    return args.jobs or max(1, min(4, (os.cpu_count() or 1) // (args.gpus_per_run or 1)))
+    return args.jobs or max(1, min(4, cores() // (args.gpus_per_run or 1)))
 
 
 # ---- the proof that they match
@@ -291,9 +299,34 @@ def run_experiment(args) -> int:
     return diverged
 
 
+def refuse_other_runs(args, passed: list[str], asked: dict[pool.Job, tuple[str, int]]) -> None:
+    """RunError where a run that has ended in the folder was made with other keys, batch or data than are asked for now:
+    old figures are no answer to a new question. Runs that go on are held to that by train.py."""
+    cure = "choose another --out, or remove it"
+    for job, (arm, _) in asked.items():
+        if pool.state(job)[0] == "unfinished":
+            continue
+        (config, run), wanted = read_run(job.out_dir), recipe_of(args, passed, arm)
+        experiment.check_keys(
+            job.out_dir, config, wanted, ("eval_tokens", "eval_skip_tokens"), "this command", cure
+        )
+        tokens = global_batch(wanted) * wanted.block_size
+        if run["tokens_per_step"] != tokens:
+            there = f"{run['tokens_per_step']:,} tokens a step, but this command asks for {tokens:,}"
+            raise RunError(f"{job.out_dir} was made with {there}: {cure}")
+        data_dir = Path(wanted.data_dir or ROOT / "data" / wanted.dataset)
+        same = [config.get(key) for key in ("data_dir", "dataset")] == [wanted.data_dir, wanted.dataset]
+        with suppress(DataError):  # nothing whole to hold it against
+            same = fingerprint(data_dir) == run["data_fingerprint"]
+        if not same:
+            raise RunError(f"{job.out_dir} was trained on other data than {data_dir}: {cure}")
+
+
 def run_recipe(args, passed: list[str]) -> int:
     """Run what of a recipe has not ended; the exit status."""
-    jobs, engine = list(make_jobs(args, passed)), workers(args, [args.recipe, *passed])
+    asked = make_jobs(args, passed)
+    refuse_other_runs(args, passed, asked)
+    jobs, engine = list(asked), workers(args, [args.recipe, *passed])
     states = Counter(pool.state(job)[0] for job in jobs)
     done = ", ".join(f"{states[s]} {s}" for s in ("finished", "diverged") if states[s] or s == "finished")
     begun = f"{len(jobs)} runs of {jobs[0].max_iters:,} steps in {args.out}: {done}"
@@ -309,15 +342,21 @@ def print_for_a_script(args, passed: list[str]) -> None:
         print(args.recipe if args.experiment else args.out)
         return
     train = os.path.relpath(ROOT / "train.py")
-    for job in next_jobs(args)[0] if args.experiment else make_jobs(args, passed):
+    jobs = next_jobs(args)[0] if args.experiment else make_jobs(args, passed)
+    if not args.experiment:
+        refuse_other_runs(args, passed, jobs)
+    for job in jobs:
         if pool.state(job)[0] == "unfinished":
             print(shlex.join(job.command[job.command.index(train) + 1 :]))
+    output_arrived()
 
 
 def main(argv: list[str]) -> int:
     args, passed = arguments(argv)
     exp, price = args.experiment, args.price_per_gpu_hour
     configs = {} if exp else {arm: recipe_of(args, passed, arm) for arm in args.arms}
+    for config in configs.values():
+        batch_split(config, args.gpus_per_run or 1)
     if args.dry_run:
         if exp:
             print(forecast.describe_experiment(exp, partial(selected, args), cpu_jobs(args), price))

@@ -116,7 +116,7 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: st
     save. On Linux the kernel sends the child SIGTERM when this process dies, whatever kills it: the child
     saves, and nothing trains on unseen.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None

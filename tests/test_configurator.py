@@ -85,6 +85,15 @@ def test_nanogpts_recipes_run_unchanged_and_lost_keys_are_said(name, tmp_path, c
         assert config.eval_only
 
 
+def test_of_two_keys_for_one_choice_the_later_counts(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("global_batch_size, data_dir = 512, 'there'\n")
+    config = configurator.load([str(recipe), "--gradient_accumulation_steps=2", "--dataset=words"])
+    assert (config.global_batch_size, config.data_dir, config.dataset) == (0, "", "words")
+    config = configurator.load(["--gradient_accumulation_steps=2", "--dataset=words", str(recipe)])
+    assert (config.global_batch_size, config.data_dir) == (512, "there")
+
+
 def test_what_a_recipe_imports_or_defines_is_no_key(tmp_path):
     (tmp_path / "imported_keys.py").write_text("n_head = 3\n")
     text = (

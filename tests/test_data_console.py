@@ -52,6 +52,31 @@ def test_a_full_disk_behind_the_output_costs_the_printing_alone():
     assert shell("print('x' * 99999, flush=True)", "> /dev/full") == (0, "", "")
 
 
+def test_where_what_is_printed_is_the_product_a_full_disk_is_told():
+    code = "print('x' * 99999); import data.console; data.console.output_arrived()"
+    told = "error: what was printed is lost: standard output: the disk is full: free some space\n"
+    assert shell(code, "> /dev/full") == (1, "", told)
+    assert shell(code, "| head -c 5") == (0, "xxxxx", "")
+
+
+def test_a_write_that_fails_names_its_file():
+    """The system's error of a write names none, and torch's writers hide it."""
+    for error in (OSError(errno.ENOSPC, "full"), OSError(errno.EDQUOT, "full", "b.bin")):
+        with pytest.raises(OSError) as failed, console.writing("a.bin"):
+            raise error
+        assert console.explain(failed.value).startswith(f"{error.filename or 'a.bin'}: the disk ")
+    with pytest.raises(ValueError, match="a bug"), console.writing("a.bin"):
+        raise ValueError("a bug")
+
+
+def test_cores_are_those_that_this_process_may_use():
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from data.console import cores; print(cores())"
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("this system does not bind processes to cores")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
 def test_ctrl_c_is_one_line():
     status, out, err = shell("raise KeyboardInterrupt")
     assert (status, out.strip(), err.strip()) == (130, "", "stopped by Ctrl-C")

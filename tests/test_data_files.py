@@ -1,5 +1,6 @@
 """data/files.py: what is written is whole or not there; names stay inside their folder; one process at a time."""
 
+import errno
 import hashlib
 import json
 import os
@@ -39,6 +40,32 @@ def test_json_that_every_parser_reads(tmp_path):
     assert json.loads(text, parse_constant=refuse) == {"x": [None, None, 1.5], "y": {"z": "\ud800é"}}
     files.write_text(tmp_path / "b", "half a pair \ud800")
     assert (tmp_path / "b").read_text(encoding="utf-8") == "half a pair \\ud800"
+
+
+def test_files_are_found_through_links_each_once(tmp_path):
+    for name in ("here/a/run.json", "far/b/run.json", "here/c/other.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "here" / "b").symlink_to(tmp_path / "far" / "b")
+    (tmp_path / "here" / "a" / "up").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "again").symlink_to(tmp_path / "far" / "b")
+    found = files.found_below(tmp_path / "here", "run.json")
+    assert [p.resolve().parent.name for p in found] == ["a", "b"]
+    assert files.found_below(tmp_path / "nowhere", "*") == []
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("a"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root may read everything
+    with pytest.raises(PermissionError):
+        files.found_below(tmp_path, "*.json")
 
 
 def test_sha256_is_the_hash_of_the_bytes(tmp_path):

@@ -419,6 +419,13 @@ def test_held_out_files_fill_the_validation_shard_and_nothing_else(tmp_path, bpe
         make(tmp_path / "e", bpe, [], blocks=blocks, val=None)
     with pytest.raises(SystemExit):
         fineweb.main(["--input", str(train), "--val-input", str(train), "--val-tokens", "5"])
+    with pytest.raises(SystemExit, match=r"is held out, but also trained on: take it out of --input"):
+        same = tmp_path / "linked.jsonl"
+        same.symlink_to(train)
+        fineweb.main(["--input", str(train), "--val-input", str(same), "--out-dir", str(tmp_path / "leak")])
+    with pytest.raises(SystemExit, match=r"is a folder: give its files"):
+        fineweb.main(["--input", str(tmp_path), "--out-dir", str(tmp_path / "leak")])
+    assert not (tmp_path / "leak").exists()
 
 
 def test_a_source_that_ends_exactly_with_a_shard(tmp_path, bpe):

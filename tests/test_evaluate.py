@@ -129,6 +129,31 @@ def test_what_is_written(looked, capsys):
     assert "Benchmark tasks" in (out / "compare" / "report.html").read_text()
 
 
+def test_a_task_that_fits_into_no_context_is_left_out_and_earlier_results_are_kept(
+    gpt2_runs, tmp_path, capsys
+):
+    first = run(tmp_path, 2, "lambada", gpt2_runs / "kronecker_s1")
+    real = evaluate.measure
+
+    def measure(model, tokenizer, task, *more):
+        return None if task["name"] == "piqa" else real(model, tokenizer, task, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "measure", measure)
+        found = run(tmp_path, 3, "piqa,lambada", gpt2_runs / "kronecker_s1")
+        assert [t["name"] for t in found["tasks"]] == ["lambada"]
+        assert found["notes"][-1].startswith("piqa is left out: none of its items fits into block_size")
+        with pytest.raises(SystemExit, match=r"So nothing was measured: choose other --tasks"):
+            run(tmp_path, 3, "piqa", gpt2_runs / "kronecker_s1")
+    kept = tmp_path / "compare" / "probes" / "evaluation-1.json"
+    assert json.loads(kept.read_text())["models"] == first["models"]
+    assert f"kept    what another command has found, as {kept}" in capsys.readouterr().out
+    # the same command again takes its own results' place
+    run(tmp_path, 3, "lambada", gpt2_runs / "kronecker_s1")
+    run(tmp_path, 3, "lambada", gpt2_runs / "kronecker_s1")
+    assert len(list(kept.parent.glob("evaluation-*[0-9].json"))) == 2
+
+
 def test_every_task_is_read_without_its_unconditional_twins():
     sizes = {"hellaswag": 10042, "lambada": 5153, "piqa": 1838, "arc_easy": 570, "winogrande": 1267}
     for name, n in (sizes | {"sciq": 1000, "boolq": 3270, "openbookqa/rc_5shot": 500}).items():
@@ -200,6 +225,7 @@ def test_mistakes_are_one_sentence(gpt2_runs, tmp_path, capsys):
         ([*good, "--tasks", "piqa", "--device", "cuda:77"], "cuda:77 is not here"),
         ([*good, "--tasks", "piqa", "--device", "abacus"], "unknown"),
         ([*good, "--tasks", "piqa", "--limit", "-1"], "--limit"),
+        ([*good, "--tasks", "piqa", "--tokenizer", "gpt2"], "--tokenizer would not be used here"),
         ([*good, "--tasks", "piqa", "--baseline", "none"], "baseline"),
         (["--runs", str(bad), "--tasks", "piqa", "--out", str(tmp_path / "out")], "not finite"),
         (["--runs", str(tmp_path / "nothing"), "--tasks", "piqa"], "nothing"),

@@ -12,6 +12,8 @@ transformers = pytest.importorskip("transformers")
 
 import configurator  # noqa: E402
 import train  # noqa: E402
+from data import DataError  # noqa: E402
+from data.tokenizers import load_tokenizer  # noqa: E402
 from engine import pretrained  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from sample import load_run  # noqa: E402
@@ -64,6 +66,10 @@ def test_logits_and_tokens(arm, trained, tmp_path, capsys):
     text = "the quick  brown fox\n jumps"
     assert fast.encode(text, add_special_tokens=False) == tokenizer.encode(text)
     assert fast.decode(tokenizer.encode(text)) == text
+    ours = load_tokenizer(tmp_path / arm)  # as sample.py and evaluate.py read the folder
+    assert ours.encode(text) == tokenizer.encode(text) and ours.token_bytes() == tokenizer.token_bytes()
+    with pytest.raises(DataError, match="has no tokens for '語'"):
+        ours.encode("語")
     ids = torch.tensor([tokenizer.encode(text)[:16]])
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits[:, -1:], model(ids)[0], rtol=0, atol=1e-4)

@@ -107,6 +107,15 @@ def test_generation():
     assert out.shape == (2, 7)
 
 
+def test_generation_settings_survive(tmp_path):
+    model = llama()
+    swap_input_embeddings(model, TOKENS, pos_dim=4, tie="untie")
+    model.generation_config.update(eos_token_id=[5, 7], repetition_penalty=1.3, max_new_tokens=7)
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path).generation_config
+    assert (again.eos_token_id, again.repetition_penalty, again.max_new_tokens) == ([5, 7], 1.3, 7)
+
+
 def fast_tokenizer():
     """A byte-level tokenizer of 256 + 2 tokens, as transformers has them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -48,6 +48,40 @@ def test_runs_are_trained_matched_and_left_alone_when_finished(recipe, tmp_path,
     assert before == {f: (f / "metrics.jsonl").stat().st_mtime_ns for f in folders}
 
 
+@pytest.mark.parametrize(
+    ("changes", "flags", "says"),
+    [
+        ({"learning_rate": 1e-1}, [], r"was made with learning_rate=0.003, but this command asks for 0.1"),
+        ({}, ["--max_iters=10"], r"was made with max_iters=12, but this command asks for 10"),
+        ({}, ["--global_batch_size=4"], r"was made with 128 tokens a step, but this command asks for 64"),
+        ({}, ["--eval_tokens=256"], r"was made with eval_tokens=512, but"),
+        ({"data_dir": "/nowhere"}, [], r"was trained on other data than /nowhere"),
+    ],
+)  # fmt: skip
+def test_finished_runs_of_another_question_are_no_answer(recipe, tmp_path, changes, flags, says, ended):
+    args = [f"--out={ended}", "--arms=bpe_tied", "--seeds=1", *flags]
+    with pytest.raises(RunError, match=says + ".*: choose another --out, or remove it"):
+        matched.main([recipe(**changes), *args])
+    with pytest.raises(RunError, match=says):
+        matched.main([recipe(**changes), *args, "--print=runs"])
+
+
+def test_how_a_finished_run_was_cut_up_does_not_matter(recipe, ended, capsys):
+    args = [f"--out={ended}", "--arms=bpe_tied", "--seeds=1", "--log_interval=5"]
+    assert matched.main([recipe(batch_size=2), *args]) == 0
+    assert "1 finished, 0 to do" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, tiny_data):
+    """The folder of a recipe's finished run."""
+    folder = tmp_path_factory.mktemp("ended")
+    keys = TINY | {"data_dir": str(tiny_data)}
+    (folder / "recipe.py").write_text("".join(f"{k} = {v!r}\n" for k, v in keys.items()))
+    assert matched.main([str(folder / "recipe.py"), f"--out={folder}", "--arms=bpe_tied", "--seeds=1"]) == 0
+    return folder
+
+
 def test_check_proves_the_match_and_names_what_differs(recipe, tmp_path, capsys, monkeypatch):
     args = [recipe(), f"--out={tmp_path / 'out'}", "--arms=bpe_tied,kronecker", "--seeds=1", "--check"]
     assert matched.main(args) == 0
@@ -118,7 +152,7 @@ def test_each_run_trains_on_gpus_of_its_own(recipe, tmp_path, monkeypatch):
         args = [f"--out={out}", "--arms=bpe_tied,kronecker", "--seeds=1,2,3", f"--gpus_per_run={n}"]
         assert matched.main([recipe(device="cuda"), *args]) == 0
         assert {path.read_text() for path in out.rglob("gpus")} == groups
-    refused = {"--gpus_per_run=5": "more than the 4 here", "--device=cuda:1": "CUDA_VISIBLE_DEVICES"}
+    refused = {"--gpus_per_run=8": "more than the 4 here", "--device=cuda:1": "CUDA_VISIBLE_DEVICES"}
     for word, words in refused.items():
         with pytest.raises((RunError, SystemExit), match=words):
             matched.main([recipe(device="cuda"), f"--out={tmp_path / 'none'}", word])
@@ -159,6 +193,14 @@ def test_a_run_gets_more_gpus_only_where_one_has_too_little_memory(recipe, monke
 def test_a_key_that_would_make_the_label_lie_is_refused(recipe, tmp_path, word, sentence):
     with pytest.raises((RunError, SystemExit), match=sentence):
         matched.main([recipe(), f"--out={tmp_path / 'out'}", "--arms=bpe_tied", word])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_arms_file_is_no_recipe_and_ranks_are_checked_before_anything_starts(recipe, tmp_path):
+    with pytest.raises(RunError, match="is an arm's file, not a recipe"):
+        matched.main([str(ROOT / "config/arms/kronecker.py"), "--dry_run"])
+    with pytest.raises(RunError, match="does not divide among 3 ranks"):
+        matched.main([recipe(), f"--out={tmp_path / 'out'}", "--gpus_per_run=3"])
     assert not (tmp_path / "out").exists()
 
 

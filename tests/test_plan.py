@@ -52,6 +52,19 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused_with_the_nearest_that
         plan.batch_split(config(global_batch_size=rows), world)
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "up to 0.0006 in 2,000 steps, then down to 6e-05 at step 600,000"),
+        (["--max_iters=12"], "at step 12; it still rises when the run ends: lower warmup_iters"),
+        (["--lr_decay_iters=2000"], "at step 2,000; it falls at once, without a decay: raise lr_decay_iters"),
+        (["--decay_lr=False"], "0.0006 throughout"),
+    ],
+)
+def test_the_learning_rate_is_told_with_what_is_odd_about_it(flags, says):
+    assert plan.schedule(configurator.load(flags)).endswith(says)
+
+
 def test_out_of_memory_names_the_next_smaller_micro_batch():
     keys = config(global_batch_size=528, batch_size=22)
     assert plan.memory_advice(keys, 1).startswith("--batch_size=16 instead of 22 takes about 73%")

@@ -81,7 +81,8 @@ def wait_for(path: Path, text: str = "", seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def test_each_job_gets_devices_of_its_own_and_none_starts_without(job, capsys):
+def test_each_job_gets_devices_of_its_own_and_none_starts_without(job, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
     jobs = [job(name, "slow") for name in "abcde"]
     slots = [("0", "1"), ("MIG-7f1a", "GPU-11")]
     assert pool.run(jobs, pool.Local(slots, threads=3, nice=7)) == 0
@@ -98,6 +99,10 @@ def test_each_job_gets_devices_of_its_own_and_none_starts_without(job, capsys):
     # what is finished is left alone
     assert pool.run(jobs, pool.Local(slots)) == 0
     assert [tries(j) for j in jobs] == [1] * 5
+    # a number of threads that the user has set stands
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert pool.run([job("f")], pool.Local(slots, threads=3)) == 0
+    assert given(job("f"))["OMP_NUM_THREADS"] == "2"
 
 
 def test_lost_hung_failed_and_diverged_are_kept_apart_and_the_others_go_on(job, capsys, monkeypatch):

@@ -114,6 +114,27 @@ def test_a_folder_brings_its_own_tokenizer(tmp_path):
     assert pretrained.tokenizer(str(tmp_path), "", 99).n_vocab == 3
 
 
+def test_weights_of_another_tokenizer_are_refused(tmp_path, tiny_data, tiny_flags):
+    """Each row of their table would stand for another token; 28 characters in another order fit otherwise."""
+    from data.meta import characters_meta, read_meta, write_meta
+
+    characters = read_meta(tiny_data)["tokenizer"]["itos"]
+    for name, order in {"same": characters, "other": [*characters[:2], *reversed(characters[2:])]}.items():
+        (tmp_path / name).mkdir()
+        nanogpt_checkpoint(tmp_path / name / "ckpt.pt")
+        write_meta(tmp_path / name, characters_meta(name, order))
+    start = {"max_iters": 1, "warmup_iters": 0}
+    train.main(
+        configurator.load(tiny_flags(tmp_path / "a", init_from=tmp_path / "same" / "ckpt.pt", **start))
+    )
+    flags = tiny_flags(tmp_path / "b", init_from=tmp_path / "other" / "ckpt.pt", **start)
+    with pytest.raises(
+        RunError, match=r"knows token 2 as b'z' .* as b'a' .*prepare the data with the tokenizer of"
+    ):
+        train.main(configurator.load(flags))
+    assert not (tmp_path / "b").exists()
+
+
 def gpt2_folder(folder, **options):
     """(their model, the folder it was saved in); the oracle is transformers' own forward pass."""
     transformers = pytest.importorskip("transformers")

@@ -86,9 +86,12 @@ def refused(name: str, argv: list[str]) -> str:
         ("spelling", ["--generate=1000000"], "argument --generate: "),
         ("spelling", ["--batch_size=0"], "argument --batch_size: "),
         ("layers", ["--batch_size=many"], "argument --batch_size: "),
-        ("norms", ["--device=cuda:99"], "argument --device: "),
+        ("layers", ["--device=cuda:99"], "argument --device: "),
         ("tradeoff", ["--device=abacus"], "argument --device: "),
-        ("norms", ["--seed=-1"], "argument --seed: "),
+        ("layers", ["--seed=-1"], "argument --seed: "),
+        ("norms", ["--which=best"], "unrecognized arguments: --which=best"),
+        ("spelling", ["--text=words.txt"], "--text is read by --generate=N alone"),
+        ("spelling", ["--pairs=pairs.json", "--generate=5"], "--pairs and --generate exclude each other"),
     ],
 )
 def test_errors_are_one_sentence(probed_runs, name, flags, told, capsys):

@@ -4,14 +4,17 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import configurator
 import sample
+import train
 from data import DataError
 from engine import checkpoint
 from engine.errors import RunError
@@ -24,8 +27,6 @@ from sample import SampleConfig
 def runs_dir(tmp_path_factory, tiny_data):
     """A stock and a kronecker run of a few steps."""
     from conftest import TINY
-
-    import train
 
     folder = tmp_path_factory.mktemp("runs")
     for arm, keys in {"bpe_tied": {}, "kronecker": {"wte": "kronecker", "tie_weights": False}}.items():
@@ -306,6 +307,41 @@ def test_a_character_level_checkpoint_is_sampled_with_its_own_characters(
         flags.append(f"--tokenizer={folder}")
     out = printed(capsys, *flags).partition("\n---")[0]
     assert len(out) == 42 and set(out) <= set(characters)
+
+
+def test_a_prompt_that_nobody_gave_is_not_blamed_on_the_user(tmp_path, tiny_flags):
+    from conftest import make_tiny_data
+
+    from data.meta import characters_meta, read_meta, write_meta
+
+    folder = make_tiny_data(tmp_path / "data")
+    characters = read_meta(folder)["tokenizer"]["itos"]
+    write_meta(folder, characters_meta("tiny", ["\t" if c == "\n" else c for c in characters]))
+    train.main(configurator.load(tiny_flags(tmp_path / "run", data_dir=folder, max_iters=1, warmup_iters=0)))
+    with pytest.raises(RunError, match=r"the usual prompt, a line end, will not do .*: give --start"):
+        run(f"--out_dir={tmp_path / 'run'}")
+    with pytest.raises(
+        DataError, match=r"the character 'Ä' does not occur .*leave it out of the text, or take"
+    ):
+        run(f"--out_dir={tmp_path / 'run'}", "--start=Ä")
+
+
+def test_samples_that_a_full_disk_swallows_are_no_success(runs_dir):
+    flags = [
+        f"--out_dir={runs_dir / 'kronecker'}",
+        "--start=a",
+        "--num_samples=1",
+        "--max_new_tokens=3",
+        "--device=cpu",
+    ]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "sample.py", *flags], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert (
+        done.stderr == "error: what was printed is lost: standard output: the disk is full: free some space\n"
+    )
 
 
 def test_a_data_set_named_by_a_path_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 import configurator
 from configurator import Config
+from engine import settings
 from engine.errors import RunError
 from engine.settings import arm_name, resolve
 from model import GPTConfig
@@ -24,6 +25,13 @@ def test_what_is_left_open_is_decided_and_the_given_one_stays():
     assert settled.wte_init_rms == shape.wte_init_rms == 0.02
     assert settled.given == config.given
     assert resolve(settled, CPU, META, {}, GPTConfig)[0] == settled  # nothing is left open
+
+
+def test_a_rate_that_would_rise_where_it_should_decay_is_refused():
+    low = configurator.load(["--learning_rate=1e-5"])
+    with pytest.raises(RunError, match=r"min_lr is 6e-05, above learning_rate, 1e-05.*: lower min_lr"):
+        settings.check(low)
+    settings.check(configurator.load(["--learning_rate=1e-5", "--decay_lr=False", "--arm=a"]))
 
 
 def test_weights_from_elsewhere_decide_their_shape():

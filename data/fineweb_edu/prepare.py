@@ -20,7 +20,6 @@ training. Of --input files .jsonl has one object a line, .txt is one document, a
 
 import argparse
 import functools
-import os
 import re
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from pathlib import Path
 if not __package__:  # run as a file: let `import data` find the project
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from data import console, ready_made
+from data import DataError, console, ready_made
 from data.console import whole
 from data.encoder import may_cut
 from data.files import expanded, folder_lock
@@ -48,7 +47,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--split", default="train", help="its split (%(default)s)")
     add("--text-column", default="text", help="column or key that holds the text (%(default)s)")
     add("--out-dir", type=expanded, default=here, help="where the shards go (%(default)s)")
-    add("--workers", type=whole(1), default=os.cpu_count() or 1, help="threads that tokenize (%(default)s)")
+    add("--workers", type=whole(1), default=console.cores(), help="threads that tokenize (%(default)s)")
     add("--plain", action="store_true", help="tokenize without gigatoken, by the tokenizer's own library")
     add("--tokenizer", default="gpt2", help="tiktoken name, tokenizer folder or file, hub name (%(default)s)")
     add("--shard-size", type=whole(1), default=100_000_000, help="tokens a training shard (%(default)s)")
@@ -77,6 +76,9 @@ def prepare(args: argparse.Namespace) -> dict:
         held_out = args.val_input or []
         files = [*held_out, *args.input]
         check_files(files)
+        for path in held_out:
+            if any(path.samefile(other) for other in args.input):
+                raise DataError(f"{path} is held out, but also trained on: take it out of --input")
         source = {"files": [{"name": path.name, "bytes": path.stat().st_size} for path in files]}
         source |= {"held_out": len(held_out)} if held_out else {}
 

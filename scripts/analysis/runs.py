@@ -7,6 +7,7 @@ from pathlib import Path
 import configurator
 from data import DataError
 from data.console import first_line
+from data.files import found_below
 from data.records import Record, validated
 from engine import contract
 from engine.errors import RunError
@@ -69,7 +70,7 @@ def find_run_folders(paths) -> list[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise RunError(f"there is no folder {path}; give a run's folder or one that holds runs")
-        found.update(p.parent for p in path.rglob("run.json"))
+        found.update(p.parent for p in found_below(path, "run.json"))
     if not found:
         where = ", ".join(map(str, paths))
         raise RunError(f"no run.json at or below {where}; train first (scripts/matched.py)")
@@ -77,14 +78,16 @@ def find_run_folders(paths) -> list[Path]:
 
 
 def default_out(paths) -> Path:
-    """Where results on some runs go: the folder given, or the parent of a run given by itself.
+    """Where results on some runs go: the folder given, be it of one run or of many, or the parent of several runs that
+    are given one by one.
 
     For the weights of others, by a file's or the hub's name: out/NAME. (A folder of the hub's name would hide the hub's.)
     """
     first = Path(paths[0])
     if not first.is_dir():
         return Path("out") / first.stem
-    return first.parent if (first / "run.json").exists() else first
+    # a look at one run is no new result of those beside it
+    return first.parent if len(paths) > 1 and (first / "run.json").exists() else first
 
 
 def load_folder(path: Path) -> Run:

@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 
 import torch
@@ -23,11 +24,20 @@ BANDS = "Line: mean over seeds; band: lowest to highest seed."
 POINTS = "Large points: means over seeds; small points: seeds."
 
 
-def command(doc, script, probe, arguments=lambda add: None, *, needs_runs=True, memory="lower batch_size"):
+def command(
+    doc,
+    script,
+    probe,
+    arguments=lambda add: None,
+    *,
+    needs_runs=True,
+    needs_models=True,
+    memory="lower batch_size",
+):
     """main(argv=None) of a probe, from its command line to its results; a mistake ends it in one sentence.
 
     doc, script: the module's docstring and file; probe: args -> its Finding; arguments: adds those that are its own;
-    memory: what helps where there is too little.
+    needs_models: whether it loads checkpoints; memory: what helps where there is too little.
     """
 
     def main(argv=None) -> None:
@@ -37,9 +47,10 @@ def command(doc, script, probe, arguments=lambda add: None, *, needs_runs=True, 
         add("--allow-unfinished", action="store_true", help="take unfinished runs as they stand")
         add("--out", help="folder whose compare/ gets the results (default: the first of --runs)")
         add("--baseline", help="arm to pair the others with (default: bpe_tied, else the first arm)")
-        add("--which", default="latest", help="checkpoint: latest, best or a step (%(default)s)")
-        add("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
-        add("--seed", type=whole(0), default=42, help="of sampling and resampling (%(default)s)")
+        if needs_models:
+            add("--which", default="latest", help="checkpoint: latest, best or a step (%(default)s)")
+            add("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
+            add("--seed", type=whole(0), default=42, help="of sampling and resampling (%(default)s)")
         arguments(add)
         with sentences(lambda: memory), figures.plt.rc_context(figures.STYLE):
             args = parser.parse_args(argv)
@@ -215,6 +226,21 @@ def block_states(model, ids_BxT: torch.Tensor, blocks: int | None = None) -> lis
     return states
 
 
+def keep_earlier(base: Path, command: str) -> None:
+    """Move what another command has left under this name to NAME-1, NAME-2, ...: it may have cost hours."""
+    with suppress(OSError, ValueError, AttributeError):
+        if json.loads(Path(f"{base}.json").read_text(encoding="utf-8")).get("command") == command:
+            return
+    endings = (".json", "_items.json", ".md", ".svg", ".png")
+    there = [ending for ending in endings if Path(f"{base}{ending}").is_file()]
+    if not there:
+        return
+    taken = next(n for n in count(1) if not any(Path(f"{base}-{n}{ending}").exists() for ending in endings))
+    for ending in there:
+        Path(f"{base}{ending}").rename(f"{base}-{taken}{ending}")
+    report.say(f"\nkept    what another command has found, as {base}-{taken}.json")
+
+
 @dataclass
 class Finding:
     """What a probe has found, as its JSON, its Markdown page and its section of the report show it."""
@@ -236,6 +262,7 @@ class Finding:
         for t in self.tables:  # first: a disk that takes no files shall not cost what was measured
             report.say("\n" + t.text())
         base = out / "compare" / "probes" / self.name
+        keep_earlier(base, made["command"])
         intro = self.intro.split("\n\n")
         parts = [*intro, *self.tables, f"![{self.title}]({self.name}.svg)"]
         write_page(base, self.title, made, {"settings": self.settings} | self.result, parts)

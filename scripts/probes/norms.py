@@ -91,7 +91,7 @@ def probe(args) -> common.Finding:
     )  # fmt: skip
 
 
-main = common.command(__doc__, __file__, probe)
+main = common.command(__doc__, __file__, probe, needs_models=False)
 
 
 if __name__ == "__main__":

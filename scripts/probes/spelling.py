@@ -25,6 +25,7 @@ if not __package__:
 import numpy as np
 import torch
 
+from engine.errors import RunError
 from kronecker import build_byte_buffer
 from scripts.analysis import figures, stats
 from scripts.analysis.likelihood import score
@@ -287,13 +288,18 @@ def draw(strata: list[dict]):
 
 
 def arguments(add) -> None:
-    add("--pairs", default=str(common.DATA / "spelling_pairs.json"), help="typo pairs (default: our 110)")
+    add("--pairs", metavar="FILE", help="typo pairs (default: our 110)")
     add("--generate", type=whole(1, 100_000), metavar="N", help="N misspellings in held-out text instead")
     add("--text", metavar="FILE", help="held-out text for --generate: txt, jsonl or parquet, packed or not")
     add("--batch_size", type=whole(1), default=64, help="prompts at a time (%(default)s)")
 
 
 def probe(args) -> common.Finding:
+    if args.text and not args.generate:
+        raise RunError("--text is read by --generate=N alone: give that too, or leave --text out")
+    if args.pairs and args.generate:
+        raise RunError("--pairs and --generate exclude each other: give one of them")
+    args.pairs = args.pairs or str(common.DATA / "spelling_pairs.json")
     if args.generate:
         first = common.finished_runs(args.runs, args.allow_unfinished)[0]
         text = typos.held_out_text(args.text, first)
