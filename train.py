@@ -150,11 +150,22 @@ def main(config) -> None:
 
     # ---- the loop
     ckpt_interval = config.ckpt_interval or config.eval_interval
+    if world > 1 and first < config.max_iters and not config.eval_only:
+        # DDP orders its buckets anew after its first backward pass, and so its sums: done here, once and for nothing, a
+        # run that was resumed sums as one that was not
+        x, y = (
+            t.to(device) for t in train.rows(first, ranks.rank * micro_batch, (ranks.rank + 1) * micro_batch)
+        )
+        with autocast:
+            _, loss = wrapped(x, y)
+        loss.backward()
+        optimizer.zero_grad(set_to_none=True)
     incoming = prefetch(batches(), device)
+    ranks.any(False)  # all have started: nobody's start counts as another's step
 
     for step in range(first, config.max_iters + 1):
         last = step == config.max_iters
-        stops = ranks.any(stop_signal.number is not None)
+        stops = progress.timed(ranks.any, stop_signal.number is not None)
         saved = step == first and resume_from is not None
         again = step == first and evaluated  # a resume drops that row, and with it the best loss so far
         evaluates = again or step % config.eval_interval == 0 or last or config.eval_only

@@ -24,3 +24,5 @@ weight_decay, beta1, beta2, grad_clip = 1e-1, 0.9, 0.95, 1.0
 
 eval_interval, log_interval = 250, 10
 eval_tokens = 10_485_760
+# All ranks wait for a checkpoint of 2 GB; on eight GPUs one at every evaluation would be a tenth of the time or more.
+ckpt_interval, keep_best = 1000, False

@@ -63,15 +63,22 @@ def peak_flops(device: torch.device) -> tuple[float, str] | None:
 
 
 def memory_estimate(
-    config, params: dict[str, int], micro_batch: int, low_precision: bool, device_type: str
+    config,
+    params: dict[str, int],
+    micro_batch: int,
+    low_precision: bool,
+    device_type: str,
+    world: int = 1,
+    compiled: bool = True,
 ) -> dict[str, float]:
-    """GB (10^9 bytes) a rank needs: weights, gradients and AdamW's moments in fp32, and saved activations.
+    """GB (10^9 bytes) a rank needs: weights, gradients and AdamW's moments in fp32, and saved activations. With several
+    ranks DDP holds a second copy of the gradients.
 
     About 16 tensors of (tokens, C) a block are kept for the backward pass, beside what the loss takes for logits.
     """
     width = 2 if low_precision else 4
     tokens = micro_batch * config.block_size
-    state = 16 * params["total"]
+    state = (16 if world == 1 else 20) * params["total"]
     activations = tokens * config.n_layer * 16 * config.n_embd * width
-    logits = logits_bytes(tokens, config.vocab_size, config.n_embd, config.loss, device_type, width)
+    logits = logits_bytes(tokens, config.vocab_size, config.n_embd, config.loss, device_type, width, compiled)
     return {"state": state / 1e9, "activations": activations / 1e9, "logits": logits / 1e9}

@@ -138,7 +138,9 @@ def liger_loss() -> nn.Module:
     return LigerFusedLinearCrossEntropyLoss()
 
 
-def logits_bytes(tokens: int, vocab_size: int, n_embd: int, how: str, device_type: str, width: int) -> int:
+def logits_bytes(
+    tokens: int, vocab_size: int, n_embd: int, how: str, device_type: str, width: int, compiled: bool = True
+) -> int:
     """Peak bytes that head and loss of one micro-batch need beside the model's own, in a training step.
 
     width: bytes of a number in the matmuls. Full logits are there in float32 three times (log-probabilities and two
@@ -150,7 +152,7 @@ def logits_bytes(tokens: int, vocab_size: int, n_embd: int, how: str, device_typ
         rows = 1 << (-(-tokens // -(-vocab_size // n_embd)) - 1).bit_length()
         return min(rows, tokens) * vocab_size * width + 4 * weight
     if not is_chunked(how, device_type):
-        return tokens * vocab_size * (12 if device_type == "cpu" else width + 4)
+        return tokens * vocab_size * (width + 4 if compiled and device_type != "cpu" else 12)
     rows = -(-tokens // -(-tokens // chunk_rows(device_type, vocab_size)))
     low = width if width < 4 else 0
     full = min(rows, block_rows(vocab_size)) if device_type == "cpu" and low else rows

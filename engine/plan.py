@@ -74,7 +74,8 @@ def schedule(config) -> str:
 def rank_memory(config, model_config, params: dict, world: int, low_precision, device_type) -> dict:
     """GB that one of so many ranks needs, by part."""
     micro_batch = batch_split(config, world)[1]
-    return memory_estimate(model_config, params, micro_batch, low_precision, device_type)
+    compiled = config.compile is not False
+    return memory_estimate(model_config, params, micro_batch, low_precision, device_type, world, compiled)
 
 
 def memory_advice(config, world: int) -> str:

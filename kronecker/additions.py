@@ -31,7 +31,8 @@ def ngram_buckets(bytes_NxP: Tensor, lengths_N: Tensor, n_buckets: int) -> Tenso
     hashed = (key_NxG * 2654435761) & 0xFFFFFFFF
     bucket_NxG = 1 + (hashed ^ (hashed >> 15)) % (n_buckets - 1)
     P = bytes_NxP.size(1)
-    ends_G = torch.cat((torch.arange(2, P + 1), torch.arange(3, P + 1))).to(b_NxP.device)
+    from_2_G = torch.arange(2, P + 1, device=b_NxP.device)
+    ends_G = torch.cat((from_2_G, from_2_G[1:]))
     return bucket_NxG.masked_fill(ends_G > lengths_N.long()[:, None], EMPTY)
 
 

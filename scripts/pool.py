@@ -116,7 +116,9 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: st
     save. On Linux the kernel sends the child SIGTERM when this process dies, whatever kills it: the child
     saves, and nothing trains on unseen.
     """
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    # what the user has set stands; torchrun's own limit for a rank to save is 30 seconds
+    usual = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE // 2)}
+    environment = usual | os.environ
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -37,6 +37,14 @@ def test_the_estimate_follows_the_loss_that_will_be_taken():
     )
 
 
+def test_several_ranks_and_a_model_that_is_not_compiled_need_more():
+    config = dataclasses.replace(GPT2, loss="full")
+    one, two = (flops.memory_estimate(config, PARAMS, 22, True, "cuda", world) for world in (1, 2))
+    assert two["state"] - one["state"] == pytest.approx(4 * PARAMS["total"] / 1e9)  # DDP's buckets
+    eager = flops.memory_estimate(config, PARAMS, 22, True, "cuda", compiled=False)
+    assert eager["logits"] == pytest.approx(2 * one["logits"])
+
+
 class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
     """The largest sum of storage that was alive at a time, of all that operations gave back."""
 

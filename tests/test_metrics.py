@@ -1,13 +1,14 @@
 """engine/metrics.py: the record itself."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from data import DataError
-from engine.metrics import Metrics, is_evaluated, memory_gb, read_metrics
+from engine.metrics import Metrics, Progress, is_evaluated, memory_gb, read_metrics
 
 ROWS = [{"iter": i, "train/loss": 3.0 - i / 10} for i in range(4)]
 
@@ -97,3 +98,12 @@ def test_memory_is_the_peak_of_this_process_in_gigabytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(line for line in lines if line.startswith("VmHWM"))
     assert after == pytest.approx(int(peak.split()[1]) * 1024 / 1e9, rel=0.02)
+
+
+def test_the_wait_for_other_ranks_counts_and_evaluations_do_not():
+    progress = Progress(0, 10, 1000, 1, torch.device("cpu"), 2)
+    assert progress.timed(lambda word: time.sleep(0.2) or word, True)  # between the steps
+    progress.begin_step()
+    progress.end_step()
+    time.sleep(0.2)  # an evaluation
+    assert 1000 / 0.35 < progress.figures()["tok_per_sec"] < 1000 / 0.2

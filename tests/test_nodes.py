@@ -69,6 +69,20 @@ def test_a_worker_killed_in_the_middle_comes_back_with_nothing_lost(tiny_flags, 
     assert close(losses(read_metrics(tmp_path / "cut")), whole)
 
 
+def test_four_ranks_resume_bit_for_bit(tiny_flags, tmp_path):
+    """Sums over more than two ranks hang on their order, which DDP changes after its first backward pass."""
+    keys = {"ckpt_interval": 6, "global_batch_size": 8, "batch_size": 1, "n_embd": 64, "init_from": "auto"}
+    four = torchrun("--standalone", "--nproc_per_node=4", "train.py", *tiny_flags(tmp_path / "run", **keys))
+    rows = []
+    for _ in range(2):
+        done = subprocess.run(four, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows.append(losses(read_metrics(tmp_path / "run")))
+        shutil.rmtree(tmp_path / "run" / "ckpt" / "step_000012")  # as if it had been killed before
+        checkpoint.point(tmp_path / "run", "latest", "step_000006")
+    assert rows[0] == rows[1] and (11, "train/loss") in rows[0]
+
+
 def test_sigterm_may_come_twice(tiny_flags, tmp_path):
     """Under Slurm every process gets it, and torchrun hands on its own: the second must not spoil the saving."""
     keys = {"max_iters": 100_000, "eval_interval": 100_000, "init_from": "auto"}

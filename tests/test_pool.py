@@ -26,7 +26,7 @@ tries = out_dir / "tries"
 tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
 first_try = tries.read_text() == "x"
 (out_dir / "given.json").write_text(json.dumps({
-    k: os.environ.get(k) for k in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    k: os.environ.get(k) for k in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
 } | {"nice": os.nice(0)}))
 asked = []
 signal.signal(signal.SIGTERM, lambda *a: asked.append(1))
@@ -83,12 +83,15 @@ def wait_for(path: Path, text: str = "", seconds: float = 20) -> None:
 
 def test_each_job_gets_devices_of_its_own_and_none_starts_without(job, capsys, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     jobs = [job(name, "slow") for name in "abcde"]
     slots = [("0", "1"), ("MIG-7f1a", "GPU-11")]
     assert pool.run(jobs, pool.Local(slots, threads=3, nice=7)) == 0
     seen = [given(j)["CUDA_VISIBLE_DEVICES"] for j in jobs]
     assert sorted(set(seen)) == ["0,1", "MIG-7f1a,GPU-11"]
     assert {given(j)["OMP_NUM_THREADS"] for j in jobs} == {"3"}
+    # torchrun leaves its ranks time to save, and the pool more than that to torchrun
+    assert {int(given(j)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) for j in jobs} == {pool.GRACE // 2}
     assert {given(j)["nice"] for j in jobs} == {os.nice(0) + 7}
     # never two at a time on the same devices: by the times of their first and last words
     span = {j: [(j.out_dir / f).stat().st_mtime for f in ("given.json", "metrics.jsonl")] for j in jobs}

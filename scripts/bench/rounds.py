@@ -61,8 +61,13 @@ def timed(work, device: str = "cpu") -> tuple[float, object]:
     return 1e3 * (time.perf_counter() - start), given
 
 
-def run(command: list, cwd: Path = ROOT, limit: float = math.inf) -> tuple[str, float, float]:
-    """(output, seconds, peak GB) of a process, which is ended after `limit` seconds; RunError if it fails."""
+def run(
+    command: list, cwd: Path = ROOT, limit: float = math.inf, watch: bool = True
+) -> tuple[str, float, float]:
+    """(output, seconds, peak GB) of a process, which is ended after `limit` seconds; RunError if it fails.
+
+    watch: look at its memory (else 0 GB). The look at a whole tree, such as a compiler's helpers make, slows it down.
+    """
     with tempfile.NamedTemporaryFile() as out:
         began, peak = time.perf_counter(), 0
         process = subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=out, stderr=subprocess.STDOUT)
@@ -72,7 +77,7 @@ def run(command: list, cwd: Path = ROOT, limit: float = math.inf) -> tuple[str, 
             seconds = time.perf_counter() - began
             if seconds > max(limit, 1):
                 process.kill()
-            peak = max(peak, memory_of(process.pid))
+            peak = max(peak, memory_of(process.pid)) if watch else 0
         if process.returncode == -signal.SIGKILL and limit < math.inf:
             raise RunError(f"ended after {limit:.0f} s, without figures")
         if process.returncode:

@@ -44,6 +44,7 @@ from scripts.provenance import ROOT
 
 RECIPE = ROOT / "config" / "gpt2_124m_short.py"
 PIECES = "correctness embedding speed train probes sweep gather".split()
+SAVING = 0.7  # minutes
 COMPARED = "bpe_tied,bpe_untied,kronecker"
 SWEPT = ",".join(["bpe_untied", "kronecker", *sorted(path.stem for path in ARMS.glob("kronecker_*.py"))])
 # a quarter of a run
@@ -84,6 +85,8 @@ def commands(args, piece: str) -> list[list[str]]:
         return [["scripts/bench/train.py", *SPEED.split(), *measured, left, f"--arms={COMPARED}", *args.more]]
     if piece in ("train", "sweep"):
         folder, arms, keys = ("runs", COMPARED, []) if piece == "train" else ("sweep", SWEPT, SWEEP)
+        # a run that is stopped in time still saves 2 GB, and what starts it takes some seconds
+        left = f"--minutes={max(0.01, minutes_left(args) - SAVING):.2f}"
         place = [f"--arms={arms}", "--seeds=1337", f"--out={args.work / folder}", left]
         return [["scripts/matched.py", str(RECIPE), *place, f"--data_dir={args.data_dir}", *keys, *args.more]]
     if piece == "probes":
@@ -171,13 +174,14 @@ def main(argv=None) -> None:
                 for run_folder in find_run_folders([args.out / "runs"]):
                     kept = load_folder(run_folder)
                     check_facts(args, f"the record of {kept.name}", kept.info, kept.max_iters)
-            for words in commands(args, piece):
+            if piece == "train" and not args.show:
+                for words in commands(args, piece):
+                    check_plan(args, words[1:])
+            for words in commands(args, piece):  # with the minutes that are left now
                 command = [sys.executable, *words]
                 print(f"{piece}: {shlex.join(command)}", flush=True)
                 if args.show:
                     continue
-                if piece == "train":
-                    check_plan(args, words[1:])
                 if trouble := run(command, args):
                     failed.append(f"{piece} ({Path(words[0]).name}): {trouble}")
             if not args.show:
