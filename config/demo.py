@@ -1,6 +1,6 @@
 # The comparison in miniature, for a laptop: two layers on the docstrings that Python itself carries.
 #   python train.py config/demo.py config/arms/kronecker.py --seed=1337
-# `make demo` runs three arms with three seeds. 0.92M body and head parameters, 500 steps of 1,024 tokens.
+# `make demo` runs three arms with three seeds. 0.93M body and head parameters, 500 steps of 1,024 tokens.
 dataset = "pydocs"
 out_dir = "out/demo/one"
 
