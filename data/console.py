@@ -52,12 +52,12 @@ def system_error(error: BaseException) -> tuple[int | None, str | None]:
 
 @contextmanager
 def writing(path):
-    """Inside, what the system refuses names this path where the error itself, as of a write, names none."""
+    """Inside, what the disk refuses names this path where the error itself, as of a write, names none."""
     try:
         yield
     except Exception as error:
         number, named = system_error(error)
-        if number is None or named:
+        if number not in CAUSES or named:  # such as a network's, which has nothing to do with the path
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 

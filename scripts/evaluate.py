@@ -296,16 +296,17 @@ def probe(args) -> common.Finding:
         mine = found.setdefault(m.arm, {}).setdefault(m.seed, {})
         for task in tasks:
             begun, name = time.time(), task["name"]
-            where = f"model {number} of {len(models)}, {m.arm}{'' if others else f' seed {m.seed}'}, {name}"
             if name in unfit:
                 continue
-            x = mine[name] = measure(model, tokenizer, task, args, autocast, said_at_times(where))
+            where = f"model {number} of {len(models)}, {m.arm}{'' if others else f' seed {m.seed}'}, {name}"
+            x = measure(model, tokenizer, task, args, autocast, said_at_times(where))
             if x is None:
                 unfit[name] = (
                     f"{name} is left out: none of its items fits into block_size {model.config.block_size}."
                 )
                 progress(f"{where}: {unfit[name]}")
                 continue
+            mine[name] = x
             got = f"acc {100 * np.mean(x['acc']):.1f}%, {np.mean(x['bpb']):.3f} bits per byte"
             progress(f"{where}: {got}, {time.time() - begun:.0f} s")
             if x["cut"] or x["too_long"]:
@@ -314,8 +315,7 @@ def probe(args) -> common.Finding:
                     f"at its start, {x['too_long']} left out for an answer that is longer."
                 ] = None
         if args.wandb and not others:
-            measured = {name: x for name, x in mine.items() if x is not None}
-            to_wandb(m, means(measured), common.out_folder(args))
+            to_wandb(m, means(mine), common.out_folder(args))
     tasks = [task for task in tasks if task["name"] not in unfit]
     if not tasks:
         raise RunError(f"{' '.join(unfit.values())} So nothing was measured: choose other --tasks")

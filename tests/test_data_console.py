@@ -65,16 +65,26 @@ def test_a_write_that_fails_names_its_file():
         with pytest.raises(OSError) as failed, console.writing("a.bin"):
             raise error
         assert console.explain(failed.value).startswith(f"{error.filename or 'a.bin'}: the disk ")
-    with pytest.raises(ValueError, match="a bug"), console.writing("a.bin"):
-        raise ValueError("a bug")
+    for other in (
+        ValueError("a bug"),
+        ConnectionResetError(errno.ECONNRESET, "of a stream that is read meanwhile"),
+    ):
+        with pytest.raises(type(other)) as failed, console.writing("a.bin"):
+            raise other
+        assert failed.value is other
 
 
 def test_cores_are_those_that_this_process_may_use():
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from data.console import cores; print(cores())"
-    if not hasattr(os, "sched_getaffinity"):
+    if not hasattr(os, "sched_getaffinity"):  # macOS and Windows; what they get is tested below
         pytest.skip("this system does not bind processes to cores")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
+
+
+def test_where_processes_are_bound_to_no_cores_all_count(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert console.cores() == os.cpu_count()
 
 
 def test_ctrl_c_is_one_line():

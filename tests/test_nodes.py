@@ -69,9 +69,16 @@ def test_a_worker_killed_in_the_middle_comes_back_with_nothing_lost(tiny_flags, 
     assert close(losses(read_metrics(tmp_path / "cut")), whole)
 
 
-def test_four_ranks_resume_bit_for_bit(tiny_flags, tmp_path):
+@pytest.mark.parametrize("arm", [{}, {"wte": "kronecker", "tie_weights": False}], ids=["table", "kronecker"])
+def test_four_ranks_resume_bit_for_bit(arm, tiny_flags, tmp_path):
     """Sums over more than two ranks hang on their order, which DDP changes after its first backward pass."""
-    keys = {"ckpt_interval": 6, "global_batch_size": 8, "batch_size": 1, "n_embd": 64, "init_from": "auto"}
+    keys = arm | {
+        "ckpt_interval": 6,
+        "global_batch_size": 8,
+        "batch_size": 1,
+        "n_embd": 64,
+        "init_from": "auto",
+    }
     four = torchrun("--standalone", "--nproc_per_node=4", "train.py", *tiny_flags(tmp_path / "run", **keys))
     rows = []
     for _ in range(2):

@@ -213,14 +213,14 @@ def gap_findings(c: dict) -> list[str]:
         if "untold" in h:
             lacking = " or ".join(TERMS[key] for key in h["untold"])
             says.append(f"The fit has no term for {lacking}, so for {place(h)}, it predicts nothing; {here}.")
-            return says + [crossing(x) for x in g["crossings"]]
-        off, low, high = with_span(h["off"]), h["off"]["low"], h["off"]["high"]
-        if low is not None:
-            off += ": the fit fails there" if low > 0 or high < 0 else ": no miss beyond chance"
-        says.append(
-            f"For {place(h)}, which the fit has not seen, it predicts {with_span(h['predicted'])}; {here}; measured minus "
-            f"predicted {off}."
-        )
+        else:
+            off, low, high = with_span(h["off"]), h["off"]["low"], h["off"]["high"]
+            if low is not None:
+                off += ": the fit fails there" if low > 0 or high < 0 else ": no miss beyond chance"
+            says.append(
+                f"For {place(h)}, which the fit has not seen, it predicts {with_span(h['predicted'])}; {here}; measured minus "
+                f"predicted {off}."
+            )
     return says + [crossing(x) for x in g["crossings"]]
 
 

@@ -24,6 +24,7 @@ if not __package__:  # run by its path: the root takes the place of this folder,
 
 import numpy as np
 
+from data.console import cores
 from data.encoder import Encoder
 from data.files import expanded
 from data.identity import shard_record
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = bench.parser(__doc__)
     add = parser.add_argument
     add("--input", type=expanded, nargs="+", required=True, help="JSON lines with a text key, plain or .xz")
-    add("--workers", type=whole(1), default=os.cpu_count(), help="threads or processes (%(default)s)")
+    add("--workers", type=whole(1), default=cores(), help="threads or processes (%(default)s)")
     add("--plain-to", type=Path, metavar="DIR", help="only tokenize --input, by the plain pipeline")
     args = parser.parse_args(argv)
     with sentences():

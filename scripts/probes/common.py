@@ -228,7 +228,7 @@ def block_states(model, ids_BxT: torch.Tensor, blocks: int | None = None) -> lis
 
 def keep_earlier(base: Path, command: str) -> None:
     """Move what another command has left under this name to NAME-1, NAME-2, ...: it may have cost hours."""
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError):  # what is damaged is kept as well
         if json.loads(Path(f"{base}.json").read_text(encoding="utf-8")).get("command") == command:
             return
     endings = (".json", "_items.json", ".md", ".svg", ".png")
