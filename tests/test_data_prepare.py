@@ -423,6 +423,8 @@ def test_held_out_files_fill_the_validation_shard_and_nothing_else(tmp_path, bpe
         same = tmp_path / "linked.jsonl"
         same.symlink_to(train)
         fineweb.main(["--input", str(train), "--val-input", str(same), "--out-dir", str(tmp_path / "leak")])
+    with pytest.raises(SystemExit, match=r"linked.jsonl is given twice: name it once, or"):
+        fineweb.main(["--input", str(train), str(same), "--out-dir", str(tmp_path / "leak")])
     with pytest.raises(SystemExit, match=r"is a folder: give its files"):
         fineweb.main(["--input", str(tmp_path), "--out-dir", str(tmp_path / "leak")])
     assert not (tmp_path / "leak").exists()

@@ -70,15 +70,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> dict:
     """Make the shards of the source that the arguments name; returns the set's meta."""
+    held_out = args.val_input or []
+    if args.input:
+        check_inputs(args.input, held_out)
     tokenizer, column = load_tokenizer(args.tokenizer), args.text_column
     prefix = re.sub(r"[^a-z0-9]", "", args.out_dir.resolve().name.lower()) or "tokens"
     if args.input:
-        held_out = args.val_input or []
         files = [*held_out, *args.input]
-        check_files(files)
-        for path in held_out:
-            if any(path.samefile(other) for other in args.input):
-                raise DataError(f"{path} is held out, but also trained on: take it out of --input")
         source = {"files": [{"name": path.name, "bytes": path.stat().st_size} for path in files]}
         source |= {"held_out": len(held_out)} if held_out else {}
 
@@ -105,6 +103,16 @@ def prepare(args: argparse.Namespace) -> dict:
             workers=args.workers,
             fast=not args.plain,
         )
+
+
+def check_inputs(inputs: list[Path], held_out: list[Path]) -> None:
+    """DataError for a file that cannot be read, or whose text would be both trained on and held out."""
+    check_files([*held_out, *inputs])
+    for number, path in enumerate(inputs):
+        if any(path.samefile(other) for other in held_out):
+            raise DataError(f"{path} is held out, but also trained on: take it out of --input")
+        if not held_out and any(path.samefile(other) for other in inputs[:number]):
+            raise DataError(f"{path} is given twice: name it once, or hold files out with --val-input")
 
 
 def main(argv: list[str] | None = None) -> None:
