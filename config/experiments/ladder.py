@@ -49,10 +49,11 @@ tuning = {
 # best learning rates of 256 steps, up to 0.096 for a whole model, need not be those of 1,024. Grids of a recheck were
 # to be extended once; that was dropped then, before its first run, so that no arm waits for another. Factors were
 # 0.25, 0.5 and 1 until the first three arms had their best one at an edge; 0.125 and 2 were added then, for every arm,
-# before a final run at one of them had ended, but for two of bpe_untied's at 1.)
+# before a final run at one of them had ended, but for two of bpe_untied's at 1. The same two were added to s at 1M on
+# 2026-11-30, before its first final run, when the first two arms, bpe_untied and kronecker, had their best one at 0.5.)
 recheck = [
     {"rung": "xs", "length": "4M", "seeds": [1], "factors": [0.125, 0.25, 0.5, 1, 2], "keys": tuning["keys"]},
-    {"rung": "s", "length": "1M", "seeds": [1], "factors": [0.5, 1, 2], "keys": tuning["keys"]},
+    {"rung": "s", "length": "1M", "seeds": [1], "factors": [0.125, 0.25, 0.5, 1, 2], "keys": tuning["keys"]},
 ]
 
 # What all arms share in the table of one setting, as the paper compares; everything else at the arm's own defaults.
