@@ -67,6 +67,8 @@ def main(config) -> None:
     flops_token = flops.flops_per_token(shape)
     print0(plan.describe(config, shape, params, flops_token, world, config.dtype != "float32", device.type))
     if config.dry_run:
+        if not data_dir.is_dir() and "vocab_size" not in config.given:
+            print0(f"note        {data_dir} is not there yet: GPT-2's vocabulary is assumed")
         work = costs.work_of(config, rows, params, flops_token)
         print0(costs.describe_run(work, params, device, config.price_per_gpu_hour))
         print0(*(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()), sep="\n")

@@ -2,7 +2,7 @@
 #   python data/fineweb_edu/prepare.py      (or --pretokenized kjj0/finewebedu10B-gpt2)
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m_fineweb_edu.py config/arms/kronecker.py
 # Cost of one run: 855 MFLOP a token x 2.5e9 tokens = 2.14e18 FLOPs. At 40% of an H100's 989 TFLOP/s that is
-# 1.5 GPU-hours; at 30% of an A100's 312, 6.4. Four arms with three seeds: 12 times as much.
+# 1.5 GPU-hours; at 30% of an A100's 312, 6.4. Three arms with three seeds: nine times as much.
 dataset = "fineweb_edu"
 out_dir = "out/gpt2_124m/one"
 
@@ -13,7 +13,7 @@ dropout = 0.0
 pos_dim = 16  # D = 256 * 16 = 4096
 
 # 528 sequences x 1,024 = 540,672 tokens a step, 4,623 steps = 2.5B tokens. batch_size is what one GPU takes at
-# a time; 11 x 8 GPUs x 6 = 22 x 1 GPU x 24 = 528.
+# a time; 22 x 8 GPUs x 3 = 22 x 1 GPU x 24 = 528.
 batch_size = 22
 global_batch_size = 528
 max_iters = 4623

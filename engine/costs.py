@@ -103,7 +103,7 @@ def describe_run(work: Work, params: dict[str, int], device: torch.device, price
     lines = [
         f"cost        at {MFU:.0%} of the dense bf16 peak (small models reach less), evaluations not counted; a step all-reduces "
         f"{work.gradient_bytes / 1e6:,.1f} MB of gradients (input side {4 * params['input'] / 1e6:,.1f} MB{compared}) in the "
-        "time behind the hours, which counts as if none of it were hidden"
+        "time in brackets, counted as if none of it overlapped with computing"
     ]
 
     def cell(n: int, gpu: Gpu) -> str:
@@ -142,7 +142,7 @@ def describe_runs(works: list[Work], price: float) -> str:
     total = sum(work.steps * work.flops_per_step for work in works)
     lines = [
         f"cost        {len(works)} runs, {total:.3g} FLOPs at {MFU:.0%} of the dense bf16 peak (small models reach less), evaluations "
-        "not counted; until the last has ended, in the split into GPUs a run that ends first"
+        "not counted; hours until the last run has ended, with the GPUs shared out among the runs in the fastest way"
     ]
 
     def cell(n: int, gpu: Gpu) -> str:

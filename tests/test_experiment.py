@@ -100,6 +100,24 @@ def test_the_best_setting_is_the_best_of_all_that_were_tried(ladder, lr, mult, r
         assert rates >= set(ladder.tuning.learning_rate)
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "config/experiments").glob("*.py")), ids=lambda path: path.stem
+)
+def test_every_experiment_can_be_planned_and_started_and_tunes_its_arms_alike(path):
+    exp = experiment.read(str(path))
+    plan, _ = follow(exp, bowl(3e-3, 4, 0.1))
+    assert plan.complete
+    for stage in ("tune", "recheck"):
+        assert len(set(Counter(run.arm for run in plan.runs if run.stage == stage).values())) == 1
+    best = [final for final in exp.final if "best" in final.settings]
+    for final in best:
+        of_place = [run for run in plan.runs if run.stage == "final" and run.rung == final.rung]
+        assert {run.arm for run in of_place if run.length == final.length} == set(final.arms or exp.arms)
+    for run in plan.runs:
+        config = configurator.load(experiment.command_keys(exp, run), quiet=True)
+        assert config.arm == run.arm and 0 < config.min_lr < config.learning_rate
+
+
 @pytest.mark.parametrize(("lr", "mult"), [(3e-3, 4), (9e-3, 20), (1e-4, 1024), (1, 1 / 1000)])
 def test_every_arm_gets_the_same_number_of_runs_in_each_stage(ladder, lr, mult):
     plan, _ = follow(ladder, bowl(lr, mult, 0.1))
