@@ -217,14 +217,17 @@ class _Recoded(io.RawIOBase):
 
     def __init__(self, file, encoding: str):
         self._text = io.TextIOWrapper(file, encoding, newline="")
+        self._left = b""  # read and recoded, but more than the last buffer could take
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        data = self._text.read(len(buffer) // 4).encode()  # at most four bytes a character
-        buffer[: len(data)] = data
-        return len(data)
+        # at most four bytes a character, but at least one: none would mean the file's end
+        data = self._left or self._text.read(max(1, len(buffer) // 4)).encode()
+        n = min(len(buffer), len(data))
+        buffer[:n], self._left = data[:n], data[n:]
+        return n
 
 
 def _utf8(path: Path, raw, packed: str, start: int = 0):

@@ -108,11 +108,11 @@ def check_buffers(byte_buffer: Tensor, length_buffer: Tensor, char_dim: int, pos
         row = int(wrong.nonzero()[0])
         raise ValueError(f"token {row} has length {int(length_buffer[row])}, outside 0..pos_dim={pos_dim}")
     real = torch.arange(pos_dim, device=byte_buffer.device) < length_buffer.to(byte_buffer.device)[:, None]
-    # uint8 cannot be compared with 256 (it would wrap), hence the wider type
-    wrong = ((byte_buffer.short() >= char_dim) | (byte_buffer.short() < 0)) & real
+    # uint8 cannot be compared with 256 (it would wrap), hence a wider type; a byte is at most 255 whatever char_dim is
+    highest, wide = min(char_dim, 256) - 1, byte_buffer.long()
+    wrong = ((wide > highest) | (wide < 0)) & real
     if wrong.any():
         row, position = (int(i) for i in wrong.nonzero()[0])
         byte = int(byte_buffer[row, position])
-        raise ValueError(
-            f"token {row} has byte {byte} at {position}, outside 0..char_dim-1={char_dim - 1}: raise char_dim"
-        )
+        limit = f"char_dim-1={highest}: raise char_dim" if highest < 255 else "255: it is no byte"
+        raise ValueError(f"token {row} has byte {byte} at {position}, outside 0..{limit}")

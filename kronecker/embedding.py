@@ -26,7 +26,9 @@ class KroneckerEmbedding(nn.Module):
     vocab_size: number of ids; ids past the tokenizer's own have no bytes and embed to zero.
     tokenizer: whatever build_byte_buffer takes; or give what it makes, byte_buffer (V, pos_dim) and length_buffer (V,).
     mode: "dynamic" computes embeddings from the weight at each call; "cached" keeps the (vocab_size, d_model)
-        table while the module is in eval() mode and gradients are off, and so costs what nn.Embedding costs there.
+        table while the module is in eval() mode and gradients are off, and so costs what nn.Embedding costs there. It is
+        made anew when a parameter changes, or is replaced, where torch can see it. What goes around torch's count of
+        changes (weight.data.mul_(), numpy) needs an eval() afterwards.
     projection_init: "normal" (std init_rms/sqrt(D), the paper's at init_rms 1) or "xavier" (times init_rms).
     length_normalize, z_normalize: the codec's two normalisations (both on in the paper).
     byte_extraction: "bytes" for the tokens' true bytes, "decode" for what the reference package extracts.
@@ -74,6 +76,16 @@ class KroneckerEmbedding(nn.Module):
             raise ValueError(f"ngrams is {ngrams} at pos_dim {pos_dim}: it needs 2 buckets and 3 bytes, or 0")
         if rank < 0:
             raise ValueError(f"rank is {rank}, but it must be at least 0")
+        for name, size in {
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "pos_dim": pos_dim,
+            "char_dim": char_dim,
+        }.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}, but it must be at least 1")
+        if not 0 < init_rms < math.inf:
+            raise ValueError(f"init_rms is {init_rms}, but it must be a positive number")
         self.vocab_size, self.d_model = vocab_size, d_model
         self.char_dim, self.pos_dim, self.D = char_dim, pos_dim, codec_output_dim(char_dim, pos_dim)
         self.mode, self.projection_init, self.byte_extraction = mode, projection_init, byte_extraction
@@ -106,8 +118,8 @@ class KroneckerEmbedding(nn.Module):
         self._length_buffer = length_buffer.to(torch.int16).contiguous()
         self._coef = torch.empty(0)  # set by _place_constants
         self._table: Tensor | None = None  # mode="cached" only
-        # of which parameters, and how often each had changed (not by id: that may become another's)
-        self._table_of: list[tuple[nn.Parameter, int]] = []
+        # of which parameters, where each lay and how often it had changed (not by id: that may become another's)
+        self._table_of: list[tuple[nn.Parameter, int, int]] = []
         self._place_constants()
         self.register_state_dict_post_hook(_row_major_state)
         self.register_load_state_dict_pre_hook(_check_loaded_shape)
@@ -184,14 +196,17 @@ class KroneckerEmbedding(nn.Module):
             weights += [self.ngram.weight] if self.ngrams else []
             weights += [self.residual_u, self.residual_v] if self.rank else []
             if self._table is None or any(
-                p is not q or p._version != n for p, (q, n) in zip(weights, self._table_of, strict=True)
+                p is not q or p.data_ptr() != at or p._version != n
+                for p, (q, at, n) in zip(weights, self._table_of, strict=True)
             ):
-                self._table, self._table_of = self._make_table(), [(p, p._version) for p in weights]
+                self._table = self._make_table()
+                self._table_of = [(p, p.data_ptr(), p._version) for p in weights]
             return self._table
         return self._make_table()
 
     def _caches(self) -> bool:
-        return self.mode == "cached" and not self.training and not torch.is_grad_enabled()
+        kept = self.mode == "cached" and not self.training and not torch.is_grad_enabled()
+        return kept and not self.projection.weight.is_inference()  # whose changes torch does not count
 
     def _make_table(self) -> Tensor:
         return self._embeddings(torch.arange(self.vocab_size, device=self.projection.weight.device))

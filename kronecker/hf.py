@@ -63,6 +63,8 @@ def swap_input_embeddings(model, tokenizer=None, pos_dim=32, tie=None, **options
     if tie not in (None, *TIES):
         raise ValueError(f"tie must be 'untie' or 'induced' (None for a head of its own), not {tie!r}")
     old, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(old, KroneckerEmbedding):
+        raise ValueError("the input embedding is a KroneckerEmbedding already: swap a freshly loaded model")
     tied = head is not None and getattr(head, "weight", None) is old.weight
     if tied and tie is None:
         raise ValueError("the output head is tied to the input table: say tie='untie' or tie='induced'")
@@ -102,6 +104,8 @@ def resize_token_embeddings(
         return embedding
     n = embedding.vocab_size if new_num_tokens is None else new_num_tokens
     n = -(-n // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+    if n < 1:
+        raise ValueError(f"a vocabulary of {n} ids is none: give at least 1")
     embedding.set_tokens(*_bytes_of(embedding, n, tokenizer))
     if head is not None and not isinstance(head, InducedHead):
         learns = head.weight.requires_grad

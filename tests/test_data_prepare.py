@@ -608,6 +608,34 @@ def test_foreign_folders_other_options_and_useless_input_are_refused(tmp_path, b
         make(tmp_path / "e", load_tokenizer({"kind": "chars", "itos": ["a"]}), [path])
 
 
+def test_a_set_does_not_go_on_with_other_text_of_the_same_name_and_size(tmp_path, bpe, capsys):
+    text = "".join(json.dumps({"text": words(k, 40)}) + "\n" for k in range(400))
+    paths = [tmp_path / folder / "a.jsonl" for folder in ("one", "two")]
+    for path, more in zip(paths, ("ab", "ba"), strict=True):
+        path.parent.mkdir()
+        path.write_text(text + json.dumps({"text": more}) + "\n")
+    out = tmp_path / "o"
+    flags = [
+        f"--out-dir={out}",
+        f"--tokenizer={bpe._path.parent / 'hf'}",
+        "--val-tokens=50",
+        "--shard-size=900",
+    ]
+    fineweb.main([f"--input={paths[0]}", "--max-shards=1", *flags])
+    before = digests(out)
+    with pytest.raises(
+        SystemExit, match=r"holds a set made with another made \(source: files: .*ends_sha256"
+    ):
+        fineweb.main([f"--input={paths[1]}", *flags])
+    assert digests(out) == before
+    copied = tmp_path / "copy.jsonl"
+    copied.write_bytes(paths[0].read_bytes())
+    for held_out in ([f"--val-input={copied}"], [str(copied)]):
+        with pytest.raises(SystemExit, match=r"is held out, but also trained on|is given twice"):
+            fineweb.main(["--input", str(paths[0]), *held_out, f"--out-dir={tmp_path / 'leak'}"])
+    fineweb.main([f"--input={paths[0]}", *flags])
+
+
 # ------------------------------------------------------------------------------------------ the hub
 
 

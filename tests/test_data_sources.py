@@ -4,6 +4,7 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -66,6 +67,20 @@ def test_text_in_any_unicode_encoding_is_the_same_text(tmp_path, monkeypatch, en
         for k, block in enumerate(blocks):
             again = list(local_blocks([path], "text", block.position))
             assert again == blocks[k:]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("characters", ["ab c", "\u00e9 \u4e16\u754c", "\U0001f600 x"])
+def test_no_character_is_lost_where_the_parts_of_a_long_text_meet(tmp_path, encoding, characters):
+    text = characters * (3 * sources.BLOCK_BYTES // len(characters.encode()) + 1)
+    path = tmp_path / "long.txt"
+    path.write_bytes(text.encode(encoding))
+    assert read(path) == ([text], {})
+    for size in (1, 2, 3, 5, 8191):  # however it is read
+        with open(path, "rb") as raw:
+            file = sources._utf8(path, raw, "")
+            parts = iter(lambda: file.read(size), b"")  # noqa: B023 - called in this turn
+            assert b"".join(itertools.islice(parts, 3 * 8192)) == text.encode()[: 3 * 8192 * size]
 
 
 def test_what_is_no_unicode_is_refused_or_counted(tmp_path):

@@ -387,8 +387,24 @@ def test_cached_mode_follows_the_weights():
         for module in (emb, plain):
             module.load_state_dict(fresh, assign=True)
         assert relative(emb(ids), plain(ids)) < 1e-6
+        for module in (emb, plain):  # as torch.nn.utils.vector_to_parameters does
+            module.projection.weight.data = 2 * fresh["projection.weight"]
+        assert relative(emb(ids), plain(ids)) < 1e-6
+        for module in (emb, plain):
+            module.projection.weight.data.mul_(5)  # torch does not count this
+            module.eval()
+        assert relative(emb(ids), plain(ids)) < 1e-6
     assert emb(ids).requires_grad  # gradients never go through the stale table
     assert emb.train()._table is None
+
+
+def test_cached_mode_of_a_module_made_in_inference_mode():
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        emb = random_embedding(mode="cached").eval()
+        before = emb(ids)
+        emb.projection.weight.mul_(3)
+        assert relative(emb(ids), 3 * before) < 1e-6
 
 
 def test_a_kept_table_is_never_that_of_a_weight_that_is_gone():
@@ -476,6 +492,13 @@ def buffers(byte=0, length=1, V=2, pos_dim=3):
     }
 
 
+def wide(byte):
+    """Buffers of a type that would hold more than a byte."""
+    return {name: buffer.long() for name, buffer in buffers().items()} | {
+        "byte_buffer": torch.full((2, 3), byte, dtype=torch.int64)
+    }
+
+
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
@@ -488,11 +511,16 @@ def buffers(byte=0, length=1, V=2, pos_dim=3):
         ({**buffers(), "mode": "fast"}, "mode must be"),
         ({**buffers(), "projection_init": "zeros"}, "projection_init must be"),
         ({"tokenizer": [b"a", b"b", b"c"]}, "vocab_size is 2, but there are 3 tokens"),
+        ({**buffers(), "d_model": 0}, "d_model is 0, but it must be at least 1"),
+        ({**buffers(), "init_rms": float("nan")}, "init_rms is nan, but it must be a positive number"),
+        ({**buffers(), "init_rms": -1}, "init_rms is -1, but"),
+        ({**wide(300), "char_dim": 512}, "byte 300 at 0, outside 0..255: it is no byte"),
+        (wide(65541), "byte 65541 at 0, outside 0..255"),
     ],
 )
 def test_bad_construction(kwargs, says):
     with pytest.raises(ValueError) as caught:
-        KroneckerEmbedding(2, 4, pos_dim=3, **kwargs)
+        KroneckerEmbedding(**{"vocab_size": 2, "d_model": 4, "pos_dim": 3} | kwargs)
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -310,5 +310,13 @@ def test_bad_input(tmp_path):
         swap_input_embeddings(gpt2(), TOKENS, pos_dim=4, tie="yes")
     with pytest.raises(ValueError, match="swap it first"):
         save_pretrained(gpt2(), tmp_path)
+    model = gpt2()
+    emb = swap_input_embeddings(model, TOKENS, pos_dim=4, tie="untie")
+    with pytest.raises(ValueError, match="is a KroneckerEmbedding already"):
+        swap_input_embeddings(model, TOKENS, pos_dim=4, tie="untie")
+    for size in (0, -5):
+        with pytest.raises(ValueError, match=f"a vocabulary of {size} ids is none"):
+            model.resize_token_embeddings(size)
+    assert model.get_input_embeddings() is emb and emb.num_embeddings == model(IDS).logits.size(-1)
     with pytest.raises(ValueError, match=r"holds no kronecker\.safetensors"):
         from_pretrained(tmp_path / "nothing")

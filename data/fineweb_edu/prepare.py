@@ -19,7 +19,9 @@ training. Of --input files .jsonl has one object a line, .txt is one document, a
 """
 
 import argparse
+import filecmp
 import functools
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -77,7 +79,7 @@ def prepare(args: argparse.Namespace) -> dict:
     prefix = re.sub(r"[^a-z0-9]", "", args.out_dir.resolve().name.lower()) or "tokens"
     if args.input:
         files = [*held_out, *args.input]
-        source = {"files": [{"name": path.name, "bytes": path.stat().st_size} for path in files]}
+        source = {"files": [facts_of(path) for path in files]}
         source |= {"held_out": len(held_out)} if held_out else {}
 
         def blocks_from(position):
@@ -105,13 +107,23 @@ def prepare(args: argparse.Namespace) -> dict:
         )
 
 
+def facts_of(path: Path) -> dict:
+    """What tells an input from another of its name: its size, and SHA-256 of its first and its last 64 KiB."""
+    size, part = path.stat().st_size, 1 << 16
+    with open(path, "rb") as file:
+        ends = file.read(part)
+        file.seek(max(0, size - part))
+        ends += file.read(part)
+    return {"name": path.name, "bytes": size, "ends_sha256": hashlib.sha256(ends).hexdigest()}
+
+
 def check_inputs(inputs: list[Path], held_out: list[Path]) -> None:
     """DataError for a file that cannot be read, or whose text would be both trained on and held out."""
     check_files([*held_out, *inputs])
     for number, path in enumerate(inputs):
-        if any(path.samefile(other) for other in held_out):
+        if any(filecmp.cmp(path, other, shallow=False) for other in held_out):
             raise DataError(f"{path} is held out, but also trained on: take it out of --input")
-        if not held_out and any(path.samefile(other) for other in inputs[:number]):
+        if not held_out and any(filecmp.cmp(path, other, shallow=False) for other in inputs[:number]):
             raise DataError(f"{path} is given twice: name it once, or hold files out with --val-input")
 
 
