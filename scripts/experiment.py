@@ -92,6 +92,7 @@ class Tuning(Stage):
 
 class Recheck(Stage):
     factors: Each[Factor]
+    extend: Annotated[int, Field(ge=0)] = 0
 
 
 class Final(Place):
@@ -313,11 +314,11 @@ class Plan:
             self.settle(self.once_more, "tune", t, arm, setting, t.again, t.extend)
 
     def recheck(self, place: Recheck, arm: str) -> None:
-        """An arm's learning rate on another rung or length, around the tuning's best; such a grid is not extended."""
+        """An arm's learning rate on another rung or length, around the tuning's best."""
         tuned = self.best.get((self.exp.tuning.rung, self.exp.tuning.length, arm))
         if tuned is None:
             raise Unknown
-        self.once_more("recheck", place, arm, tuned, place.factors, 0)
+        self.once_more("recheck", place, arm, tuned, place.factors, place.extend)
 
     def once_more(
         self, stage: str, place, arm: str, setting: tuple, factors: list[float], extend: int

@@ -213,6 +213,19 @@ def test_a_recheck_makes_no_arm_wait_for_another(ladder):
     assert best == {"kronecker"}
 
 
+def test_a_recheck_extends_the_grid_of_the_arm_alone_whose_best_is_at_its_edge(ladder):
+    usual, far = bowl(6e-3, 4, 0.1), bowl(6e-3 / 32, 4, 0.1)
+
+    def loss(run):
+        return (far if (run.arm, run.rung) == ("kronecker", "s") else usual)(run)
+
+    plan, _ = follow(ladder, loss)
+    assert plan.complete and not [edge for edge in plan.edges if "rung s" in edge]
+    assert dict(plan.best["s", "1M", "kronecker"])["learning_rate"] == 6e-3 / 32
+    counts = Counter(run.arm for run in plan.runs if run.stage == "recheck" and run.rung == "s")
+    assert counts == {arm: 5 + 3 * (arm == "kronecker") for arm in ladder.arms}
+
+
 def test_a_diverged_run_is_never_best(ladder):
     loss = bowl(6e-3, 1, 1.0)
     plan, _ = follow(ladder, lambda r: math.inf if dict(r.setting)["learning_rate"] >= 6e-3 else loss(r))

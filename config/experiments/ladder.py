@@ -50,11 +50,15 @@ tuning = {
 # to be extended once; that was dropped then, before its first run, so that no arm waits for another. Factors were
 # 0.25, 0.5 and 1 until the first three arms had their best one at an edge; 0.125 and 2 were added then, for every arm,
 # before a final run at one of them had ended, but for two of bpe_untied's at 1. The same two were added to s at 1M on
-# 2026-11-30, before its first final run, when the first two arms, bpe_untied and kronecker, had their best one at 0.5.)
+# 2026-11-30, before its first final run, when the first two arms, bpe_untied and kronecker, had their best one at 0.5;
+# and since kronecker's then stood at 0.125, the grid of an arm whose best one is at its edge is extended there.)
 recheck = [
     {"rung": "xs", "length": "4M", "seeds": [1], "factors": [0.125, 0.25, 0.5, 1, 2], "keys": tuning["keys"]},
-    {"rung": "s", "length": "1M", "seeds": [1], "factors": [0.125, 0.25, 0.5, 1, 2], "keys": tuning["keys"]},
-]
+    {
+        "rung": "s", "length": "1M", "seeds": [1], "factors": [0.125, 0.25, 0.5, 1, 2], "extend": 3,
+        "keys": tuning["keys"],
+    },
+]  # fmt: skip
 
 # What all arms share in the table of one setting, as the paper compares; everything else at the arm's own defaults.
 shared = {"learning_rate": 3e-3}
