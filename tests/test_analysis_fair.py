@@ -207,7 +207,11 @@ def test_the_report_says_it_with_intervals(ladder, tmp_path):
     json.dumps(c, allow_nan=False)
     text = text_of(c)
     gain = best_cell(c, "xs", "1M")["gains"]["kronecker"]
-    assert f"({gain['low']:+.4f} to {gain['high']:+.4f}, 5 seeds" in text
+    table = fair_report.question_table(c["cells"])
+    column = table.header.index("xs, 1.05M, own best, n = 5")
+    row = next(row for row in table.rows if row[1] == "kronecker over bpe_untied")
+    said = f"{gain['mean']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"
+    assert row[column] == said + "†" * (not gain["called"]) and row[column] in text
     assert "the tuned bpe_untied is beaten by kronecker_rank4" in text
     assert "does not cross zero between 1.05M and 4.19M tokens" in text  # 16.8M are held out
     double = math.log(2) * c["gap"]["fit"]["ln_tokens"]["mean"]
@@ -278,10 +282,10 @@ def test_part_of_the_final_runs_claims_no_more_than_it_shows(ladder):
     text = text_of(c)
     assert "1 seeds" not in text and "At rung s" not in text
     for says in (
-        "(one seed, no interval) at 1.05M",
+        "(one seed, no interval)",
         "xs, 1.05M tokens (the longest with several seeds of these arms so far; 16.8M are planned) the tuned bpe_untied is "
         "beaten by",
-        "ahead in 1, only one seed in 1 of 2 cells",
+        "own best, n = 1 to 2",
         "each arm at its own best setting, 1 to 2 seeds",
         "27 of 45 final runs of rung xs, 1.05M tokens, one shared setting for all (seeds 13, 14, 15 of every arm)",
         "all final runs of rung xs, 4.19M tokens, each arm at its own best setting (27); rung xs, 16.8M",

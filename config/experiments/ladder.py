@@ -2,8 +2,8 @@
 #   python scripts/matched.py config/experiments/ladder.py --dry_run          runs, tokens, FLOPs, hours
 #   python scripts/matched.py config/experiments/ladder.py --jobs=2           runs what is not done yet; goes on after any stop
 #   python scripts/compare.py config/experiments/ladder.py                    the report, from the records alone
-# Written before the first final run. What is below is what the report quotes, and runs that differ from it are refused.
-# (`data` alone came later: it changes no run.)
+# First written before the first final run; later changes say when and why where they stand. What is below is what the
+# report quotes, and runs that differ from it are refused.
 data = (
     "edu_mix: encyclopedia, textbooks, web pages (8% FineWeb, 0.4% FineWeb-Edu), government articles, news, non-fiction and "
     "older books. It stands in for FineWeb-Edu between arms; its losses are not comparable with published ones"

@@ -14,6 +14,7 @@ from scripts.analysis.words import dash, frequency_table, span, with_sign, with_
 BUDGET = 0.15  # of the table's input parameters, for an arm that would win the prize
 TERMS = {"tokens": "training tokens", "body": "parameters in the body"}  # of the fit
 WHICH = {"shared": "one shared setting for all", "best": "each arm at its own best setting"}
+SHORT_WHICH = {"shared": "shared", "best": "own best"}
 READING = (
     "A gain is the other arm's final validation loss minus this arm's, in nats a token, paired by seed: positive means "
     "that this arm is better. Brackets hold the paired 95% t interval over seeds. A cell is a rung (a size of the model) at "
@@ -42,22 +43,14 @@ def setting(keys: dict) -> str:
     return ", ".join(f"{experiment.SHORT.get(k, k)} {v:g}" for k, v in keys.items())
 
 
-def measured(g: dict) -> str:
-    """A gain with what it rests on."""
-    if g["low"] is None:
-        return with_span(g)
-    verdict = "" if g["called"] else ", not called a difference"
-    return f"{with_sign(g['mean'])} ({span(g)}, {g['n']} seeds{verdict})"
-
-
 # ---------------------------------------------------------------------------------------------- tables
 
 
 def tables(c: dict) -> list[Table]:
-    """What was compared, the questions over all cells, each cell, the best settings, and the gain by frequency."""
+    """The questions over all cells, what was compared, each cell, the best settings, and the gain by frequency."""
     over, order = c["gap"]["over"], list(c["rungs"])
     cells = sorted(c["cells"], key=lambda x: (order.index(x["rung"]), x["tokens"], x["which"] == "best"))
-    found = [arm_table(c), rung_table(c), question_table(cells)]
+    found = [question_table(cells), arm_table(c), rung_table(c)]
     found += [cell_table(cell, over, first=cell is cells[0]) for cell in cells]
     found += [setting_table(c), beside_table(c)]
     for cell in fullest(c):
@@ -111,15 +104,22 @@ def called(g: dict) -> str:
 
 
 def question_table(cells: list[dict]) -> Table:
-    """What each gain says, over all cells."""
-    asked: dict[str, list] = {}
-    for x in cells:
+    """A row a question, a column a cell that answers one: how much is the head, how much the codec, how much of that is
+    bytes."""
+    cells = [x for x in cells if x["questions"]]
+    header, rows = ["question", "arms"], {}
+    for number, x in enumerate(cells):
+        n = from_to([q["n"] for q in x["questions"]])
+        header.append(f"{x['rung']}, {count(x['tokens'])}, {SHORT_WHICH[x['which']]}, n = {n}")
         for q in x["questions"]:
-            row = [q["what"], q["arm"], q["over"], x["rung"], count(x["tokens"]), x["which"], q["n"]]
-            asked.setdefault(q["what"], []).append([*row, with_sign(q["mean"]), span(q), called(q)])
-    header = "what it says|arm|over|rung|tokens|setting|seeds|gain, nats|95% interval|called".split("|")
+            answers = rows.setdefault((q["what"], f"{q['arm']} over {q['over']}"), [""] * len(cells))
+            answers[number] = with_span(q) + "†" * (q["low"] is not None and not q["called"])
+    note = (
+        "Gains by rung and tokens, where all arms share one setting or each has its own best one, over n seeds. †: the rule "
+        "does not call it a difference. Empty: not run."
+    )
     title = "How much is the head, how much the codec, how much of that is bytes"
-    return Table(title, header, [row for rows in asked.values() for row in rows], left=4)
+    return Table(title, header, [[*who, *answers] for who, answers in rows.items()], left=2, note=note)
 
 
 def setting_table(c: dict) -> Table:
@@ -147,41 +147,8 @@ def beside_table(c: dict) -> Table:
 
 
 def findings(c: dict) -> list[str]:
-    """What can be quoted, a sentence a question, each figure with its interval."""
-    pair = (c["gap"]["arm"], c["gap"]["over"])
-    shared = f"at one shared setting ({setting(c['shared'])}) for all arms, "
-    return [
-        *map(capital, question_findings(c, "best")),
-        *(capital(shared + s) for s in question_findings(c, "shared", pair)),
-        *gap_findings(c),
-        *prize_findings(c),
-    ]
-
-
-def question_findings(c: dict, which: str, pair: tuple | None = None) -> list[str]:
-    """A sentence for each question, or for that of one pair: in how many cells the arm is ahead, and every gain."""
-    asked: dict[tuple, list[tuple[dict, dict]]] = {}
-    for cell in sorted((x for x in c["cells"] if x["which"] == which), key=lambda x: x["tokens"]):
-        for q in cell["questions"]:
-            if pair in (None, (q["arm"], q["over"])):
-                asked.setdefault((q["what"], q["arm"], q["over"]), []).append((cell, q))
-    says = []
-    for (what, arm, over), answers in asked.items():
-        found = Counter(verdict_on(q) for _, q in answers)
-        ways = ("ahead", "behind", "not called", "only one seed")
-        verdict = ", ".join(f"{how} in {found[how]}" for how in ways if found[how])
-        each = []
-        for rung in c["rungs"]:
-            of_rung = [f"{measured(q)} at {count(x['tokens'])}" for x, q in answers if x["rung"] == rung]
-            each += [f"rung {rung} {', '.join(of_rung)}"] * bool(of_rung)
-        # one cell says by itself how it is
-        counted = (
-            f": {verdict} of {len(answers)} cells. In nats, by tokens" if len(answers) > 1 else ", in nats"
-        )
-        says.append(
-            f"{what} ({arm} over {over}){counted}: {'; '.join(each)}{' tokens' * (len(answers) == 1)}."
-        )
-    return says
+    """What can be quoted beside the table of questions, each figure with its interval."""
+    return [*gap_findings(c), *prize_findings(c)]
 
 
 def verdict_on(g: dict) -> str:
@@ -273,7 +240,7 @@ def limits(c: dict) -> list[str]:
         "A difference is called one when its paired 95% t interval over seeds does not hold zero and its mean is at least "
         f"{c['smallest_difference']:g} nats. What is not called one may still be there.",
         "The intervals hold the chance of initialisation and of the order of the data. They leave out the choice of the data, "
-        f"of the validation windows and of the settings (each chosen in runs of {seeds} seed{'s' * (seeds > 1)}), and are not "
+        f"of the validation windows, of what an arm's file fixes, and of the settings (each chosen in runs of {seeds} seed{'s' * (seeds > 1)}), and are not "
         f"corrected for their number ({n} in the table of questions).",
     ]
     if c["cells"]:
@@ -416,13 +383,15 @@ def heading(name: str) -> str:
 def as_markdown(c: dict, made: dict, figures: dict[str, str], file: str) -> str:
     """The report as a page beside its figures. file: text of the experiment's file, which the page quotes."""
     shown = {name: f"![{name}]({name}.svg)\n\n{caption}" for name, caption in figures.items()}
+    asked, *others = (t.markdown() for t in tables(c))
     parts = [
         heading(c["experiment"]),
         READING,
+        asked,
         markdown_list("Findings", findings(c)),
         shown.pop("gap", ""),
         markdown_list("What limits them", limits(c)),
-        *(t.markdown() for t in tables(c)),
+        *others,
         "## Where the gain sits, and how the settings were found" if shown else "",
         *shown.values(),
         f"## What was asked\n\nThe experiment's file:\n\n~~~python\n{file.strip()}\n~~~",
