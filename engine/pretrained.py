@@ -109,7 +109,7 @@ def load(model, weights: dict, source) -> None:
         raise RunError(f"{spoilt} in {source} is not finite (NaN or infinite): take an earlier checkpoint")
     try:
         model.load_state_dict(weights)
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:  # ValueError: a projection of another width
         why = " ".join(str(e).split())[:300]
         raise RunError(f"the weights in {source} are not those of this model: {why}") from None
 

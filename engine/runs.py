@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from data.files import Lock, write_json
 from data.loader import fingerprint
@@ -44,14 +44,45 @@ class Segment(Record):
     changed: dict[str, Annotated[list, Field(min_length=2, max_length=2)]]  # key: before, after
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def plain(value):
+    """The value, if it is no list and no object."""
+    if isinstance(value, list | dict):
+        raise ValueError("it should be a number, a text, true, false or null")
+    return value
+
+
+Key = Annotated[object, AfterValidator(plain)]  # a value in config.json
+
+
 class Parameters(Record):
     """How many numbers a model trains, by part; stock_table: what a learned table would have."""
 
-    input: int
-    body: int
-    head: int
-    total: int
-    stock_table: Annotated[int, Field(ge=1)]
+    input: Count
+    body: Count
+    head: Count
+    total: Count
+    stock_table: Annotated[int, Field(ge=1, lt=2**63)]
+
+
+class Cause(Record):
+    tokens: Count
+
+
+class Codec(Record):
+    """What is read again of kronecker.audit's report."""
+
+    tokens: Count
+    mean_bytes: float
+    longest_bytes: Count
+    pos_dim: Count
+    truncated: Count
+    colliding_tokens: Count
+    collision_groups: Count
+    by_cause: dict[str, Cause]
+    buffer_bytes: Count
 
 
 class Run(Record):
@@ -66,7 +97,7 @@ class Run(Record):
     schedule_sha256: str
     tokens_per_step: int
     params: Parameters | None = None
-    codec: dict | None = None
+    codec: Codec | None = None
     flops_per_token: float | None = None
     world: int = 1
     micro_batch: int | None = None  # sequences that one rank took at a time
@@ -88,7 +119,7 @@ LAST_START = ("command", "commit", "world", "device", "torch")
 def read_run(out_dir) -> tuple[dict, dict]:
     """(config, run): the resolved keys, and what identifies the run. Raises DataError or RunError."""
     out_dir = Path(out_dir)
-    config = read_record(out_dir / "config.json", dict, "a run's configuration")
+    config = read_record(out_dir / "config.json", dict[str, Key], "a run's configuration")
     run = read_record(out_dir / "run.json", Run, "a run's record")
     return config, run.model_dump()
 
@@ -97,7 +128,7 @@ def recorded(config, names) -> dict:
     """Of these keys, those that the user leaves open, as the run that is in out_dir has them; {} for a new run."""
     path = Path(config.out_dir) / "config.json"
     begun = path.is_file() and path.with_name("run.json").is_file()
-    old = read_record(path, dict, "a run's configuration") if begun else {}
+    old = read_record(path, dict[str, Key], "a run's configuration") if begun else {}
     given = getattr(config, "given", {})
     return {name: old[name] for name in names if name in old and name not in given}
 

@@ -114,6 +114,11 @@ def test_a_step_that_was_skipped_is_no_divergence(tmp_path):
         ("run.json", '{"arm": ["x"], "seed": 1}', "arm is"),
         ("run.json", "[]", "JSON object"),
         ("config.json", '{"max_iters": "many"}', "max_iters is"),
+        (
+            "config.json",
+            '{"pos_dim": {}}',
+            "pos_dim is {}: it should be a number, a text, true, false or null",
+        ),
         ("config.json", "{", "damaged"),
         ("metrics.jsonl", '{"iter": 0, "val/loss": "low"}\n{"iter": 1}\n', "line 1 of"),
     ],
