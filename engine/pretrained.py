@@ -135,9 +135,9 @@ def tokenizer(source: str, name: str, vocab_size: int):
 def check_tokenizer(source: str, ours, vocab_size: int, data_dir) -> None:
     """RunError where the weights' own tokenizer, if one is known, has other tokens than the data's, `ours`: each row of
     the table would stand for another token."""
-    if source not in HUB and tokenizer_beside(Path(source).expanduser()) is None:
-        return
     try:
+        if source not in HUB and tokenizer_beside(Path(source).expanduser()) is None:
+            return
         theirs = tokenizer(source, "", vocab_size)
     except data.DataError:  # not to be had here
         return
@@ -156,7 +156,11 @@ def tokenizer_beside(path: Path) -> Path | None:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         config = saved.get("config")
         if isinstance(config, dict) and isinstance(config.get("dataset"), str):
-            places.append(Path(data.__file__).parent / plain_name(config["dataset"]))
+            try:
+                places.append(Path(data.__file__).parent / plain_name(config["dataset"]))
+            except data.DataError as e:
+                cure = "name the tokenizer that it was trained with, --tokenizer=FOLDER_OR_NAME"
+                raise data.DataError(f"the data set in {path}, {e}: {cure}") from None
     known = ("meta.json", "meta.pkl", "tokenizer.json")
     return next((place for place in places if any((place / file).is_file() for file in known)), None)
 
@@ -179,7 +183,9 @@ def read_nanogpt(path: Path) -> tuple[dict, dict]:
             "vocab_size": wte.size(0),
         }
     except (pickle.UnpicklingError, EOFError, *DAMAGED) as e:
-        raise RunError(f"{path} is no nanoGPT checkpoint, or a damaged one ({first_line(e)})") from None
+        # torch's own words advise to run what is in the file
+        why = "not only tensors and plain values" if isinstance(e, pickle.UnpicklingError) else first_line(e)
+        raise RunError(f"{path} is no nanoGPT checkpoint, or a damaged one ({why})") from None
     if tied:
         weights.pop("lm_head.weight", None)
     return weights, shape | {"tie_weights": tied, "wte": "stock"}
