@@ -262,7 +262,7 @@ def next_jobs(args) -> tuple[dict[pool.Job, experiment.Run], str]:
         if not ended:
             break
         for job in ended:
-            keep_record(args, jobs[job], job)
+            keep_record(args, jobs, job)
     line = f"{args.experiment.name}: {len(runs)} runs{'' if plan.complete else ' known so far'}, {len(jobs)} to do"
     places = [(run.stage, run.rung, run.length) for run in jobs.values()]
     open_ = next((place for place in places if place[0] != "final"), None)
@@ -270,18 +270,14 @@ def next_jobs(args) -> tuple[dict[pool.Job, experiment.Run], str]:
     return dict(list(jobs.items())[:end]), line
 
 
-def keep_record(args, run: experiment.Run, job: pool.Job) -> None:
-    experiment.write_record(args.experiment, run, job.out_dir, pool.state(job)[0])
+def keep_record(args, jobs: dict[pool.Job, experiment.Run], job: pool.Job) -> None:
+    experiment.write_record(args.experiment, jobs[job], job.out_dir, pool.state(job)[0])
 
 
 def run_experiment(args) -> int:
     """Run what the experiment's file asks for and no record has yet, stage after stage; the exit status."""
     end = time.monotonic() + 60 * (args.minutes or math.inf)
     diverged, engine = 0, None
-
-    def keep(job: pool.Job) -> None:
-        keep_record(args, jobs[job], job)
-
     while True:
         jobs, line = next_jobs(args)
         if not jobs:
@@ -289,6 +285,7 @@ def run_experiment(args) -> int:
         engine = engine or workers(args, experiment.command_keys(args.experiment, next(iter(jobs.values()))))
         pool.say(f"{line}, {engine}")
         left = (end - time.monotonic()) / 60
+        keep = partial(keep_record, args, jobs)
         status = pool.run(list(jobs), engine, left, args.retries, args.patience, on_end=keep)
         if status not in (0, pool.DIVERGED):
             return status

@@ -380,12 +380,10 @@ def show_status(line: str) -> None:
 @contextmanager
 def collected_signals():
     """SIGINT, SIGTERM and SIGHUP go into the list that this gives, instead of ending the process."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    # nohup ignores SIGHUP, and means it
-    old = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # nohup's SIGHUP is not
     got: list[int] = []
-    for number in old:
-        signal.signal(number, lambda number, frame: got.append(number))
+    old = {n: signal.signal(n, lambda number, frame: got.append(number)) for n in heeded}
     try:
         yield got
     finally:

@@ -175,12 +175,10 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
     }
     loss = {arm: {s: row["val/loss"] for s, row in rows.items()} for arm, rows in last.items()}
     bpb = {arm: interval(row.get("val/bpb") for row in rows.values()) for arm, rows in last.items()}
-    over, shared = exp.gap.over, {}  # of each arm the pairs of rows, its own and the reference's
-    for arm in last if over in last else []:
-        if arm != over:
-            shared[arm] = [(row, last[over][s]) for s, row in last[arm].items() if s in last[over]]
+    over = exp.gap.over
+    others = [arm for arm in last if arm != over and over in last]
     asked = [(arm, other, what, gain(exp, loss, arm, other, diverged)) for arm, other, what in QUESTIONS]
-    paired = {frozenset((arm, over)) for arm in shared}
+    paired = {frozenset((arm, over)) for arm in others}
     paired |= {frozenset((arm, other)) for arm, other, _, g in asked if g}
     return place | {
         "body": params[next(iter(found))]["body"],
@@ -189,9 +187,9 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
         "diverged": dict(diverged),
         "bpb": {arm: bits["mean"] if bits else None for arm, bits in bpb.items()},
         "input_share": {arm: p["input"] / p["stock_table"] for arm, p in params.items()},
-        "gains": {arm: gain(exp, loss, arm, over, diverged) for arm in shared},
+        "gains": {arm: gain(exp, loss, arm, over, diverged) for arm in others},
         "questions": [{"arm": arm, "over": other, "what": what} | g for arm, other, what, g in asked if g],
-        "frequency": gains_by_frequency(shared),
+        "frequency": gains_by_frequency(last, over),
         "pairs": count_pairs(found, paired),
     }
 

@@ -182,15 +182,15 @@ def as_markdown(c: dict, provenance: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def provenance(c: dict, command: str, date: str) -> list[str]:
-    """Which runs were compared, made by what, and how one knows that they match."""
+def provenance(c: dict, made: dict) -> list[str]:
+    """Which runs were compared, made by what, and how one knows that they match; made: see scripts/provenance.py."""
 
     def distinct(key):
         return ", ".join(sorted({str(r[key]) for r in c["runs"] if r.get(key)})) or "not recorded"
 
     val, schedule = (short(c["runs"][0][f"{key}_sha256"]) for key in ("val", "schedule"))
     return [
-        f"Compared by `{command}` on {date}.",
+        f"Compared by `{made['command']}` on {made['date']}.",
         f"{len(c['runs'])} runs, made at commit {distinct('commit')} with torch {distinct('torch')} on {distinct('device')}.",
         f"Validation windows {val}, schedule {schedule}; training data and order, and bodies at step 0, are equal across "
         "arms for every seed.",

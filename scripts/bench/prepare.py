@@ -41,14 +41,10 @@ from scripts.provenance import ROOT, provenance
 SHARD_SIZE, VAL_TOKENS = 100_000_000, 1_000_000
 
 
-def _plain_worker() -> None:
-    global encoding
+def _plain_encode(document: dict) -> np.ndarray:
     import tiktoken
 
-    encoding = tiktoken.get_encoding("gpt2")
-
-
-def _plain_encode(document: dict) -> np.ndarray:
+    encoding = tiktoken.get_encoding("gpt2")  # made once a process, and then looked up
     ids = [encoding._special_tokens["<|endoftext|>"]]
     ids.extend(encoding.encode_ordinary(document["text"]))
     array = np.array(ids)
@@ -59,7 +55,7 @@ def _plain_encode(document: dict) -> np.ndarray:
 def plain(source: Path, out_dir: Path, processes: int, shard_size: int = SHARD_SIZE) -> None:
     """Tokenize JSON lines with a pool, one document after the other into a buffer of one shard."""
     out_dir.mkdir(parents=True)
-    with open(source, "rb") as file, multiprocessing.Pool(processes, _plain_worker) as pool:
+    with open(source, "rb") as file, multiprocessing.Pool(processes) as pool:
         buffer, count, number = np.empty(shard_size, np.uint16), 0, 0
 
         def write() -> None:

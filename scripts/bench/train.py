@@ -223,12 +223,6 @@ def side_table(setting: str, rounds: dict) -> Table:
     return Table(f"A training step, {setting}", header, rows)
 
 
-def shares_table(run: str, shares: dict[str, dict]) -> Table:
-    """Shares of each arm, {arm: {part: share}}, a row each."""
-    rows = [[arm, *(f"{share:.1%}" for share in row.values())] for arm, row in shares.items()]
-    return Table(f"Where the time of a training goes, {run}", ["arm", *next(iter(shares.values()))], rows)
-
-
 def arguments(argv=None):
     """The arguments; .keys are those of train.py, .left() says how many seconds there are."""
     parser = bench.parser(__doc__)
@@ -275,9 +269,11 @@ def measure(setting: str, args) -> tuple[dict, list[Table]]:
         found, tables = {"shape": shape, "rounds": rounds}, [side_table(setting, rounds)]
         if args.shares:
             arms = [arm for arm in args.arms if ":" not in arm]
-            found["shares"] = {arm: run_shares(arm, setting, work, args) for arm in arms}
+            found["shares"] = by_arm = {arm: run_shares(arm, setting, work, args) for arm in arms}
             run = "config/demo.py in full" if setting == "demo" else f"{args.steps} steps of {setting}"
-            tables.append(shares_table(run, found["shares"]))
+            rows = [[arm, *(f"{share:.1%}" for share in of_arm.values())] for arm, of_arm in by_arm.items()]
+            header = ["arm", *next(iter(by_arm.values()))]
+            tables.append(Table(f"Where the time of a training goes, {run}", header, rows))
     return found, tables
 
 
