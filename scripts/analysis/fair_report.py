@@ -50,9 +50,6 @@ def measured(g: dict) -> str:
     return f"{with_sign(g['mean'])} ({span(g)}, {g['n']} seeds{verdict})"
 
 
-# ---------------------------------------------------------------------------------------------- tables
-
-
 def tables(c: dict) -> list[Table]:
     """What was compared, the questions over all cells, each cell, the best settings, and the gain by frequency."""
     over, order = c["gap"]["over"], list(c["rungs"])
@@ -141,9 +138,6 @@ def beside_table(c: dict) -> Table:
     note = "One seed and the tuning's validation windows. They choose nothing, and no final run has them; head: head_lr_mult."
     header = ["arm", "setting", "val loss", "gain over its best setting"]
     return Table("Settings tried beside the tuning's lines", header, rows, left=2, note=note)
-
-
-# ---------------------------------------------------------------------------------------------- sentences
 
 
 def findings(c: dict) -> list[str]:
@@ -379,9 +373,6 @@ def arms_by_seeds(seeds_of: dict[str, list[int]], all_arms: int) -> list[str]:
 def from_to(values: list) -> str:
     low, high = count(min(values)), count(max(values))
     return low if low == high else f"{low} to {high}"
-
-
-# ---------------------------------------------------------------------------------------------- the page
 
 
 def as_text(c: dict) -> str:

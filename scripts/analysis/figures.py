@@ -106,9 +106,6 @@ def save(figure, base: Path) -> None:
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------- curves
-
-
 def draw_val(ax, c: dict, runs: list[Run]) -> None:
     """Validation loss by tokens, an arm a line."""
     curves = {arm: [r.series(upto=c["at_iter"]) for r in runs if r.arm == arm] for arm in c["arms"]}

@@ -34,9 +34,6 @@ def with_span(g: dict) -> str:
     return f"{with_sign(g['mean'])} ({'one seed, no interval' if g['low'] is None else span(g)})"
 
 
-# ---------------------------------------------------------------------------------------------- tables
-
-
 def tables(c: dict) -> list[Table]:
     """The comparison's tables: losses, gains, steps to reach another's loss, sizes and speeds."""
     found = [loss_table(c), gain_table(c), reach_table(c), size_table(c), arm_table(c)]
@@ -138,9 +135,6 @@ def frequency_table(by_arm: dict[str, list], side: str, over: str, where: str) -
     title = f"Gain over {over} by training count of the token {SIDES[side]}, {where}"
     note = "count: powers of 4, from this one to the next, in the first 100M training tokens; tokens: of the validation."
     return Table(title, ["count", "tokens", *arms], rows, left=0, note=note)
-
-
-# ---------------------------------------------------------------------------------------------- sentences
 
 
 def findings(c: dict) -> list[str]:

@@ -41,9 +41,6 @@ def nanogpt(text: str) -> Path:
     return folder
 
 
-# ---- measuring
-
-
 def timed(work, device: str = "cpu") -> tuple[float, object]:
     """(milliseconds of one call, what it gave); on CUDA by the device's own clock."""
     if device.startswith("cuda"):
@@ -128,9 +125,6 @@ def alternate(sides: dict, n_rounds: int, left=lambda: math.inf, say=progress) -
                 rounds[side].append(None)
         longest = max(longest, time.perf_counter() - began)
     return rounds
-
-
-# ---- figures
 
 
 def column(rounds: dict, side: str, key: str) -> list:

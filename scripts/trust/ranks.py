@@ -43,10 +43,6 @@ SPLITS = [(1, 4), (1, 2), (1, 1), (2, 4), (2, 2), (2, 1), (4, 2), (4, 1)]  # (ra
 ARMS = ("bpe_tied", "kronecker")
 ALLOWED = 1e-5  # relative difference of a loss: sums in another order
 PATIENCE = 600  # seconds after which anything here counts as hung
-
-
-# ---- processes
-
 # The agents look for each other's names otherwise, and a machine may not know its own. A store that torchrun shares
 # with the workers is not announced to a node that comes later: without the last one, a lost node is never replaced.
 VARIABLES = ("GLOO_SOCKET_IFNAME=lo", "PYTHONUNBUFFERED=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
@@ -206,9 +202,6 @@ def nodes(keys: dict, work: Path):
         finish(agents, ours)
         same = twin.losses(ours) == twin.losses(theirs)
         yield what, twin.furthest(ours, theirs) | {"bit_identical": same} | seconds
-
-
-# ---- the report
 
 
 def parts(rows: list[dict]) -> list:

@@ -40,9 +40,6 @@ def launch(command: list, folder: Path) -> subprocess.Popen:
     return start_child(Job(folder.name, list(map(str, command)), folder, 0))
 
 
-# ---- comparing bits
-
-
 def same_bits(a, b) -> bool:
     """Equal values of equal type and every tensor equal in its bytes (so 0.0 is not -0.0, and NaN equals itself)."""
     if isinstance(a, torch.Tensor):
@@ -104,9 +101,6 @@ def differences(out_dir: Path, twin: Path, keep: int) -> list[str]:
     return [name for name, same in equal.items() if not same]
 
 
-# ---- comparing figures
-
-
 def losses(out_dir: Path) -> dict:
     """{(iter, name): value} of all losses and gradient norms that were logged."""
     names, rows = (*FIGURES.values(), "val/bpb"), read_metrics(out_dir)
@@ -127,9 +121,6 @@ def furthest(out_dir: Path, twin: Path) -> dict:
 def largest(values) -> float:
     """The largest of some numbers, NaN if one is: `max` would pass over it."""
     return float(np.max(list(values)))
-
-
-# ---- the report
 
 
 def tally(title: str, what: str, records: list[dict], name_of, columns: dict) -> Table:
