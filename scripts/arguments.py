@@ -7,6 +7,11 @@ from data.console import Parser, whole  # noqa: F401 - every script takes them f
 from engine.errors import RunError
 
 
+def flags(keys: dict) -> list[str]:
+    """Keys as train.py takes them."""
+    return [f"--{k}={v}" for k, v in keys.items()]
+
+
 def number(low: float, high: float = math.inf, above: bool = False):
     """An argparse type: finite numbers from low (or above it) to high."""
 

@@ -34,6 +34,7 @@ from engine.plan import global_batch
 from engine.runs import Parameters, read_run
 from engine.runs import Run as RunSchema
 from model import USUAL_RMS
+from scripts.arguments import flags
 from scripts.provenance import ROOT
 
 ARMS = ROOT / "config" / "arms"
@@ -400,13 +401,13 @@ def command_keys(exp: Experiment, run: Run) -> list[str]:
     stage = stages[(run.rung, run.length) if run.stage == "recheck" else run.stage]
     keys = exp.lengths[run.length] | stage | dict(run.setting)
     keys |= {"min_lr": keys["learning_rate"] * exp.min_lr_ratio, "seed": run.seed, "arm": run.arm}
-    return [str(ROOT / exp.rungs[run.rung]), str(arm_file(run.arm)), *(f"--{k}={v}" for k, v in keys.items())]
+    return [str(ROOT / exp.rungs[run.rung]), str(arm_file(run.arm)), *flags(keys)]
 
 
 def tokens_of(exp: Experiment, place) -> int:
     """Training tokens of the runs at a place of the experiment: anything with a rung and a length."""
-    keys = [f"--{k}={v}" for k, v in exp.lengths[place.length].items()]
-    config = configurator.load([str(ROOT / exp.rungs[place.rung]), *keys], quiet=True)
+    words = [str(ROOT / exp.rungs[place.rung]), *flags(exp.lengths[place.length])]
+    config = configurator.load(words, quiet=True)
     return global_batch(config) * config.block_size * config.max_iters
 
 

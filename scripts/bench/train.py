@@ -16,7 +16,6 @@ alone. The side kronecker:table is the arm with its embedding computed as script
 import contextlib
 import functools
 import math
-import pickle
 import re
 import shutil
 import statistics
@@ -31,21 +30,20 @@ if not __package__:  # run by its path: the root takes the place of this folder,
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     import scripts.by_path  # noqa: F401 - Ctrl-C
 
-import numpy as np
 import torch
 
 import configurator
 import model
 import train
-from data.meta import write_meta
 from engine import checkpoint, evaluation, flops, runs
 from engine.errors import sentences
 from engine.metrics import Metrics, Progress, read_metrics
 from engine.step import GuardedStep
 from scripts.analysis.report import Table, progress
-from scripts.arguments import device, names, number, some_of, whole
+from scripts.arguments import device, flags, names, number, some_of, whole
 from scripts.bench import rounds as bench
 from scripts.experiment import ARMS, arm_file
+from scripts.made_up import write_data
 from scripts.provenance import ROOT, provenance
 
 SETTINGS = {
@@ -74,25 +72,6 @@ WITH_PEAK = (
     "runpy.run_path(sys.argv[0], run_name='__main__'); "
     "print('peak bytes', torch.cuda.max_memory_allocated())"
 )
-
-
-def write_data(folder: Path, vocab_size: int) -> None:
-    """Zipf-like tokens, as text has them, in nanoGPT's headerless form; and a tokenizer of made-up words."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    ranks = np.minimum(rng.zipf(1.2, 2_000_000) - 1, vocab_size - 1)
-    tokens = rng.permutation(vocab_size)[ranks].astype(np.uint16)
-    tokens[:1_900_000].tofile(folder / "train.bin")
-    tokens[1_900_000:].tofile(folder / "val.bin")
-    # byte lengths as in GPT-2's vocabulary: 1 to 16, six on average
-    letters = (rng.integers(97, 123, min(16, 1 + rng.poisson(5))) for _ in range(vocab_size))
-    spec = {"kind": "chars", "itos": ["".join(map(chr, word)) for word in letters]}
-    write_meta(folder, {"format": 1, "tokenizer": spec, "vocab_size": vocab_size, "dtype": "uint16"})
-    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))  # what nanoGPT reads of it
-
-
-def flags(keys: dict) -> list[str]:
-    return [f"--{k}={v}" for k, v in keys.items()]
 
 
 def common(args) -> dict:

@@ -34,9 +34,9 @@ import configurator
 import train
 from data.identity import SETTLED_SECONDS
 from engine.errors import RunError, sentences
-from scripts.arguments import whole
-from scripts.bench.train import write_data
+from scripts.arguments import flags, whole
 from scripts.experiment import arm_file
+from scripts.made_up import write_data
 from scripts.pool import last_words
 from scripts.provenance import ROOT
 from scripts.trust import twin
@@ -63,7 +63,7 @@ FORK = multiprocessing.get_context("fork")
 
 def begin(arm: str, keys: dict, out_dir: Path, on_line=None):
     """Train in a fork of this process. on_line: called there as (number from 1, "file:line") before each line of TRACED."""
-    words = [str(arm_file(arm)), *(f"--{k}={v}" for k, v in (keys | {"out_dir": out_dir}).items())]
+    words = [str(arm_file(arm)), *flags(keys | {"out_dir": out_dir})]
     process = FORK.Process(target=train_here, args=(words, log_of(out_dir), on_line), daemon=True)
     process.start()
     return process

@@ -28,8 +28,9 @@ from engine import checkpoint
 from engine.errors import RunError, sentences
 from engine.metrics import read_metrics
 from scripts.analysis.report import Table
-from scripts.bench.train import flags, write_data
+from scripts.arguments import flags
 from scripts.experiment import arm_file
+from scripts.made_up import write_data
 from scripts.pool import last_words, ranks_of, stop_child
 from scripts.provenance import ROOT
 from scripts.trust import twin
