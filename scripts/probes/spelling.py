@@ -82,7 +82,7 @@ def measure(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> list[d
             r["logprob_drop"] = r["logp_top1_under_clean"] - r["logp_top1_under_typo"]
             r |= {"kl_clean_to_typo": max(kl[k].item(), 0.0), "cosine_hidden": cosine[k].item()}
             records.append(r)
-    if "continuation" in pairs[0]:
+    if pairs[0].get("continuation"):
         add_costs(model, tokenizer, pairs, records)
     return records
 

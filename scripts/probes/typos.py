@@ -80,6 +80,7 @@ class TypoPair(Record):
     category: str
     clean: str
     typo: str
+    continuation: str = ""
 
 
 class TypoPairs(Record):
@@ -102,7 +103,9 @@ class PublishedArm(Record):
 
 def read_pairs(path: Path) -> tuple[list[dict], dict]:
     """(pairs, {arm: its published records} or {}): our own file, or the paper's results, which hold both."""
-    content = read_record(path, TypoPairs, "typo pairs").model_dump()
+    content = read_record(path, TypoPairs, "typo pairs").model_dump(exclude_unset=True)
+    if len({bool(p.get("continuation")) for p in content["prompt_pairs"]}) > 1:
+        raise RunError(f"{path}: some pairs have a continuation and others none: give each pair one, or none")
     arms = {a: x for a, x in content.items() if isinstance(x, dict) and "per_prompt" in x}
     for arm, found in arms.items():
         validated(found, PublishedArm, f"{path}, {arm}", "published results")
