@@ -293,6 +293,7 @@ def probe(args) -> common.Finding:
         others = m.seed is None
         load = load_pretrained(m.name, args.tokenizer, args.device) if others else common.load(m.name, args)
         model, tokenizer = load
+        block_size = model.config.block_size
         mine = found.setdefault(m.arm, {}).setdefault(m.seed, {})
         for task in tasks:
             begun, name = time.time(), task["name"]
@@ -301,9 +302,7 @@ def probe(args) -> common.Finding:
             where = f"model {number} of {len(models)}, {m.arm}{'' if others else f' seed {m.seed}'}, {name}"
             x = measure(model, tokenizer, task, args, autocast, said_at_times(where))
             if x is None:
-                unfit[name] = (
-                    f"{name} is left out: none of its items fits into block_size {model.config.block_size}."
-                )
+                unfit[name] = f"{name} is left out: none of its items fits into block_size {block_size}."
                 progress(f"{where}: {unfit[name]}")
                 continue
             mine[name] = x
@@ -311,10 +310,10 @@ def probe(args) -> common.Finding:
             progress(f"{where}: {got}, {time.time() - begun:.0f} s")
             if x["cut"] or x["too_long"]:
                 notes[
-                    f"{name} at block_size {model.config.block_size}: {x['cut']} of the items with a context cut "
+                    f"{name} at block_size {block_size}: {x['cut']} of the items with a context cut "
                     f"at its start, {x['too_long']} left out for an answer that is longer."
                 ] = None
-        if args.wandb and not others:
+        if args.wandb and mine and not others:
             to_wandb(m, means(mine), common.out_folder(args))
     tasks = [task for task in tasks if task["name"] not in unfit]
     if not tasks:

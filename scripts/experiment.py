@@ -238,9 +238,8 @@ def tuned_at(exp: Experiment, place: Place) -> Place:
     def size(of: Place) -> tuple[int, int]:
         return list(exp.rungs).index(of.rung), list(exp.lengths).index(of.length)
 
-    return max(
-        (t for t in (exp.tuning, *exp.recheck) if size(t) <= size(place)), key=size, default=exp.tuning
-    )
+    tuned = [t for t in (exp.tuning, *exp.recheck) if size(t) <= size(place)]
+    return max(tuned, key=size, default=exp.tuning)
 
 
 # ---- which runs there are
@@ -300,10 +299,8 @@ class Plan:
         """The learning rate at the arm's own defaults, then the input side's multiplier and scale at the best one, then
         the learning rate once more at those."""
         t, arms = self.exp.tuning, self.exp.arms
-        rates = self.search(
-            "tune", t, [Line(a, (), tuple(t.learning_rate)) for a in arms], "learning_rate", 2, t.extend
-        )
-        lines = []
+        lines = [Line(arm, (), tuple(t.learning_rate)) for arm in arms]
+        rates, lines = self.search("tune", t, lines, "learning_rate", 2, t.extend), []
         for arm in arms:
             mults, scales = grids(self.exp, arm)
             lines += [Line(arm, (*rates[arm], ("wte_init_rms", rms)), tuple(mults)) for rms in scales]

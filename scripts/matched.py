@@ -301,9 +301,8 @@ def refuse_other_runs(args, asked: dict[pool.Job, tuple[str, int]]) -> None:
         if pool.state(job)[0] == "unfinished":
             continue
         (config, run), wanted = read_run(job.out_dir), args.configs[arm]
-        experiment.check_keys(
-            job.out_dir, config, wanted, ("eval_tokens", "eval_skip_tokens"), "this command", cure
-        )
+        windows = ("eval_tokens", "eval_skip_tokens")
+        experiment.check_keys(job.out_dir, config, wanted, windows, "this command", cure)
         tokens = global_batch(wanted) * wanted.block_size
         if run["tokens_per_step"] != tokens:
             there = f"{run['tokens_per_step']:,} tokens a step, but this command asks for {tokens:,}"

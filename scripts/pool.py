@@ -137,10 +137,9 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: st
         gpus = environment.get("CUDA_VISIBLE_DEVICES")
         where = f"{place or socket.gethostname()}{f', GPUs {gpus}' * bool(gpus)}"
         print(f"{HEADER} {where}: {shlex.join(job.command)}", file=log, flush=True)
-        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(
-            job.command, env=environment, start_new_session=True, preexec_fn=before_exec, **streams
-        )
+        how = {"env": environment, "start_new_session": True, "preexec_fn": before_exec}
+        how |= {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(job.command, **how)
 
 
 def ranks_of(child: subprocess.Popen) -> dict[int, psutil.Process]:

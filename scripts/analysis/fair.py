@@ -149,9 +149,8 @@ def beside_the_lines(plan: experiment.Plan, records: dict[str, experiment.RunRec
         if any(contract.differences(pair, swept=("learning_rate", "min_lr"))):
             continue
         loss, least = (experiment.last_row(r)["val/loss"] for r in (record, chosen))
-        keys = experiment.setting_of(
-            arm, {k: record.config[k] for k in experiment.SHORT if k in record.config}
-        )
+        said = {k: record.config[k] for k in experiment.SHORT if k in record.config}
+        keys = experiment.setting_of(arm, said)
         found.append({"arm": arm, "seed": seed, "setting": dict(keys), "loss": loss, "gain": least - loss})
     return found
 
@@ -170,9 +169,7 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
     if not found:
         return None
     params = {arm: next(iter(by_seed.values())).run["params"] for arm, by_seed in found.items()}
-    last = {
-        arm: {str(s): experiment.last_row(r) for s, r in by_seed.items()} for arm, by_seed in found.items()
-    }
+    last = {arm: {str(s): experiment.last_row(r) for s, r in mine.items()} for arm, mine in found.items()}
     loss = {arm: {s: row["val/loss"] for s, row in rows.items()} for arm, rows in last.items()}
     bpb = {arm: interval(row.get("val/bpb") for row in rows.values()) for arm, rows in last.items()}
     over = exp.gap.over

@@ -121,12 +121,10 @@ def question_table(cells: list[dict]) -> Table:
 
 def setting_table(c: dict) -> Table:
     """The setting that the tuning chose for each arm at each place where it was tuned."""
-    chosen = {
-        (x["arm"], f"rung {x['rung']}, {x['length']} tokens"): setting(x["keys"]) for x in c["settings"]
-    }
-    places = list(dict.fromkeys(place for _, place in chosen))
-    arms = sorted({arm for arm, _ in chosen}, key=arm_sort_key)
-    rows = [[arm, *(chosen.get((arm, place), "-") for place in places)] for arm in arms]
+    best = {(x["arm"], f"rung {x['rung']}, {x['length']} tokens"): setting(x["keys"]) for x in c["settings"]}
+    places = list(dict.fromkeys(place for _, place in best))
+    arms = sorted({arm for arm, _ in best}, key=arm_sort_key)
+    rows = [[arm, *(best.get((arm, place), "-") for place in places)] for arm in arms]
     title = "Best settings, chosen from the tuning runs alone"
     return Table(title, ["arm", *places], rows, left=1 + len(places))
 
@@ -161,7 +159,7 @@ def question_findings(c: dict, which: str, pair: tuple | None = None) -> list[st
                 asked.setdefault((q["what"], q["arm"], q["over"]), []).append((cell, q))
     says = []
     for (what, arm, over), answers in asked.items():
-        found = Counter(verdict_on(q) for _, q in answers)
+        found, n = Counter(verdict_on(q) for _, q in answers), len(answers)
         ways = ("ahead", "behind", "not called", "only one seed")
         verdict = ", ".join(f"{how} in {found[how]}" for how in ways if found[how])
         each = []
@@ -169,12 +167,8 @@ def question_findings(c: dict, which: str, pair: tuple | None = None) -> list[st
             of_rung = [f"{measured(q)} at {count(x['tokens'])}" for x, q in answers if x["rung"] == rung]
             each += [f"rung {rung} {', '.join(of_rung)}"] * bool(of_rung)
         # one cell says by itself how it is
-        counted = (
-            f": {verdict} of {len(answers)} cells. In nats, by tokens" if len(answers) > 1 else ", in nats"
-        )
-        says.append(
-            f"{what} ({arm} over {over}){counted}: {'; '.join(each)}{' tokens' * (len(answers) == 1)}."
-        )
+        counted = f": {verdict} of {n} cells. In nats, by tokens" if n > 1 else ", in nats"
+        says.append(f"{what} ({arm} over {over}){counted}: {'; '.join(each)}{' tokens' * (n == 1)}.")
     return says
 
 
@@ -319,12 +313,10 @@ def beside(tried: list[dict]) -> str:
     """What is known of settings beside the tuning's lines."""
     if not tried:
         return "A better setting may lie beside these lines."
-    better = sorted((x for x in tried if x["gain"] > 0), key=lambda x: -x["gain"])
+    n, better = len(tried), sorted((x for x in tried if x["gain"] > 0), key=lambda x: -x["gain"])
     each = [f"{x['arm']} at {setting(x['setting'])}, by {x['gain']:.4f}" for x in better]
     which = f", {len(better)} of them better than the arm's best one ({'; '.join(each)})" if better else ""
-    more = (
-        "1 more was tried in one run" if len(tried) == 1 else f"{len(tried)} more were tried in one run each"
-    )
+    more = "1 more was tried in one run" if n == 1 else f"{n} more were tried in one run each"
     return f"Beside these lines {more}{which}; others may be better still."
 
 
@@ -332,11 +324,9 @@ def mixed_pairs(cells: list[dict]) -> list[str]:
     """How many pairs of runs were not made alike, in one sentence; none where all were."""
     pairs = sum((Counter(x["pairs"]) for x in cells), Counter())
     kinds = {"device": "different machines", "commit": "different commits"}
-    mixed = [f"in {pairs[key]} they are of {what}" for key, what in kinds.items() if pairs[key]]
-    between = (
-        f"Of the pairs of runs of one seed ({pairs['all']}) {' and '.join(mixed)}, whose rounding may differ."
-    )
-    return [between] * bool(mixed)
+    mixed = " and ".join(f"in {pairs[key]} they are of {what}" for key, what in kinds.items() if pairs[key])
+    says = f"Of the pairs of runs of one seed ({pairs['all']}) {mixed}, whose rounding may differ."
+    return [says] * bool(mixed)
 
 
 def not_run(missing: list[dict]) -> list[str]:
@@ -353,9 +343,7 @@ def not_run(missing: list[dict]) -> list[str]:
             elif n:
                 each = "; ".join(arms_by_seeds(mine, m["arms"]))
                 says.append(f"{why}: {n} of {m['runs']} final runs of {of_place} ({each}).")
-    return says + [
-        f"{why}: all final runs of {'; '.join(places)}." for why, places in whole.items() if places
-    ]
+    return says + [f"{why}: all final runs of {'; '.join(of)}." for why, of in whole.items() if of]
 
 
 def arms_by_seeds(seeds_of: dict[str, list[int]], all_arms: int) -> list[str]:

@@ -107,9 +107,8 @@ def run_ours(side: str, shape: dict, work: Path, args) -> dict:
     arm, _, way = side.partition(":")
     keys = our_keys(shape, work, args)
     script = [ROOT / "scripts" / "gpu" / "candidates.py", way] if way else [ROOT / "train.py"]
-    _, _, gb = bench.run(
-        [sys.executable, *script, arm_file(arm), *flags(keys)], work, args.left(), args.device == "cpu"
-    )
+    command = [sys.executable, *script, arm_file(arm), *flags(keys)]
+    _, _, gb = bench.run(command, work, args.left(), args.device == "cpu")
     rows = [r for r in read_metrics(keys["out_dir"]) if "train/loss" in r]
     shutil.rmtree(keys["out_dir"])
     tokens = keys["batch_size"] * keys["gradient_accumulation_steps"] * shape["block_size"]
@@ -128,9 +127,8 @@ def run_nanogpt(shape: dict, work: Path, args) -> dict:
     keys = {k: v for k, v in shape.items() if k != "vocab_size"} | common(args) | cut
     keys |= {"dataset": "bench", "eval_iters": 1, "always_save_checkpoint": False, "wandb_log": False}
     start = [sys.executable] + (["-c", WITH_PEAK] if args.device == "cuda" else [])
-    text, _, gb = bench.run(
-        [*start, args.nanogpt_dir / "train.py", *flags(keys)], work, args.left(), args.device == "cpu"
-    )
+    command = [*start, args.nanogpt_dir / "train.py", *flags(keys)]
+    text, _, gb = bench.run(command, work, args.left(), args.device == "cpu")
     all_ms = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.naif]+, time ([\d.]+)ms", text)]
     if args.device == "cuda":
         gb = int(re.findall(r"peak bytes (\d+)", text)[-1]) / 1e9

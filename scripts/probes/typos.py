@@ -36,9 +36,8 @@ def misspellings(source: str) -> dict[str, list[str]]:
     if source == "codespell":  # WRONG->RIGHT, where only one word can be meant
         pairs = [(word, wrong) for wrong, _, word in (x.partition("->") for x in lines) if "," not in word]
     else:  # RIGHT WRONG WRONG ...
-        pairs = [
-            (word, wrong) for word, *others in map(str.split, filter(str.strip, lines)) for wrong in others
-        ]
+        rows = map(str.split, filter(str.strip, lines))
+        pairs = [(word, wrong) for word, *others in rows for wrong in others]
     words, found = {word.strip().lower() for word, _ in pairs}, {}
     for word, wrong in dict.fromkeys((word.strip(), wrong.strip()) for word, wrong in pairs):
         if WORD.fullmatch(word) and re.fullmatch("[a-z]+", wrong) and wrong not in words:

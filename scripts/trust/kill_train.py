@@ -241,9 +241,7 @@ def at_lines(args, work: Path) -> tuple[list[dict], list]:
             shutil.rmtree(work / name)
         print(f"{name}, {record['line']}: {record['trouble'] or 'the twin in every bit'}", flush=True)
     passed = {"passed": lambda r: not r["trouble"]}
-    lines = " and ".join(
-        f"a `{scene}` run executes {len(places):,} lines" for scene, places in executed.items()
-    )
+    lines = " and ".join(f"a `{scene}` run executes {len(at):,} lines" for scene, at in executed.items())
     return records, [
         f"**{sum(map(passed['passed'], records)):,} of {len(records):,}** killed runs ended in the twin's bits. "
         f"{lines.capitalize()}; the kills fell on {len({r['line'] for r in records}):,} different lines of source.",
@@ -277,10 +275,8 @@ def main(argv=None) -> int:
             "Compared: weights and AdamW's moments in every bit; all rows of metrics.jsonl but speed and memory; counters; "
             "the run's record; which checkpoints are kept; `latest` and `best`; and that nothing half-written stays."
         )
-        where = "every line" if args.lines else "random instants"
-        twin.report(
-            args, __file__, argv, f"Killed at {where}, against the unkilled twin", {"runs": records}, parts
-        )
+        title = f"Killed at {'every line' if args.lines else 'random instants'}, against the unkilled twin"
+        twin.report(args, __file__, argv, title, {"runs": records}, parts)
         bad = [r for r in records if r["trouble"]]
         print(f"{len(records) - len(bad)} of {len(records)} killed runs ended in the twin's bits")
         if bad:

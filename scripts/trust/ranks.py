@@ -240,9 +240,8 @@ def main(argv=None) -> int:
             for what, figures in found:
                 rows.append({"arm": arm, "what": what} | figures)
                 print(json.dumps(rows[-1]), flush=True)
-        twin.report(
-            args, __file__, argv, "Any number of ranks, the same training", {"rows": rows}, parts(rows)
-        )
+        title = "Any number of ranks, the same training"
+        twin.report(args, __file__, argv, title, {"rows": rows}, parts(rows))
         worst = twin.largest(row[name] for row in rows for name in ("train", "val") if name in row)
         print(f"largest relative difference of a loss: {worst:.1e} (allowed: {ALLOWED:.0e})")
         if not worst <= ALLOWED:

@@ -129,9 +129,7 @@ def tally(title: str, what: str, records: list[dict], name_of, columns: dict) ->
     for record in records:
         groups.setdefault(name_of(record), []).append(record)
     groups = dict(sorted(groups.items())) | {"all": records}
-    rows = [
-        [name, len(of), *(sum(map(true, of)) for true in columns.values())] for name, of in groups.items()
-    ]
+    rows = [[name, len(of), *(sum(map(yes, of)) for yes in columns.values())] for name, of in groups.items()]
     return Table(title, [what, "killed", *columns], rows)
 
 
