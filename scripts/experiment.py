@@ -317,9 +317,7 @@ class Plan:
             raise Unknown
         self.once_more("recheck", place, arm, tuned, place.factors, 0)
 
-    def once_more(
-        self, stage: str, place, arm: str, setting: tuple, factors: list[float], extend: int
-    ) -> None:
+    def once_more(self, stage: str, place, arm: str, setting: tuple, factors: list, extend: int) -> None:
         """Choose an arm's learning rate among factors of a setting's, whose other keys are kept.
 
         A grid that is extended grows for this arm alone, so no arm waits for another.
@@ -332,9 +330,7 @@ class Plan:
     def choose(self, place: Place, settings: dict[str, tuple]) -> None:
         self.best |= {(place.rung, place.length, arm): setting for arm, setting in settings.items()}
 
-    def search(
-        self, stage: str, place, lines: list[Line], key: str, factor: float, extend: int
-    ) -> dict[str, tuple]:
+    def search(self, stage: str, place, lines: list[Line], key: str, factor: float, extend: int) -> dict:
         """{arm: its best setting} over all its lines.
 
         While one arm's best value stands at an edge of its line, every arm's best line grows there by one value, so

@@ -31,11 +31,8 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
     """Everything that the report shows. RunError where a record differs from the file or runs do not match."""
     plan = experiment.plan_of(exp, records)
     known = [(run, records[run.name]) for run in plan.runs if run.name in records]
-    asked = [
-        (place_of(exp, final, which), plan.final_runs(final, which))
-        for final in exp.final
-        for which in final.settings
-    ]
+    places = [(final, which) for final in exp.final for which in final.settings]
+    asked = [(place_of(exp, *place), plan.final_runs(*place)) for place in places]
     cells = [x for place, runs in asked if (x := cell(exp, records, place, runs))]
     finals = sum(run.stage == "final" for run, _ in known)
     return {
@@ -201,9 +198,7 @@ def count_pairs(found: dict, paired: set[frozenset[str]]) -> dict:
     return {"all": len(pairs)} | mixed
 
 
-def gain(
-    exp: experiment.Experiment, loss: dict, arm: str, over: str, diverged: Iterable[str] = ()
-) -> dict | None:
+def gain(exp, loss: dict, arm: str, over: str, diverged: Iterable[str] = ()) -> dict | None:
     """The gain of an arm over another by shared seeds: its interval, and whether the rule calls it a difference.
 
     An arm of which a run has diverged there is never called the better one: its seeds that are left are the lucky ones.
@@ -225,11 +220,8 @@ def missing(records: dict, place: dict, runs: list[tuple]) -> dict | None:
             lacking.setdefault(arm, []).append(seed)
     if not lacking:
         return None
-    counts = {
-        "arms": len({arm for arm, *_ in runs}),
-        "runs": len(runs),
-        "missing": sum(map(len, lacking.values())),
-    }
+    counts = {"arms": len({arm for arm, *_ in runs}), "runs": len(runs)}
+    counts["missing"] = sum(map(len, lacking.values()))
     return place | counts | {"seeds": lacking, "unset": sorted({arm for arm, _, run in runs if run is None})}
 
 

@@ -67,10 +67,8 @@ def gain_table(c: dict) -> Table:
         g = p["gain_nats"]
         row = [p["arm"], p["over"], with_sign(g["mean"]), dash(g["sd"], ".4f"), span(g)]
         percent = p["gain_percent"] or {}
-        row += [
-            dash(percent.get("mean"), "+.2f") + "%" * bool(percent),
-            f"{p['perplexity_ratio']['mean']:.3f}",
-        ]
+        row.append(dash(percent.get("mean"), "+.2f") + "%" * bool(percent))
+        row.append(f"{p['perplexity_ratio']['mean']:.3f}")
         rows.append(row + [with_sign(p["gain_bpb"]["mean"]) for _ in bpb])
     header = ["arm", "over", "gain, nats", "SD", "95% interval", "loss", "perplexity", *bpb]
     title = "Gain of one arm over another, paired by seed (positive: the arm is better)"

@@ -163,17 +163,13 @@ def tables(record: dict) -> list[Table]:
     seconds = {side: bench.column(rounds, side, "seconds") for side in rounds}
     rows = []
     for side, of_side in seconds.items():
-        speeds = [
-            bench.median([tokens / s / 1e6 for s in of_side]) + "M",
-            bench.median([mb / s for s in of_side], ".1f"),
-        ]
+        speeds = [bench.median([tokens / s / 1e6 for s in of_side]) + "M"]
+        speeds.append(bench.median([mb / s for s in of_side], ".1f"))
         minutes = bench.median([1e10 / tokens * s / 60 for s in of_side], ".1f")
         peak = f"{max(bench.column(rounds, side, 'peak_mb')):.0f} MB"
         rows.append([side, *speeds, f"{minutes} min", peak, bench.ratio(of_side, seconds["ours"])])
-    spent = [
-        [stage, f"{s:.2f}", f"{mb / s:.1f}" if s else ""]
-        for stage, s in record["stage_seconds_on_one_core"].items()
-    ]
+    each = record["stage_seconds_on_one_core"].items()
+    spent = [[stage, f"{s:.2f}", f"{mb / s:.1f}" if s else ""] for stage, s in each]
     note = (
         f"{tokens:,} tokens, {mb:.0f} MB of text in {record['documents']:,} documents ({record['input']}, unpacked), "
         f"{record['workers']} threads or processes; medians over the rounds, ratios by pairs; every side gave the same tokens."
