@@ -46,9 +46,8 @@ def some_of(known, what: str):
     def parse(text: str) -> list[str]:
         found = list(dict.fromkeys(names(text)))
         if wrong := [name for name in found if name not in known]:
-            raise argparse.ArgumentTypeError(
-                f"there is no {what} {wrong[0]!r}: choose from {', '.join(known)}"
-            )
+            choice = ", ".join(known)
+            raise argparse.ArgumentTypeError(f"there is no {what} {wrong[0]!r}: choose from {choice}")
         return found
 
     return parse

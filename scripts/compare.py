@@ -58,9 +58,8 @@ def report_experiment(file: str, out: Path | None, made: dict) -> None:
     out = out or (provenance.ROOT / exp.records).parent
     page, heading = out / "README.md", fair_report.heading(exp.name)
     if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").startswith(heading):
-        raise RunError(
-            f"{page} is something else than the report of {exp.name}: give another folder with --out"
-        )
+        what = f"something else than the report of {exp.name}"
+        raise RunError(f"{page} is {what}: give another folder with --out")
     c = fair.numbers(exp, records)
     out.mkdir(parents=True, exist_ok=True)
     drawn = fair_figures.draw(c, out)
@@ -87,12 +86,10 @@ def main(argv=None) -> None:
         parser.error("--wandb-group needs --wandb entity/project")
     with sentences():
         made = provenance.provenance(__file__, argv)
-        if len(args.paths) == 1 and experiment.is_experiment(args.paths[0]):
+        if len(args.paths) == 1 and experiment.is_experiment(file := args.paths[0]):
             if args.baseline or args.allow_unfinished:
-                parser.error(
-                    f"--baseline and --allow-unfinished are for runs: {args.paths[0]} says what is compared"
-                )
-            report_experiment(args.paths[0], args.out, made)
+                parser.error(f"--baseline and --allow-unfinished are for runs: {file} says what is compared")
+            report_experiment(file, args.out, made)
         else:
             compare_runs(args, made)
 

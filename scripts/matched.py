@@ -223,9 +223,8 @@ def check(args, passed: list[str]) -> None:
         if run.stage == "final":
             places.setdefault((run.rung, run.length), {}).setdefault((run.arm, run.seed), run)
     if not places:
-        raise RunError(
-            "no final run of this choice is known yet, so nothing was checked: run the tuning first, or ask for more"
-        )
+        cure = "run the tuning first, or ask for more"
+        raise RunError(f"no final run of this choice is known yet, so nothing was checked: {cure}")
     for (rung, length), runs in places.items():
         print(f"rung {rung}, length {length}")
         asked = [(run.name, run.arm, run.seed, experiment_job(args, run).command) for run in runs.values()]
