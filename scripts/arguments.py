@@ -7,6 +7,11 @@ from data.console import Parser, whole  # noqa: F401 - every script takes them f
 from engine.errors import RunError
 
 
+def flags(keys: dict) -> list[str]:
+    """Keys as train.py takes them."""
+    return [f"--{k}={v}" for k, v in keys.items()]
+
+
 def number(low: float, high: float = math.inf, above: bool = False):
     """An argparse type: finite numbers from low (or above it) to high."""
 
@@ -41,9 +46,8 @@ def some_of(known, what: str):
     def parse(text: str) -> list[str]:
         found = list(dict.fromkeys(names(text)))
         if wrong := [name for name in found if name not in known]:
-            raise argparse.ArgumentTypeError(
-                f"there is no {what} {wrong[0]!r}: choose from {', '.join(known)}"
-            )
+            choice = ", ".join(known)
+            raise argparse.ArgumentTypeError(f"there is no {what} {wrong[0]!r}: choose from {choice}")
         return found
 
     return parse

@@ -24,24 +24,12 @@ from data.files import write_json, write_text
 from engine.errors import RunError, sentences
 from scripts import experiment, provenance
 from scripts.analysis import fair, fair_figures, fair_report, figures, numbers, report, words
-from scripts.analysis.runs import Run, default_out, find_run_folders, load_folder, load_wandb
+from scripts.analysis.runs import default_out, find_run_folders, load_folder, load_wandb
 from scripts.arguments import Parser
 
 
-def write_comparison(c: dict, runs: list[Run], out: Path, command: str) -> Path:
-    """comparison.json, comparison.md, the curves and the section of the page, in OUT/compare; the page's path."""
-    folder = out / "compare"
-    folder.mkdir(parents=True, exist_ok=True)
-    made = words.provenance(c, command, provenance.today())
-    write_json(folder / "comparison.json", c | {"provenance": made})
-    kept = {x["run"] for x in c["runs"]}
-    curves = figures.draw_curves(c, [r for r in runs if r.name in kept], folder)
-    write_text(folder / "comparison.md", words.as_markdown(c, made))
-    return report.write_section(out, "comparison", "Comparison", 10, words.section(c, curves, made))
-
-
-def compare_runs(args, command: str) -> None:
-    """Runs of folders or of wandb: the comparison in OUT/compare, and printed."""
+def compare_runs(args, made: dict) -> None:
+    """Runs of folders or of wandb: comparison.json, comparison.md, the curves and the page in OUT/compare; printed, too."""
     if args.wandb:
         runs = load_wandb(args.wandb, args.wandb_group)
         out = args.out or Path("out") / args.wandb.replace("/", "_")
@@ -49,9 +37,15 @@ def compare_runs(args, command: str) -> None:
         runs = [load_folder(f) for f in find_run_folders(args.paths)]
         out = args.out or default_out(args.paths)
     c = numbers.compare(runs, args.baseline or "bpe_tied", args.allow_unfinished)
-    page, curves = write_comparison(c, runs, out, command), out / "compare" / "curves"
+    folder, kept = out / "compare", {x["run"] for x in c["runs"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    about = words.provenance(c, made)
+    write_json(folder / "comparison.json", c | {"provenance": about})
+    curves = figures.draw_curves(c, [r for r in runs if r.name in kept], folder)
+    write_text(folder / "comparison.md", words.as_markdown(c, about))
+    page = report.write_section(out, "comparison", "Comparison", 10, words.section(c, curves, about))
     report.say(words.as_text(c))
-    report.say(f"\ncurves  {curves}.png\n        {curves}.svg\nreport  {page}")
+    report.say(f"\ncurves  {folder / 'curves'}.png\n        {folder / 'curves'}.svg\nreport  {page}")
 
 
 def report_experiment(file: str, out: Path | None, made: dict) -> None:
@@ -64,9 +58,8 @@ def report_experiment(file: str, out: Path | None, made: dict) -> None:
     out = out or (provenance.ROOT / exp.records).parent
     page, heading = out / "README.md", fair_report.heading(exp.name)
     if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").startswith(heading):
-        raise RunError(
-            f"{page} is something else than the report of {exp.name}: give another folder with --out"
-        )
+        what = f"something else than the report of {exp.name}"
+        raise RunError(f"{page} is {what}: give another folder with --out")
     c = fair.numbers(exp, records)
     out.mkdir(parents=True, exist_ok=True)
     drawn = fair_figures.draw(c, out)
@@ -92,14 +85,13 @@ def main(argv=None) -> None:
     if args.wandb_group and not args.wandb:
         parser.error("--wandb-group needs --wandb entity/project")
     with sentences():
-        if len(args.paths) == 1 and experiment.is_experiment(args.paths[0]):
+        made = provenance.provenance(__file__, argv)
+        if len(args.paths) == 1 and experiment.is_experiment(file := args.paths[0]):
             if args.baseline or args.allow_unfinished:
-                parser.error(
-                    f"--baseline and --allow-unfinished are for runs: {args.paths[0]} says what is compared"
-                )
-            report_experiment(args.paths[0], args.out, provenance.provenance(__file__, argv))
+                parser.error(f"--baseline and --allow-unfinished are for runs: {file} says what is compared")
+            report_experiment(file, args.out, made)
         else:
-            compare_runs(args, provenance.command(__file__, argv))
+            compare_runs(args, made)
 
 
 if __name__ == "__main__":

@@ -190,12 +190,9 @@ def compare_arms(found: dict, arm: str, over: str, task: dict, seed: int) -> dic
     }
 
 
-def means(result: dict) -> dict:
+def means(found: dict) -> dict:
     """{task: {"items": how many, "acc", "bpb": their means}} of one model."""
-    return {
-        task: {"items": len(x["id"])} | {k: float(np.mean(x[k])) for k in FIGURES}
-        for task, x in result.items()
-    }
+    return {t: {"items": len(x["id"])} | {k: float(np.mean(x[k])) for k in FIGURES} for t, x in found.items()}
 
 
 def make_tables(by_model: dict, tasks: list[dict], comparisons: list[dict]) -> list[Table]:
@@ -237,10 +234,7 @@ def draw(by_model: dict, tasks: list[dict]):
     panels, names = [], [t["name"] for t in tasks]
     titles = {"acc": "Accuracy (right is better)", "bpb": "Right answer (bits per byte, left is better)"}
     for key, title in titles.items():
-        of = {
-            arm: [[x[name][key] for x in models.values()] for name in names]
-            for arm, models in by_model.items()
-        }
+        of = {a: [[x[name][key] for x in mine.values()] for name in names] for a, mine in by_model.items()}
         panels.append((title, of))
     figure = figures.dot_figure(names, panels)
     for row, task in enumerate(tasks):
@@ -293,6 +287,7 @@ def probe(args) -> common.Finding:
         others = m.seed is None
         load = load_pretrained(m.name, args.tokenizer, args.device) if others else common.load(m.name, args)
         model, tokenizer = load
+        block_size = model.config.block_size
         mine = found.setdefault(m.arm, {}).setdefault(m.seed, {})
         for task in tasks:
             begun, name = time.time(), task["name"]
@@ -301,9 +296,7 @@ def probe(args) -> common.Finding:
             where = f"model {number} of {len(models)}, {m.arm}{'' if others else f' seed {m.seed}'}, {name}"
             x = measure(model, tokenizer, task, args, autocast, said_at_times(where))
             if x is None:
-                unfit[name] = (
-                    f"{name} is left out: none of its items fits into block_size {model.config.block_size}."
-                )
+                unfit[name] = f"{name} is left out: none of its items fits into block_size {block_size}."
                 progress(f"{where}: {unfit[name]}")
                 continue
             mine[name] = x
@@ -311,18 +304,16 @@ def probe(args) -> common.Finding:
             progress(f"{where}: {got}, {time.time() - begun:.0f} s")
             if x["cut"] or x["too_long"]:
                 notes[
-                    f"{name} at block_size {model.config.block_size}: {x['cut']} of the items with a context cut "
+                    f"{name} at block_size {block_size}: {x['cut']} of the items with a context cut "
                     f"at its start, {x['too_long']} left out for an answer that is longer."
                 ] = None
-        if args.wandb and not others:
+        if args.wandb and mine and not others:
             to_wandb(m, means(mine), common.out_folder(args))
     tasks = [task for task in tasks if task["name"] not in unfit]
     if not tasks:
         raise RunError(f"{' '.join(unfit.values())} So nothing was measured: choose other --tasks")
-    found = {
-        arm: {seed: {t["name"]: x[t["name"]] for t in tasks} for seed, x in of.items()}
-        for arm, of in found.items()
-    }
+    kept = [task["name"] for task in tasks]
+    found = {a: {seed: {t: x[t] for t in kept} for seed, x in of.items()} for a, of in found.items()}
     wanted = common.pairs_to_compare(found, baseline)
     comparisons = [c for t in tasks for a, b in wanted if (c := compare_arms(found, a, b, t, args.seed))]
     by_model = common.each(found, means)

@@ -34,6 +34,7 @@ from engine.plan import global_batch
 from engine.runs import Parameters, read_run
 from engine.runs import Run as RunSchema
 from model import USUAL_RMS
+from scripts.arguments import flags
 from scripts.provenance import ROOT
 
 ARMS = ROOT / "config" / "arms"
@@ -238,9 +239,8 @@ def tuned_at(exp: Experiment, place: Place) -> Place:
     def size(of: Place) -> tuple[int, int]:
         return list(exp.rungs).index(of.rung), list(exp.lengths).index(of.length)
 
-    return max(
-        (t for t in (exp.tuning, *exp.recheck) if size(t) <= size(place)), key=size, default=exp.tuning
-    )
+    tuned = [t for t in (exp.tuning, *exp.recheck) if size(t) <= size(place)]
+    return max(tuned, key=size, default=exp.tuning)
 
 
 # ---- which runs there are
@@ -300,10 +300,8 @@ class Plan:
         """The learning rate at the arm's own defaults, then the input side's multiplier and scale at the best one, then
         the learning rate once more at those."""
         t, arms = self.exp.tuning, self.exp.arms
-        rates = self.search(
-            "tune", t, [Line(a, (), tuple(t.learning_rate)) for a in arms], "learning_rate", 2, t.extend
-        )
-        lines = []
+        lines = [Line(arm, (), tuple(t.learning_rate)) for arm in arms]
+        rates, lines = self.search("tune", t, lines, "learning_rate", 2, t.extend), []
         for arm in arms:
             mults, scales = grids(self.exp, arm)
             lines += [Line(arm, (*rates[arm], ("wte_init_rms", rms)), tuple(mults)) for rms in scales]
@@ -320,9 +318,7 @@ class Plan:
             raise Unknown
         self.once_more("recheck", place, arm, tuned, place.factors, place.extend)
 
-    def once_more(
-        self, stage: str, place, arm: str, setting: tuple, factors: list[float], extend: int
-    ) -> None:
+    def once_more(self, stage: str, place, arm: str, setting: tuple, factors: list, extend: int) -> None:
         """Choose an arm's learning rate among factors of a setting's, whose other keys are kept.
 
         A grid that is extended grows for this arm alone, so no arm waits for another.
@@ -335,9 +331,7 @@ class Plan:
     def choose(self, place: Place, settings: dict[str, tuple]) -> None:
         self.best |= {(place.rung, place.length, arm): setting for arm, setting in settings.items()}
 
-    def search(
-        self, stage: str, place, lines: list[Line], key: str, factor: float, extend: int
-    ) -> dict[str, tuple]:
+    def search(self, stage: str, place, lines: list[Line], key: str, factor: float, extend: int) -> dict:
         """{arm: its best setting} over all its lines.
 
         While one arm's best value stands at an edge of its line, every arm's best line grows there by one value, so
@@ -401,13 +395,13 @@ def command_keys(exp: Experiment, run: Run) -> list[str]:
     stage = stages[(run.rung, run.length) if run.stage == "recheck" else run.stage]
     keys = exp.lengths[run.length] | stage | dict(run.setting)
     keys |= {"min_lr": keys["learning_rate"] * exp.min_lr_ratio, "seed": run.seed, "arm": run.arm}
-    return [str(ROOT / exp.rungs[run.rung]), str(arm_file(run.arm)), *(f"--{k}={v}" for k, v in keys.items())]
+    return [str(ROOT / exp.rungs[run.rung]), str(arm_file(run.arm)), *flags(keys)]
 
 
 def tokens_of(exp: Experiment, place) -> int:
     """Training tokens of the runs at a place of the experiment: anything with a rung and a length."""
-    keys = [f"--{k}={v}" for k, v in exp.lengths[place.length].items()]
-    config = configurator.load([str(ROOT / exp.rungs[place.rung]), *keys], quiet=True)
+    words = [str(ROOT / exp.rungs[place.rung]), *flags(exp.lengths[place.length])]
+    config = configurator.load(words, quiet=True)
     return global_batch(config) * config.block_size * config.max_iters
 
 

@@ -53,9 +53,7 @@ def describe_jobs(configs: Mapping[str, configurator.Config], n_seeds: int, pric
     return "\n".join([*lines, costs.describe_runs(works * n_seeds, price)])
 
 
-def describe_experiment(
-    exp: experiment.Experiment, chosen: Callable[[experiment.Run], bool], n_jobs: int, price: float
-) -> str:
+def describe_experiment(exp, chosen: Callable[[experiment.Run], bool], n_jobs: int, price: float) -> str:
     """Runs, tokens, FLOPs and hours of an experiment, by rung, length and stage, with what is done already."""
     losses = experiment.losses_of(experiment.read_records(exp))
     groups: dict[tuple, list] = {}

@@ -44,7 +44,7 @@ OWN_KEYS = ("seed", "out_dir", "init_from", "eval_only", "dry_run", "check_only"
 
 
 def arguments(argv: list[str]):
-    """(args, the words that go to train.py as they are)."""
+    """(args, the words that go to train.py as they are); .configs: {arm: its configuration} of a recipe."""
     parser = Parser(__doc__)
     add, count = parser.add_argument, whole(0, 10_000)
     arms = some_of(sorted(p.stem for p in experiment.ARMS.glob("*.py")), "arm")
@@ -74,12 +74,15 @@ def arguments(argv: list[str]):
     if args.ray_address and args.engine != "ray":
         parser.error("--ray_address needs --engine=ray")
     args.out = args.out or Path("out") / Path(args.recipe).stem
+    args.configs = {}
     args.experiment = exp = experiment.read(args.recipe) if experiment.is_experiment(args.recipe) else None
     if exp is None:
         args.arms, args.seeds = args.arms or names(DEFAULT_ARMS), args.seeds or seeds(DEFAULT_SEEDS)
         if args.rungs:
             parser.error(f"{args.recipe} has no rung {args.rungs[0]!r}: only experiments have rungs")
         refuse_false_labels(args, passed)
+        files = {arm: str(experiment.arm_file(arm)) for arm in args.arms}
+        args.configs = {a: configurator.load([args.recipe, f, *passed], quiet=True) for a, f in files.items()}
     elif passed:
         way = f"so {passed[0]} cannot be given: change the file"
         parser.error(f"an experiment's file says all keys of its runs, {way}")
@@ -127,19 +130,13 @@ def refuse_false_labels(args, passed: list[str]) -> None:
 # ---- the jobs
 
 
-def recipe_of(args, passed: list[str], arm: str):
-    """The configuration of an arm's runs."""
-    return configurator.load([args.recipe, str(experiment.arm_file(arm)), *passed], quiet=True)
-
-
 def make_jobs(args, passed: list[str]) -> dict[pool.Job, tuple[str, int]]:
     """{job: its arm and seed} of a recipe, seed by seed."""
-    steps = {arm: recipe_of(args, passed, arm).max_iters for arm in args.arms}
     jobs = {}
     for seed, arm in itertools.product(args.seeds, args.arms):
         words = [args.recipe, os.path.relpath(experiment.arm_file(arm)), *passed, f"--seed={seed}"]
-        job = make_job(args, f"{arm}, seed {seed}", words, args.out / f"{arm}_s{seed}", steps[arm])
-        jobs[job] = arm, seed
+        steps = args.configs[arm].max_iters
+        jobs[make_job(args, f"{arm}, seed {seed}", words, f"{arm}_s{seed}", steps)] = arm, seed
     return jobs
 
 
@@ -147,18 +144,18 @@ def experiment_job(args, run: experiment.Run) -> pool.Job:
     recipe, arm, *keys = experiment.command_keys(args.experiment, run)
     words = [os.path.relpath(recipe), os.path.relpath(arm), *keys]
     steps = args.experiment.lengths[run.length]["max_iters"]
-    return make_job(args, run.name, words, args.out / run.name, steps)
+    return make_job(args, run.name, words, run.name, steps)
 
 
-def make_job(args, name: str, words: list[str], out_dir: Path, max_iters: int) -> pool.Job:
-    """A job of train.py with these words, by torchrun where a run has several ranks.
+def make_job(args, name: str, words: list[str], folder: str, max_iters: int) -> pool.Job:
+    """A job of train.py with these words, in OUT/FOLDER, by torchrun where a run has several ranks.
 
     Paths are as a person would write them: run.json keeps the command, and is shown to others.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus_per_run}"]
     start = [sys.executable, *(torchrun if args.gpus_per_run > 1 else []), os.path.relpath(ROOT / "train.py")]
-    command = [*start, *words, f"--out_dir={out_dir}", "--init_from=auto"]
-    return pool.Job(name, tuple(command), out_dir, max_iters)
+    command = [*start, *words, f"--out_dir={args.out / folder}", "--init_from=auto"]
+    return pool.Job(name, tuple(command), args.out / folder, max_iters)
 
 
 def workers(args, keys: list[str]):
@@ -226,9 +223,8 @@ def check(args, passed: list[str]) -> None:
         if run.stage == "final":
             places.setdefault((run.rung, run.length), {}).setdefault((run.arm, run.seed), run)
     if not places:
-        raise RunError(
-            "no final run of this choice is known yet, so nothing was checked: run the tuning first, or ask for more"
-        )
+        cure = "run the tuning first, or ask for more"
+        raise RunError(f"no final run of this choice is known yet, so nothing was checked: {cure}")
     for (rung, length), runs in places.items():
         print(f"rung {rung}, length {length}")
         asked = [(run.name, run.arm, run.seed, experiment_job(args, run).command) for run in runs.values()]
@@ -262,7 +258,7 @@ def next_jobs(args) -> tuple[dict[pool.Job, experiment.Run], str]:
         if not ended:
             break
         for job in ended:
-            keep_record(args, jobs[job], job)
+            keep_record(args, jobs, job)
     line = f"{args.experiment.name}: {len(runs)} runs{'' if plan.complete else ' known so far'}, {len(jobs)} to do"
     places = [(run.stage, run.rung, run.length) for run in jobs.values()]
     open_ = next((place for place in places if place[0] != "final"), None)
@@ -270,18 +266,14 @@ def next_jobs(args) -> tuple[dict[pool.Job, experiment.Run], str]:
     return dict(list(jobs.items())[:end]), line
 
 
-def keep_record(args, run: experiment.Run, job: pool.Job) -> None:
-    experiment.write_record(args.experiment, run, job.out_dir, pool.state(job)[0])
+def keep_record(args, jobs: dict[pool.Job, experiment.Run], job: pool.Job) -> None:
+    experiment.write_record(args.experiment, jobs[job], job.out_dir, pool.state(job)[0])
 
 
 def run_experiment(args) -> int:
     """Run what the experiment's file asks for and no record has yet, stage after stage; the exit status."""
     end = time.monotonic() + 60 * (args.minutes or math.inf)
     diverged, engine = 0, None
-
-    def keep(job: pool.Job) -> None:
-        keep_record(args, jobs[job], job)
-
     while True:
         jobs, line = next_jobs(args)
         if not jobs:
@@ -289,6 +281,7 @@ def run_experiment(args) -> int:
         engine = engine or workers(args, experiment.command_keys(args.experiment, next(iter(jobs.values()))))
         pool.say(f"{line}, {engine}")
         left = (end - time.monotonic()) / 60
+        keep = partial(keep_record, args, jobs)
         status = pool.run(list(jobs), engine, left, args.retries, args.patience, on_end=keep)
         if status not in (0, pool.DIVERGED):
             return status
@@ -299,17 +292,16 @@ def run_experiment(args) -> int:
     return diverged
 
 
-def refuse_other_runs(args, passed: list[str], asked: dict[pool.Job, tuple[str, int]]) -> None:
+def refuse_other_runs(args, asked: dict[pool.Job, tuple[str, int]]) -> None:
     """RunError where a run that has ended in the folder was made with other keys, batch or data than are asked for now:
     old figures are no answer to a new question. Runs that go on are held to that by train.py."""
     cure = "choose another --out, or remove it"
     for job, (arm, _) in asked.items():
         if pool.state(job)[0] == "unfinished":
             continue
-        (config, run), wanted = read_run(job.out_dir), recipe_of(args, passed, arm)
-        experiment.check_keys(
-            job.out_dir, config, wanted, ("eval_tokens", "eval_skip_tokens"), "this command", cure
-        )
+        (config, run), wanted = read_run(job.out_dir), args.configs[arm]
+        windows = ("eval_tokens", "eval_skip_tokens")
+        experiment.check_keys(job.out_dir, config, wanted, windows, "this command", cure)
         tokens = global_batch(wanted) * wanted.block_size
         if run["tokens_per_step"] != tokens:
             there = f"{run['tokens_per_step']:,} tokens a step, but this command asks for {tokens:,}"
@@ -325,7 +317,7 @@ def refuse_other_runs(args, passed: list[str], asked: dict[pool.Job, tuple[str, 
 def run_recipe(args, passed: list[str]) -> int:
     """Run what of a recipe has not ended; the exit status."""
     asked = make_jobs(args, passed)
-    refuse_other_runs(args, passed, asked)
+    refuse_other_runs(args, asked)
     jobs, engine = list(asked), workers(args, [args.recipe, *passed])
     states = Counter(pool.state(job)[0] for job in jobs)
     done = ", ".join(f"{states[s]} {s}" for s in ("finished", "diverged") if states[s] or s == "finished")
@@ -344,7 +336,7 @@ def print_for_a_script(args, passed: list[str]) -> None:
     train = os.path.relpath(ROOT / "train.py")
     jobs = next_jobs(args)[0] if args.experiment else make_jobs(args, passed)
     if not args.experiment:
-        refuse_other_runs(args, passed, jobs)
+        refuse_other_runs(args, jobs)
     for job in jobs:
         if pool.state(job)[0] == "unfinished":
             print(shlex.join(job.command[job.command.index(train) + 1 :]))
@@ -354,17 +346,16 @@ def print_for_a_script(args, passed: list[str]) -> None:
 def main(argv: list[str]) -> int:
     args, passed = arguments(argv)
     exp, price = args.experiment, args.price_per_gpu_hour
-    configs = {} if exp else {arm: recipe_of(args, passed, arm) for arm in args.arms}
-    for config in configs.values():
+    for config in args.configs.values():
         batch_split(config, args.gpus_per_run or 1)
     if args.dry_run:
         if exp:
             print(forecast.describe_experiment(exp, partial(selected, args), cpu_jobs(args), price))
         else:
-            print(forecast.describe_jobs(configs, len(args.seeds), price))
+            print(forecast.describe_jobs(args.configs, len(args.seeds), price))
         return 0
     if not args.gpus_per_run:
-        args.gpus_per_run = forecast.ranks_that_fit(configs.values()) if args.engine == "local" else 1
+        args.gpus_per_run = forecast.ranks_that_fit(args.configs.values()) if args.engine == "local" else 1
     if args.print:
         print_for_a_script(args, passed)
     elif args.check:

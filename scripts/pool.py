@@ -137,10 +137,9 @@ def start_child(job: Job, devices=(), threads: int = 1, nice: int = 0, place: st
         gpus = environment.get("CUDA_VISIBLE_DEVICES")
         where = f"{place or socket.gethostname()}{f', GPUs {gpus}' * bool(gpus)}"
         print(f"{HEADER} {where}: {shlex.join(job.command)}", file=log, flush=True)
-        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(
-            job.command, env=environment, start_new_session=True, preexec_fn=before_exec, **streams
-        )
+        how = {"env": environment, "start_new_session": True, "preexec_fn": before_exec}
+        how |= {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(job.command, **how)
 
 
 def ranks_of(child: subprocess.Popen) -> dict[int, psutil.Process]:
@@ -380,12 +379,10 @@ def show_status(line: str) -> None:
 @contextmanager
 def collected_signals():
     """SIGINT, SIGTERM and SIGHUP go into the list that this gives, instead of ending the process."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    # nohup ignores SIGHUP, and means it
-    old = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # nohup's SIGHUP is not
     got: list[int] = []
-    for number in old:
-        signal.signal(number, lambda number, frame: got.append(number))
+    old = {n: signal.signal(n, lambda number, frame: got.append(number)) for n in heeded}
     try:
         yield got
     finally:

@@ -11,12 +11,6 @@ from engine.runs import commit, machine
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def command(script: str, argv=None) -> str:
-    """The command that runs `script` (a module's __file__) with argv, as one would give it again."""
-    words = sys.argv[1:] if argv is None else argv
-    return shlex.join(["python", *map(portable, map(str, [script, *words]))])
-
-
 def portable(word: str) -> str:
     """A word of a command without the folders of this machine; relative paths stay as they are."""
     flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -27,14 +21,12 @@ def portable(word: str) -> str:
     return flag + equals + (str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name)
 
 
-def today() -> str:
-    """The date, as 2026-01-31."""
-    return datetime.date.today().isoformat()
-
-
 def provenance(script: str, argv=None) -> dict:
-    """{"command", "commit", "machine", "date"} of this process."""
-    return {"command": command(script, argv), "commit": commit(), "machine": machine(), "date": today()}
+    """{"command", "commit", "machine", "date"} of this process: script is a module's __file__."""
+    words = sys.argv[1:] if argv is None else argv
+    again = shlex.join(["python", *map(portable, map(str, [script, *words]))])
+    date = datetime.date.today().isoformat()
+    return {"command": again, "commit": commit(), "machine": machine(), "date": date}
 
 
 def write_page(base: Path, title: str, made: dict, record: dict, parts: list) -> None:

@@ -10,15 +10,13 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from data import DataError
 from data.console import explain
 from data.files import Lock
 from engine.errors import RunError
 from scripts import pool
-
-ROOT = Path(__file__).resolve().parent.parent
+from scripts.provenance import ROOT
 
 
 class OnRay:

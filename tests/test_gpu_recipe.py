@@ -106,6 +106,7 @@ def test_every_command_of_every_piece_is_one_that_this_project_has(tmp_path, cap
                 script.name in ("matched.py", "train.py") and f"{flag[2:]}" in configurator.Config.__dict__
             )
             assert mine or flag == "--junitxml", (flag, command)
+        assert script.name != "norms.py" or not any(word.startswith("--device") for word in command)
 
 
 def test_arguments_that_make_no_sense_are_one_sentence(tmp_path):

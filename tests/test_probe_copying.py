@@ -58,7 +58,7 @@ def test_figures_against_the_model_asked_plainly(gpt2_runs, condition):
 def test_a_model_that_copies_saves_and_one_that_does_not_saves_nothing(gpt2_runs):
     """The output is made the mean of the embeddings read so far: what was read is likelier to come."""
     model, tokenizer = load_run(gpt2_runs / "bpe_tied_s1")
-    words = copying.word_pairs(tokenizer, 6, seed=1)
+    words = copying.paired_words(tokenizer, 6, seed=1)
     with torch.no_grad():
         for block in model.transformer.h:
             block.attn.c_proj.weight.zero_()
@@ -79,8 +79,10 @@ def test_a_model_that_copies_saves_and_one_that_does_not_saves_nothing(gpt2_runs
 
 def test_words(gpt2_runs):
     _, tokenizer = load_run(gpt2_runs / "bpe_tied_s1")
-    words = copying.word_pairs(tokenizer, 200, seed=5)
-    assert words == copying.word_pairs(tokenizer, 200, seed=5) != copying.word_pairs(tokenizer, 200, seed=6)
+    words = copying.paired_words(tokenizer, 200, seed=5)
+    assert (
+        words == copying.paired_words(tokenizer, 200, seed=5) != copying.paired_words(tokenizer, 200, seed=6)
+    )
     for kind, pairs in words.items():
         assert len(pairs) == 200 and len({w for pair in pairs for w in pair}) == 400
         assert all(len(a) == len(b) <= 12 for a, b in pairs)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from probe_runs import ARMS, manual_forward, published
 
+from engine.errors import RunError
 from engine.runs import read_run
 from sample import load_run
 from scripts.probes import common, spelling, typos
@@ -66,3 +67,13 @@ def test_untrained_twin_is_step_zero(probed_runs):
         for name, p in net.body_parameters():  # the fixture's body is step 0's, its matrices times 5
             factor = 5 if ".h." in name and p.dim() == 2 else 1
             assert torch.equal(p, body[name] * factor), name
+
+
+def test_pairs_of_which_only_some_have_a_continuation_are_refused(tmp_path):
+    pair = {"category": "x", "clean": "the cat", "typo": "teh cat"}
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps({"prompt_pairs": [pair | {"continuation": " sat"}, pair]}))
+    with pytest.raises(RunError, match="some pairs have a continuation and others none"):
+        typos.read_pairs(path)
+    path.write_text(json.dumps({"prompt_pairs": [pair, pair | {"continuation": ""}]}))
+    assert typos.read_pairs(path) == ([pair, pair | {"continuation": ""}], {})

@@ -9,7 +9,7 @@ from scripts.probes import tradeoff
 
 def test_tradeoff_cosines(probed_runs):
     net, tokenizer = load_run(probed_runs / "kronecker_s1337")
-    pairs = tradeoff.word_pairs(0)
+    pairs = tradeoff.pairs_by_kind(0)
     result = tradeoff.measure(None, net, tokenizer, pairs)
     assert result["levels"] == ["embedding", "block 0", "block 1"]
     words = sorted({w for p in pairs.values() for pair in p for w in pair})

@@ -31,11 +31,8 @@ def numbers(exp: experiment.Experiment, records: dict[str, experiment.RunRecord]
     """Everything that the report shows. RunError where a record differs from the file or runs do not match."""
     plan = experiment.plan_of(exp, records)
     known = [(run, records[run.name]) for run in plan.runs if run.name in records]
-    asked = [
-        (place_of(exp, final, which), plan.final_runs(final, which))
-        for final in exp.final
-        for which in final.settings
-    ]
+    places = [(final, which) for final in exp.final for which in final.settings]
+    asked = [(place_of(exp, *place), plan.final_runs(*place)) for place in places]
     cells = [x for place, runs in asked if (x := cell(exp, records, place, runs))]
     finals = sum(run.stage == "final" for run, _ in known)
     return {
@@ -149,9 +146,8 @@ def beside_the_lines(plan: experiment.Plan, records: dict[str, experiment.RunRec
         if any(contract.differences(pair, swept=("learning_rate", "min_lr"))):
             continue
         loss, least = (experiment.last_row(r)["val/loss"] for r in (record, chosen))
-        keys = experiment.setting_of(
-            arm, {k: record.config[k] for k in experiment.SHORT if k in record.config}
-        )
+        said = {k: record.config[k] for k in experiment.SHORT if k in record.config}
+        keys = experiment.setting_of(arm, said)
         found.append({"arm": arm, "seed": seed, "setting": dict(keys), "loss": loss, "gain": least - loss})
     return found
 
@@ -170,17 +166,13 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
     if not found:
         return None
     params = {arm: next(iter(by_seed.values())).run["params"] for arm, by_seed in found.items()}
-    last = {
-        arm: {str(s): experiment.last_row(r) for s, r in by_seed.items()} for arm, by_seed in found.items()
-    }
+    last = {arm: {str(s): experiment.last_row(r) for s, r in mine.items()} for arm, mine in found.items()}
     loss = {arm: {s: row["val/loss"] for s, row in rows.items()} for arm, rows in last.items()}
     bpb = {arm: interval(row.get("val/bpb") for row in rows.values()) for arm, rows in last.items()}
-    over, shared = exp.gap.over, {}  # of each arm the pairs of rows, its own and the reference's
-    for arm in last if over in last else []:
-        if arm != over:
-            shared[arm] = [(row, last[over][s]) for s, row in last[arm].items() if s in last[over]]
+    over = exp.gap.over
+    others = [arm for arm in last if arm != over and over in last]
     asked = [(arm, other, what, gain(exp, loss, arm, other, diverged)) for arm, other, what in QUESTIONS]
-    paired = {frozenset((arm, over)) for arm in shared}
+    paired = {frozenset((arm, over)) for arm in others}
     paired |= {frozenset((arm, other)) for arm, other, _, g in asked if g}
     return place | {
         "body": params[next(iter(found))]["body"],
@@ -189,9 +181,9 @@ def cell(exp, records: dict, place: dict, runs: list[tuple]) -> dict | None:
         "diverged": dict(diverged),
         "bpb": {arm: bits["mean"] if bits else None for arm, bits in bpb.items()},
         "input_share": {arm: p["input"] / p["stock_table"] for arm, p in params.items()},
-        "gains": {arm: gain(exp, loss, arm, over, diverged) for arm in shared},
+        "gains": {arm: gain(exp, loss, arm, over, diverged) for arm in others},
         "questions": [{"arm": arm, "over": other, "what": what} | g for arm, other, what, g in asked if g],
-        "frequency": gains_by_frequency(shared),
+        "frequency": gains_by_frequency(last, over),
         "pairs": count_pairs(found, paired),
     }
 
@@ -206,9 +198,7 @@ def count_pairs(found: dict, paired: set[frozenset[str]]) -> dict:
     return {"all": len(pairs)} | mixed
 
 
-def gain(
-    exp: experiment.Experiment, loss: dict, arm: str, over: str, diverged: Iterable[str] = ()
-) -> dict | None:
+def gain(exp, loss: dict, arm: str, over: str, diverged: Iterable[str] = ()) -> dict | None:
     """The gain of an arm over another by shared seeds: its interval, and whether the rule calls it a difference.
 
     An arm of which a run has diverged there is never called the better one: its seeds that are left are the lucky ones.
@@ -230,11 +220,8 @@ def missing(records: dict, place: dict, runs: list[tuple]) -> dict | None:
             lacking.setdefault(arm, []).append(seed)
     if not lacking:
         return None
-    counts = {
-        "arms": len({arm for arm, *_ in runs}),
-        "runs": len(runs),
-        "missing": sum(map(len, lacking.values())),
-    }
+    counts = {"arms": len({arm for arm, *_ in runs}), "runs": len(runs)}
+    counts["missing"] = sum(map(len, lacking.values()))
     return place | counts | {"seeds": lacking, "unset": sorted({arm for arm, _, run in runs if run is None})}
 
 

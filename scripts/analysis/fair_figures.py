@@ -22,9 +22,7 @@ def draw(c: dict, folder: Path) -> dict[str, str]:
     drawn, g = {}, c["gap"]
     goes_on = ", and what it predicts where the hollow mark is, which took no part in it"
     predicts = g["held_out"] and "predicted" in g["held_out"]
-    dotted = (
-        f" Dotted: the gap of {g['arm']} as fitted{goes_on if predicts else ''}." if g["crossings"] else ""
-    )
+    dotted = f" Dotted: the gap of {g['arm']} as fitted{goes_on if predicts else ''}." * bool(g["crossings"])
     seeds = "One seed" if c["tuning"]["seeds"] == 1 else f"Means over {c['tuning']['seeds']} seeds"
     with plt.rc_context(STYLE):
         for name, make, caption in (
@@ -53,9 +51,8 @@ def legend_below(figure) -> None:
             named.setdefault(name, handle)
     order = sorted(named, key=arm_sort_key)
     columns = max(2, min(5, int(figure.get_figwidth() / 1.9)))
-    figure.legend(
-        [named[name] for name in order], order, loc="outside lower center", ncols=columns, fontsize=9
-    )
+    handles = [named[name] for name in order]
+    figure.legend(handles, order, loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def at_best(c: dict) -> list[dict]:

@@ -43,9 +43,6 @@ def setting(keys: dict) -> str:
     return ", ".join(f"{experiment.SHORT.get(k, k)} {v:g}" for k, v in keys.items())
 
 
-# ---------------------------------------------------------------------------------------------- tables
-
-
 def tables(c: dict) -> list[Table]:
     """The questions over all cells, what was compared, each cell, the best settings, and the gain by frequency."""
     over, order = c["gap"]["over"], list(c["rungs"])
@@ -124,12 +121,10 @@ def question_table(cells: list[dict]) -> Table:
 
 def setting_table(c: dict) -> Table:
     """The setting that the tuning chose for each arm at each place where it was tuned."""
-    chosen = {
-        (x["arm"], f"rung {x['rung']}, {x['length']} tokens"): setting(x["keys"]) for x in c["settings"]
-    }
-    places = list(dict.fromkeys(place for _, place in chosen))
-    arms = sorted({arm for arm, _ in chosen}, key=arm_sort_key)
-    rows = [[arm, *(chosen.get((arm, place), "-") for place in places)] for arm in arms]
+    best = {(x["arm"], f"rung {x['rung']}, {x['length']} tokens"): setting(x["keys"]) for x in c["settings"]}
+    places = list(dict.fromkeys(place for _, place in best))
+    arms = sorted({arm for arm, _ in best}, key=arm_sort_key)
+    rows = [[arm, *(best.get((arm, place), "-") for place in places)] for arm in arms]
     title = "Best settings, chosen from the tuning runs alone"
     return Table(title, ["arm", *places], rows, left=1 + len(places))
 
@@ -141,9 +136,6 @@ def beside_table(c: dict) -> Table:
     note = "One seed and the tuning's validation windows. They choose nothing, and no final run has them; head: head_lr_mult."
     header = ["arm", "setting", "val loss", "gain over its best setting"]
     return Table("Settings tried beside the tuning's lines", header, rows, left=2, note=note)
-
-
-# ---------------------------------------------------------------------------------------------- sentences
 
 
 def findings(c: dict) -> list[str]:
@@ -292,12 +284,10 @@ def beside(tried: list[dict]) -> str:
     """What is known of settings beside the tuning's lines."""
     if not tried:
         return "A better setting may lie beside these lines."
-    better = sorted((x for x in tried if x["gain"] > 0), key=lambda x: -x["gain"])
+    n, better = len(tried), sorted((x for x in tried if x["gain"] > 0), key=lambda x: -x["gain"])
     each = [f"{x['arm']} at {setting(x['setting'])}, by {x['gain']:.4f}" for x in better]
     which = f", {len(better)} of them better than the arm's best one ({'; '.join(each)})" if better else ""
-    more = (
-        "1 more was tried in one run" if len(tried) == 1 else f"{len(tried)} more were tried in one run each"
-    )
+    more = "1 more was tried in one run" if n == 1 else f"{n} more were tried in one run each"
     return f"Beside these lines {more}{which}; others may be better still."
 
 
@@ -305,11 +295,9 @@ def mixed_pairs(cells: list[dict]) -> list[str]:
     """How many pairs of runs were not made alike, in one sentence; none where all were."""
     pairs = sum((Counter(x["pairs"]) for x in cells), Counter())
     kinds = {"device": "different machines", "commit": "different commits"}
-    mixed = [f"in {pairs[key]} they are of {what}" for key, what in kinds.items() if pairs[key]]
-    between = (
-        f"Of the pairs of runs of one seed ({pairs['all']}) {' and '.join(mixed)}, whose rounding may differ."
-    )
-    return [between] * bool(mixed)
+    mixed = " and ".join(f"in {pairs[key]} they are of {what}" for key, what in kinds.items() if pairs[key])
+    says = f"Of the pairs of runs of one seed ({pairs['all']}) {mixed}, whose rounding may differ."
+    return [says] * bool(mixed)
 
 
 def not_run(missing: list[dict]) -> list[str]:
@@ -326,9 +314,7 @@ def not_run(missing: list[dict]) -> list[str]:
             elif n:
                 each = "; ".join(arms_by_seeds(mine, m["arms"]))
                 says.append(f"{why}: {n} of {m['runs']} final runs of {of_place} ({each}).")
-    return says + [
-        f"{why}: all final runs of {'; '.join(places)}." for why, places in whole.items() if places
-    ]
+    return says + [f"{why}: all final runs of {'; '.join(of)}." for why, of in whole.items() if of]
 
 
 def arms_by_seeds(seeds_of: dict[str, list[int]], all_arms: int) -> list[str]:
@@ -346,9 +332,6 @@ def arms_by_seeds(seeds_of: dict[str, list[int]], all_arms: int) -> list[str]:
 def from_to(values: list) -> str:
     low, high = count(min(values)), count(max(values))
     return low if low == high else f"{low} to {high}"
-
-
-# ---------------------------------------------------------------------------------------------- the page
 
 
 def as_text(c: dict) -> str:

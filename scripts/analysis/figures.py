@@ -81,9 +81,8 @@ def dot_figure(names: list[str], panels: list[tuple[str, dict]]):
                 y = np.arange(len(names)) + 0.6 / len(arms) * (k - (len(arms) - 1) / 2)
                 for values, at in zip(rows, y, strict=True):
                     ax.plot(values, [at] * len(values), markersize=3, alpha=0.5, **dots)
-                ax.plot(
-                    [np.mean(v) if v else np.nan for v in rows], y, markersize=7, label=label(arm), **dots
-                )
+                means = [np.mean(values) if values else np.nan for values in rows]
+                ax.plot(means, y, markersize=7, label=label(arm), **dots)
             ax.set_title(title)
             ax.grid(axis="y", visible=False)
             ax.locator_params(axis="x", nbins=5)
@@ -104,9 +103,6 @@ def save(figure, base: Path) -> None:
             figure.savefig(content, format=suffix[1:], **options)
         write_atomic(base.with_suffix(suffix), [content.getvalue()])
     plt.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------- curves
 
 
 def draw_val(ax, c: dict, runs: list[Run]) -> None:

@@ -54,11 +54,6 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
     at, tokens_per_step = iters[-1], int(first.info["tokens_per_step"])
     by = {(r.arm, r.seed): r for r in kept}
     of_arm = {arm: [by[arm, s] for s in seeds if (arm, s) in by] for arm in arms}
-
-    def paired(arm: str, over: str) -> list[tuple[Run, Run]]:
-        """Runs of both arms, by the seeds that they share."""
-        return [(mine, by[over, mine.seed]) for mine in of_arm[arm] if (over, mine.seed) in by]
-
     notes = machine_notes(kept)
     if at < first.max_iters:
         reached = f"everything is compared at iter {at:,} of {first.max_iters:,}"
@@ -68,11 +63,11 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
         notes.append(f"Not every arm has every seed ({lacking}); pairs use the seeds they share.")
     others, pairs = [arm for arm in arms if arm != baseline], []
     for arm, over in [(a, baseline) for a in others] + [(b, a) for a, b in combinations(others, 2)]:
-        if shared := paired(arm, over):
+        if shared := [(mine, by[over, mine.seed]) for mine in of_arm[arm] if (over, mine.seed) in by]:
             pairs.append(compare_pair(*zip(*shared, strict=True), at, iters))
         else:
             notes.append(f"{arm} and {over} share no seed, so they are not compared.")
-    rows = {arm: [(a.last_row(at), b.last_row(at)) for a, b in paired(arm, baseline)] for arm in others}
+    rows = {arm: {r.seed: r.last_row(at) for r in mine} for arm, mine in of_arm.items()}
     result = {
         "baseline": baseline,
         "arms": arms,
@@ -85,7 +80,7 @@ def compare(runs: list[Run], baseline: str = "bpe_tied", allow_unfinished: bool 
         "arm_keys": {arm: arm_keys(next(r for r in kept if r.arm == arm).config) for arm in arms},
         "pairs": pairs,
         "left_out": [who(r) for r in left_out],
-        "frequency": gains_by_frequency(rows),
+        "frequency": gains_by_frequency(rows, baseline),
         "speed": speeds(of_arm, baseline),
         "decomposition": decomposition(pairs),
         "codec": next((r.info["codec"] for r in kept if r.info.get("codec")), None),
@@ -166,9 +161,11 @@ def reach(mine: list[Run], theirs: list[Run], at: int, iters: list[int]) -> dict
     }
 
 
-def gains_by_frequency(pairs: dict[str, list[tuple[dict, dict]]]) -> dict:
-    """{side: {arm: gain_by_frequency}} of the arms that have pairs."""
-    found = {arm: of_arm for arm, of_arm in pairs.items() if of_arm}
+def gains_by_frequency(rows: dict[str, dict], over: str) -> dict:
+    """{side: {arm: gain_by_frequency}} of the arms that share seeds with `over`. rows: {arm: {seed: last evaluation's}}."""
+    base = rows.get(over, {})
+    pairs = {arm: [(row, base[s]) for s, row in mine.items() if s in base] for arm, mine in rows.items()}
+    found = {arm: of_arm for arm, of_arm in pairs.items() if of_arm and arm != over}
     return {side: {a: gain_by_frequency(p, side) for a, p in found.items()} for side in ("input", "target")}
 
 

@@ -67,9 +67,6 @@ def arm_style(arm: str, arms) -> dict:
     return {"color": colour, "linestyle": line}
 
 
-# ---------------------------------------------------------------------------------------------- text
-
-
 def visible(text) -> str:
     """The text with control and other unprintable characters as escapes: names come from others' records."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
@@ -132,9 +129,6 @@ class Table:
     def block(self) -> dict:
         """The table as a block of a section."""
         return {"table": asdict(self)}
-
-
-# ---------------------------------------------------------------------------------------------- page
 
 
 class TableRecord(Record):

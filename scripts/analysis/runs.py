@@ -17,6 +17,9 @@ from engine.runs import read_run
 from model import USUAL_RMS
 from scripts.experiment import arm_file
 
+KEYS = [key for key in contract.CONTRACT["arm"][1].split() if key != "arm"]
+RECIPE = ("pos_dim", "char_dim")  # those of them that come from the recipe
+
 
 class Config(Record):
     max_iters: int
@@ -59,9 +62,6 @@ def is_number(value) -> bool:
 def shared_iters(curves: list[dict]) -> list[int]:
     """The iters that all the curves {iter: value} have, rising."""
     return sorted(set.intersection(*map(set, curves))) if curves else []
-
-
-# ---------------------------------------------------------------------------------------------- reading
 
 
 def find_run_folders(paths) -> list[Path]:
@@ -163,12 +163,6 @@ def wandb_api():
     raise RunError("wandb is not logged in; run `wandb login` or set WANDB_API_KEY")
 
 
-# ---------------------------------------------------------------------------------------------- what an arm is
-
-RECIPE = ("pos_dim", "char_dim")  # an arm's keys that come from the recipe
-KEYS = [key for key in contract.CONTRACT["arm"][1].split() if key != "arm"]
-
-
 def arm_keys(config: dict) -> dict:
     """The keys of a run's config, among those that make an arm, that are not at their defaults."""
     found = {}
@@ -198,9 +192,6 @@ def distinguish(runs) -> None:
             other = [k for k in KEYS if k in run.config and keys.get(k) != plain.get(k)]
             if other:
                 run.arm += "[" + ", ".join(f"{k}={run.config.get(k)}" for k in other) + "]"
-
-
-# ---------------------------------------------------------------------------------------------- matching
 
 
 def refuse_twins(runs: list[Run]) -> None:

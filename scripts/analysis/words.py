@@ -34,9 +34,6 @@ def with_span(g: dict) -> str:
     return f"{with_sign(g['mean'])} ({'one seed, no interval' if g['low'] is None else span(g)})"
 
 
-# ---------------------------------------------------------------------------------------------- tables
-
-
 def tables(c: dict) -> list[Table]:
     """The comparison's tables: losses, gains, steps to reach another's loss, sizes and speeds."""
     found = [loss_table(c), gain_table(c), reach_table(c), size_table(c), arm_table(c)]
@@ -70,10 +67,8 @@ def gain_table(c: dict) -> Table:
         g = p["gain_nats"]
         row = [p["arm"], p["over"], with_sign(g["mean"]), dash(g["sd"], ".4f"), span(g)]
         percent = p["gain_percent"] or {}
-        row += [
-            dash(percent.get("mean"), "+.2f") + "%" * bool(percent),
-            f"{p['perplexity_ratio']['mean']:.3f}",
-        ]
+        row.append(dash(percent.get("mean"), "+.2f") + "%" * bool(percent))
+        row.append(f"{p['perplexity_ratio']['mean']:.3f}")
         rows.append(row + [with_sign(p["gain_bpb"]["mean"]) for _ in bpb])
     header = ["arm", "over", "gain, nats", "SD", "95% interval", "loss", "perplexity", *bpb]
     title = "Gain of one arm over another, paired by seed (positive: the arm is better)"
@@ -140,9 +135,6 @@ def frequency_table(by_arm: dict[str, list], side: str, over: str, where: str) -
     return Table(title, ["count", "tokens", *arms], rows, left=0, note=note)
 
 
-# ---------------------------------------------------------------------------------------------- sentences
-
-
 def findings(c: dict) -> list[str]:
     """The decomposition, the codec and the paper's figures as sentences."""
     says, p = [], c["paper"]
@@ -182,15 +174,15 @@ def as_markdown(c: dict, provenance: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def provenance(c: dict, command: str, date: str) -> list[str]:
-    """Which runs were compared, made by what, and how one knows that they match."""
+def provenance(c: dict, made: dict) -> list[str]:
+    """Which runs were compared, made by what, and how one knows that they match; made: see scripts/provenance.py."""
 
     def distinct(key):
         return ", ".join(sorted({str(r[key]) for r in c["runs"] if r.get(key)})) or "not recorded"
 
     val, schedule = (short(c["runs"][0][f"{key}_sha256"]) for key in ("val", "schedule"))
     return [
-        f"Compared by `{command}` on {date}.",
+        f"Compared by `{made['command']}` on {made['date']}.",
         f"{len(c['runs'])} runs, made at commit {distinct('commit')} with torch {distinct('torch')} on {distinct('device')}.",
         f"Validation windows {val}, schedule {schedule}; training data and order, and bodies at step 0, are equal across "
         "arms for every seed.",

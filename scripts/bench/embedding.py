@@ -376,14 +376,13 @@ def conditions_table(rows: list[dict]) -> Table:
         ratios = [over(ms, "kronecker", "nn.Embedding"), over(ms, "reference", "kronecker")]
         cells.append([row["bytes"], row["step"], memory, *times, *ratios])
     header = ["bytes of a token", "step", "freed memory", *ALONE, "loss alone"]
+    header += ["kronecker / nn.Embedding", "reference / kronecker"]
     note = (
         "Medians in ms; ratios round by round. The loss, which every side pays, bounds what a ratio can be: its share "
         "of nn.Embedding's step is a floor of kronecker's."
     )
     title = f"A training step of {CONDITIONED[3]:,} tokens of text at GPT-2's size, by what is timed"
-    return Table(
-        title, [*header, "kronecker / nn.Embedding", "reference / kronecker"], cells, left=3, note=note
-    )
+    return Table(title, header, cells, left=3, note=note)
 
 
 def growth_parts(rows: list[dict], folder: Path) -> list:

@@ -41,14 +41,10 @@ from scripts.provenance import ROOT, provenance
 SHARD_SIZE, VAL_TOKENS = 100_000_000, 1_000_000
 
 
-def _plain_worker() -> None:
-    global encoding
+def _plain_encode(document: dict) -> np.ndarray:
     import tiktoken
 
-    encoding = tiktoken.get_encoding("gpt2")
-
-
-def _plain_encode(document: dict) -> np.ndarray:
+    encoding = tiktoken.get_encoding("gpt2")  # made once a process, and then looked up
     ids = [encoding._special_tokens["<|endoftext|>"]]
     ids.extend(encoding.encode_ordinary(document["text"]))
     array = np.array(ids)
@@ -59,7 +55,7 @@ def _plain_encode(document: dict) -> np.ndarray:
 def plain(source: Path, out_dir: Path, processes: int, shard_size: int = SHARD_SIZE) -> None:
     """Tokenize JSON lines with a pool, one document after the other into a buffer of one shard."""
     out_dir.mkdir(parents=True)
-    with open(source, "rb") as file, multiprocessing.Pool(processes, _plain_worker) as pool:
+    with open(source, "rb") as file, multiprocessing.Pool(processes) as pool:
         buffer, count, number = np.empty(shard_size, np.uint16), 0, 0
 
         def write() -> None:
@@ -167,17 +163,13 @@ def tables(record: dict) -> list[Table]:
     seconds = {side: bench.column(rounds, side, "seconds") for side in rounds}
     rows = []
     for side, of_side in seconds.items():
-        speeds = [
-            bench.median([tokens / s / 1e6 for s in of_side]) + "M",
-            bench.median([mb / s for s in of_side], ".1f"),
-        ]
+        speeds = [bench.median([tokens / s / 1e6 for s in of_side]) + "M"]
+        speeds.append(bench.median([mb / s for s in of_side], ".1f"))
         minutes = bench.median([1e10 / tokens * s / 60 for s in of_side], ".1f")
         peak = f"{max(bench.column(rounds, side, 'peak_mb')):.0f} MB"
         rows.append([side, *speeds, f"{minutes} min", peak, bench.ratio(of_side, seconds["ours"])])
-    spent = [
-        [stage, f"{s:.2f}", f"{mb / s:.1f}" if s else ""]
-        for stage, s in record["stage_seconds_on_one_core"].items()
-    ]
+    each = record["stage_seconds_on_one_core"].items()
+    spent = [[stage, f"{s:.2f}", f"{mb / s:.1f}" if s else ""] for stage, s in each]
     note = (
         f"{tokens:,} tokens, {mb:.0f} MB of text in {record['documents']:,} documents ({record['input']}, unpacked), "
         f"{record['workers']} threads or processes; medians over the rounds, ratios by pairs; every side gave the same tokens."

@@ -41,9 +41,6 @@ def nanogpt(text: str) -> Path:
     return folder
 
 
-# ---- measuring
-
-
 def timed(work, device: str = "cpu") -> tuple[float, object]:
     """(milliseconds of one call, what it gave); on CUDA by the device's own clock."""
     if device.startswith("cuda"):
@@ -61,9 +58,7 @@ def timed(work, device: str = "cpu") -> tuple[float, object]:
     return 1e3 * (time.perf_counter() - start), given
 
 
-def run(
-    command: list, cwd: Path = ROOT, limit: float = math.inf, watch: bool = True
-) -> tuple[str, float, float]:
+def run(command: list, cwd=ROOT, limit=math.inf, watch=True) -> tuple[str, float, float]:
     """(output, seconds, peak GB) of a process, which is ended after `limit` seconds; RunError if it fails.
 
     watch: look at its memory (else 0 GB). The look at a whole tree, such as a compiler's helpers make, slows it down.
@@ -128,9 +123,6 @@ def alternate(sides: dict, n_rounds: int, left=lambda: math.inf, say=progress) -
                 rounds[side].append(None)
         longest = max(longest, time.perf_counter() - began)
     return rounds
-
-
-# ---- figures
 
 
 def column(rounds: dict, side: str, key: str) -> list:

@@ -115,10 +115,8 @@ def measure(shape: dict, nanogpt, args, n_rounds: int) -> dict:
         return spent
 
     def run_theirs() -> dict:
-        costs = [one_token("one" if length < PROMPT + n else "eight", length) for length in lengths]
-        spent = {
-            task: sum(added_up(lengths, costs, p.size(1), n) for p in of) for task, of in prompts.items()
-        }
+        ms = [one_token("one" if length < PROMPT + n else "eight", length) for length in lengths]
+        spent = {task: sum(added_up(lengths, ms, p.size(1), n) for p in of) for task, of in prompts.items()}
         return spent | {"sliding": one_token("sliding", block + 1)}
 
     for model in filter(None, (ours, theirs)):

@@ -24,11 +24,12 @@ from data.loader import TrainBatches
 from data.shards import write_shard
 from engine.errors import sentences
 from engine.metrics import read_metrics
-from scripts.arguments import whole
+from scripts.arguments import flags, whole
 from scripts.bench import rounds as bench
 from scripts.bench.growth import growth
-from scripts.bench.train import SETTINGS, flags, write_data
+from scripts.bench.train import SETTINGS
 from scripts.experiment import arm_file
+from scripts.made_up import write_data
 from scripts.provenance import ROOT, provenance
 
 ROWS, BLOCK = 32, 128  # of a batch

@@ -16,7 +16,6 @@ alone. The side kronecker:table is the arm with its embedding computed as script
 import contextlib
 import functools
 import math
-import pickle
 import re
 import shutil
 import statistics
@@ -31,21 +30,20 @@ if not __package__:  # run by its path: the root takes the place of this folder,
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     import scripts.by_path  # noqa: F401 - Ctrl-C
 
-import numpy as np
 import torch
 
 import configurator
 import model
 import train
-from data.meta import write_meta
 from engine import checkpoint, evaluation, flops, runs
 from engine.errors import sentences
 from engine.metrics import Metrics, Progress, read_metrics
 from engine.step import GuardedStep
 from scripts.analysis.report import Table, progress
-from scripts.arguments import device, names, number, some_of, whole
+from scripts.arguments import device, flags, names, number, some_of, whole
 from scripts.bench import rounds as bench
 from scripts.experiment import ARMS, arm_file
+from scripts.made_up import write_data
 from scripts.provenance import ROOT, provenance
 
 SETTINGS = {
@@ -74,25 +72,6 @@ WITH_PEAK = (
     "runpy.run_path(sys.argv[0], run_name='__main__'); "
     "print('peak bytes', torch.cuda.max_memory_allocated())"
 )
-
-
-def write_data(folder: Path, vocab_size: int) -> None:
-    """Zipf-like tokens, as text has them, in nanoGPT's headerless form; and a tokenizer of made-up words."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    ranks = np.minimum(rng.zipf(1.2, 2_000_000) - 1, vocab_size - 1)
-    tokens = rng.permutation(vocab_size)[ranks].astype(np.uint16)
-    tokens[:1_900_000].tofile(folder / "train.bin")
-    tokens[1_900_000:].tofile(folder / "val.bin")
-    # byte lengths as in GPT-2's vocabulary: 1 to 16, six on average
-    letters = (rng.integers(97, 123, min(16, 1 + rng.poisson(5))) for _ in range(vocab_size))
-    spec = {"kind": "chars", "itos": ["".join(map(chr, word)) for word in letters]}
-    write_meta(folder, {"format": 1, "tokenizer": spec, "vocab_size": vocab_size, "dtype": "uint16"})
-    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))  # what nanoGPT reads of it
-
-
-def flags(keys: dict) -> list[str]:
-    return [f"--{k}={v}" for k, v in keys.items()]
 
 
 def common(args) -> dict:
@@ -128,9 +107,8 @@ def run_ours(side: str, shape: dict, work: Path, args) -> dict:
     arm, _, way = side.partition(":")
     keys = our_keys(shape, work, args)
     script = [ROOT / "scripts" / "gpu" / "candidates.py", way] if way else [ROOT / "train.py"]
-    _, _, gb = bench.run(
-        [sys.executable, *script, arm_file(arm), *flags(keys)], work, args.left(), args.device == "cpu"
-    )
+    command = [sys.executable, *script, arm_file(arm), *flags(keys)]
+    _, _, gb = bench.run(command, work, args.left(), args.device == "cpu")
     rows = [r for r in read_metrics(keys["out_dir"]) if "train/loss" in r]
     shutil.rmtree(keys["out_dir"])
     tokens = keys["batch_size"] * keys["gradient_accumulation_steps"] * shape["block_size"]
@@ -149,9 +127,8 @@ def run_nanogpt(shape: dict, work: Path, args) -> dict:
     keys = {k: v for k, v in shape.items() if k != "vocab_size"} | common(args) | cut
     keys |= {"dataset": "bench", "eval_iters": 1, "always_save_checkpoint": False, "wandb_log": False}
     start = [sys.executable] + (["-c", WITH_PEAK] if args.device == "cuda" else [])
-    text, _, gb = bench.run(
-        [*start, args.nanogpt_dir / "train.py", *flags(keys)], work, args.left(), args.device == "cpu"
-    )
+    command = [*start, args.nanogpt_dir / "train.py", *flags(keys)]
+    text, _, gb = bench.run(command, work, args.left(), args.device == "cpu")
     all_ms = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.naif]+, time ([\d.]+)ms", text)]
     if args.device == "cuda":
         gb = int(re.findall(r"peak bytes (\d+)", text)[-1]) / 1e9
@@ -223,12 +200,6 @@ def side_table(setting: str, rounds: dict) -> Table:
     return Table(f"A training step, {setting}", header, rows)
 
 
-def shares_table(run: str, shares: dict[str, dict]) -> Table:
-    """Shares of each arm, {arm: {part: share}}, a row each."""
-    rows = [[arm, *(f"{share:.1%}" for share in row.values())] for arm, row in shares.items()]
-    return Table(f"Where the time of a training goes, {run}", ["arm", *next(iter(shares.values()))], rows)
-
-
 def arguments(argv=None):
     """The arguments; .keys are those of train.py, .left() says how many seconds there are."""
     parser = bench.parser(__doc__)
@@ -275,9 +246,11 @@ def measure(setting: str, args) -> tuple[dict, list[Table]]:
         found, tables = {"shape": shape, "rounds": rounds}, [side_table(setting, rounds)]
         if args.shares:
             arms = [arm for arm in args.arms if ":" not in arm]
-            found["shares"] = {arm: run_shares(arm, setting, work, args) for arm in arms}
+            found["shares"] = by_arm = {arm: run_shares(arm, setting, work, args) for arm in arms}
             run = "config/demo.py in full" if setting == "demo" else f"{args.steps} steps of {setting}"
-            tables.append(shares_table(run, found["shares"]))
+            rows = [[arm, *(f"{share:.1%}" for share in of_arm.values())] for arm, of_arm in by_arm.items()]
+            header = ["arm", *next(iter(by_arm.values()))]
+            tables.append(Table(f"Where the time of a training goes, {run}", header, rows))
     return found, tables
 
 

@@ -90,12 +90,11 @@ def commands(args, piece: str) -> list[list[str]]:
         place = [f"--arms={arms}", "--seeds=1337", f"--out={args.work / folder}", left]
         return [["scripts/matched.py", str(RECIPE), *place, f"--data_dir={args.data_dir}", *keys, *args.more]]
     if piece == "probes":
-        probes = [[name] for name in "spelling layers tradeoff norms generation".split()]
-        probes += [["spelling", "--generate=1000", *args.more]] if args.more else []
-        return [
-            [f"scripts/probes/{name}.py", f"--runs={args.work / 'runs'}", *measured, *more]
-            for name, *more in probes
-        ]
+        probes = [[name, *measured] for name in "spelling layers tradeoff generation".split()]
+        probes.insert(3, ["norms", measured[1]])  # which loads no model
+        probes += [["spelling", *measured, "--generate=1000", *args.more]] if args.more else []
+        runs = f"--runs={args.work / 'runs'}"
+        return [[f"scripts/probes/{name}.py", runs, *words] for name, *words in probes]
     runs, sweep = args.out / "runs", args.out / "sweep"
     swept = [["scripts/compare.py", str(sweep), "--baseline=bpe_untied"]] if sweep.is_dir() else []
     return [["scripts/compare.py", str(runs), f"--out={args.out}", *args.more], *swept]

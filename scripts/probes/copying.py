@@ -52,7 +52,7 @@ def made_up_word(rng: random.Random) -> str:
     return "".join(rng.choice(part) for _ in range(syllables) for part in (ONSETS, VOWELS, CODAS))
 
 
-def word_pairs(tokenizer, n: int, seed: int) -> dict[str, list[tuple[str, str]]]:
+def paired_words(tokenizer, n: int, seed: int) -> dict[str, list[tuple[str, str]]]:
     """{"ordinary", "made-up": n pairs of words of the same length}; a word is in one pair alone."""
     rng = random.Random(seed)
 
@@ -161,7 +161,7 @@ def probe(args) -> common.Finding:
     drawn = {}
 
     def measure_run(run, model, tokenizer) -> dict:
-        words = word_pairs(tokenizer, args.words, args.seed)
+        words = paired_words(tokenizer, args.words, args.seed)
         if drawn.setdefault("words", words) != words:
             raise RunError(f"{run.name} has another tokenizer than the runs before it: compare runs of one")
         return measure(model, tokenizer, words, args.sentences)

@@ -175,9 +175,8 @@ def make_tables(found: dict, baseline: str, number: dict) -> list[Table]:
     for condition, by_rate in found.items():
         for arm, echo in by_rate["echo"].items():
             cells = [common.cell(by_rate[k][arm], 1, 100) for k in RATES]
-            rows.append(
-                [condition, arm, number[condition], *cells, common.interval_cell(echo["difference"], 1, 100)]
-            )
+            cells.append(common.interval_cell(echo["difference"], 1, 100))
+            rows.append([condition, arm, number[condition], *cells])
     title = "Echo of the novel or misspelled word, in per cent of a run's continuations"
     header = ["condition", "arm", "of", *RATES.values(), f"echo less {baseline}'s"]
     note = (

@@ -8,6 +8,7 @@ projection, which the paper sees stay near 1.0 while a learned table drifts). Dr
 to first, and as the slope of the relative change per 1,000 steps over the second half of the run.
 """
 
+import math
 from itertools import product
 
 if not __package__:
@@ -61,7 +62,7 @@ def draw(series: dict):
         for arm, mine in series[metric].items():
             if mine:
                 iters = sorted(set.intersection(*map(set, mine.values())))
-                y = [[v[i] / v[min(v)] for i in iters] for v in mine.values()]
+                y = [[v[i] / (v[min(v)] or math.nan) for i in iters] for v in mine.values()]
                 figures.band(ax, iters, y, arm, **arm_style(arm, series[metric]))
         ax.axhline(1, color=INK, linewidth=0.8)
         ax.set_title(f"{heading}, of its start")

@@ -82,7 +82,7 @@ def measure(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> list[d
             r["logprob_drop"] = r["logp_top1_under_clean"] - r["logp_top1_under_typo"]
             r |= {"kl_clean_to_typo": max(kl[k].item(), 0.0), "cosine_hidden": cosine[k].item()}
             records.append(r)
-    if "continuation" in pairs[0]:
+    if pairs[0].get("continuation"):
         add_costs(model, tokenizer, pairs, records)
     return records
 
@@ -192,9 +192,7 @@ def stratified(by_run: dict, pairs: list[dict], comparisons: list[dict]) -> list
         of = np.array([x.get(stratum, stratum) for x in seen])
         for value in [v for v in order or dict.fromkeys(of) if v in of]:
             here = of == value
-            arms = {
-                a: {m: x[:, here].mean(1).tolist() for m, x in found.items()} for a, found in values.items()
-            }
+            arms = {a: {m: x[:, here].mean(1).tolist() for m, x in own.items()} for a, own in values.items()}
             differences = {name: stats.interval(x[here]) for name, x in over.items()}
             row = {"stratum": stratum, "value": str(value), "pairs": int(here.sum())}
             rows.append(row | {"arms": arms, "over": differences})
@@ -317,9 +315,7 @@ def probe(args) -> common.Finding:
         wanted.append(("paper: kron", "paper: bpe"))
     comparisons = [c for a, b in wanted if (c := compare_arms(with_theirs, a, b, args.seed))]
     strata = stratified(with_theirs, pairs, comparisons)
-    records = {
-        arm: [r | {"seed": seed} for seed, of in mine.items() for r in of] for arm, mine in by_run.items()
-    }
+    records = {a: [r | {"seed": seed} for seed, of in mine.items() for r in of] for a, mine in by_run.items()}
     result = {
         "untrained": {arm: aggregate(arm, mine) for arm, mine in untrained.items()},
         "comparisons": comparisons,

@@ -114,9 +114,8 @@ def find_table(source: Source, tensor: str | None = None) -> dict:
         header = source.header(SINGLE)
     weight_map = index.weight_map if index else dict.fromkeys(header[0].keys() - {"__metadata__"}, SINGLE)
     if not weight_map:
-        raise RunError(
-            f"{source.name} has no {SINGLE} and no index; convert its weights to safetensors first"
-        )
+        cure = "convert its weights to safetensors first"
+        raise RunError(f"{source.name} has no {SINGLE} and no index; {cure}")
     name = tensor or choose_table(source, weight_map)
     if name not in weight_map:
         near = ", ".join(sorted(n for n in weight_map if "emb" in n or "wte" in n)[:6])

@@ -23,7 +23,7 @@ KINDS = {"byte_similar": "alike in bytes", "kin": "kin", "synonyms": "synonyms",
 COLOURS = ("#D55E00", "#009E73", "#0072B2", "#7F7F7F")
 
 
-def word_pairs(seed: int) -> dict[str, list]:
+def pairs_by_kind(seed: int) -> dict[str, list]:
     """Our pairs of words by kind, and 300 random pairs of the same words."""
     found = common.own("tradeoff_pairs")
     kinds = {kind: found[kind] for kind in list(KINDS)[:-1]}
@@ -99,7 +99,7 @@ def draw(by_run: dict, levels: list[str]):
 
 
 def probe(args) -> common.Finding:
-    by_run, _ = common.measure_runs(args, "trade-off", measure, word_pairs(args.seed))
+    by_run, _ = common.measure_runs(args, "trade-off", measure, pairs_by_kind(args.seed))
     runs = common.by_name(by_run)
     levels = min((r["levels"] for r in runs.values()), key=len)
     return common.Finding(

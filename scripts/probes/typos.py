@@ -36,9 +36,8 @@ def misspellings(source: str) -> dict[str, list[str]]:
     if source == "codespell":  # WRONG->RIGHT, where only one word can be meant
         pairs = [(word, wrong) for wrong, _, word in (x.partition("->") for x in lines) if "," not in word]
     else:  # RIGHT WRONG WRONG ...
-        pairs = [
-            (word, wrong) for word, *others in map(str.split, filter(str.strip, lines)) for wrong in others
-        ]
+        rows = map(str.split, filter(str.strip, lines))
+        pairs = [(word, wrong) for word, *others in rows for wrong in others]
     words, found = {word.strip().lower() for word, _ in pairs}, {}
     for word, wrong in dict.fromkeys((word.strip(), wrong.strip()) for word, wrong in pairs):
         if WORD.fullmatch(word) and re.fullmatch("[a-z]+", wrong) and wrong not in words:
@@ -80,6 +79,7 @@ class TypoPair(Record):
     category: str
     clean: str
     typo: str
+    continuation: str = ""
 
 
 class TypoPairs(Record):
@@ -102,7 +102,9 @@ class PublishedArm(Record):
 
 def read_pairs(path: Path) -> tuple[list[dict], dict]:
     """(pairs, {arm: its published records} or {}): our own file, or the paper's results, which hold both."""
-    content = read_record(path, TypoPairs, "typo pairs").model_dump()
+    content = read_record(path, TypoPairs, "typo pairs").model_dump(exclude_unset=True)
+    if len({bool(p.get("continuation")) for p in content["prompt_pairs"]}) > 1:
+        raise RunError(f"{path}: some pairs have a continuation and others none: give each pair one, or none")
     arms = {a: x for a, x in content.items() if isinstance(x, dict) and "per_prompt" in x}
     for arm, found in arms.items():
         validated(found, PublishedArm, f"{path}, {arm}", "published results")

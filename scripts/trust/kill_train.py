@@ -34,9 +34,9 @@ import configurator
 import train
 from data.identity import SETTLED_SECONDS
 from engine.errors import RunError, sentences
-from scripts.arguments import whole
-from scripts.bench.train import write_data
+from scripts.arguments import flags, whole
 from scripts.experiment import arm_file
+from scripts.made_up import write_data
 from scripts.pool import last_words
 from scripts.provenance import ROOT
 from scripts.trust import twin
@@ -63,7 +63,7 @@ FORK = multiprocessing.get_context("fork")
 
 def begin(arm: str, keys: dict, out_dir: Path, on_line=None):
     """Train in a fork of this process. on_line: called there as (number from 1, "file:line") before each line of TRACED."""
-    words = [str(arm_file(arm)), *(f"--{k}={v}" for k, v in (keys | {"out_dir": out_dir}).items())]
+    words = [str(arm_file(arm)), *flags(keys | {"out_dir": out_dir})]
     process = FORK.Process(target=train_here, args=(words, log_of(out_dir), on_line), daemon=True)
     process.start()
     return process
@@ -241,9 +241,7 @@ def at_lines(args, work: Path) -> tuple[list[dict], list]:
             shutil.rmtree(work / name)
         print(f"{name}, {record['line']}: {record['trouble'] or 'the twin in every bit'}", flush=True)
     passed = {"passed": lambda r: not r["trouble"]}
-    lines = " and ".join(
-        f"a `{scene}` run executes {len(places):,} lines" for scene, places in executed.items()
-    )
+    lines = " and ".join(f"a `{scene}` run executes {len(at):,} lines" for scene, at in executed.items())
     return records, [
         f"**{sum(map(passed['passed'], records)):,} of {len(records):,}** killed runs ended in the twin's bits. "
         f"{lines.capitalize()}; the kills fell on {len({r['line'] for r in records}):,} different lines of source.",
@@ -277,10 +275,8 @@ def main(argv=None) -> int:
             "Compared: weights and AdamW's moments in every bit; all rows of metrics.jsonl but speed and memory; counters; "
             "the run's record; which checkpoints are kept; `latest` and `best`; and that nothing half-written stays."
         )
-        where = "every line" if args.lines else "random instants"
-        twin.report(
-            args, __file__, argv, f"Killed at {where}, against the unkilled twin", {"runs": records}, parts
-        )
+        title = f"Killed at {'every line' if args.lines else 'random instants'}, against the unkilled twin"
+        twin.report(args, __file__, argv, title, {"runs": records}, parts)
         bad = [r for r in records if r["trouble"]]
         print(f"{len(records) - len(bad)} of {len(records)} killed runs ended in the twin's bits")
         if bad:

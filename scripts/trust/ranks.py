@@ -28,8 +28,9 @@ from engine import checkpoint
 from engine.errors import RunError, sentences
 from engine.metrics import read_metrics
 from scripts.analysis.report import Table
-from scripts.bench.train import flags, write_data
+from scripts.arguments import flags
 from scripts.experiment import arm_file
+from scripts.made_up import write_data
 from scripts.pool import last_words, ranks_of, stop_child
 from scripts.provenance import ROOT
 from scripts.trust import twin
@@ -43,10 +44,6 @@ SPLITS = [(1, 4), (1, 2), (1, 1), (2, 4), (2, 2), (2, 1), (4, 2), (4, 1)]  # (ra
 ARMS = ("bpe_tied", "kronecker")
 ALLOWED = 1e-5  # relative difference of a loss: sums in another order
 PATIENCE = 600  # seconds after which anything here counts as hung
-
-
-# ---- processes
-
 # The agents look for each other's names otherwise, and a machine may not know its own. A store that torchrun shares
 # with the workers is not announced to a node that comes later: without the last one, a lost node is never replaced.
 VARIABLES = ("GLOO_SOCKET_IFNAME=lo", "PYTHONUNBUFFERED=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
@@ -208,9 +205,6 @@ def nodes(keys: dict, work: Path):
         yield what, twin.furthest(ours, theirs) | {"bit_identical": same} | seconds
 
 
-# ---- the report
-
-
 def parts(rows: list[dict]) -> list:
     """The report's paragraphs and tables."""
     runs, jobs = [], []
@@ -246,9 +240,8 @@ def main(argv=None) -> int:
             for what, figures in found:
                 rows.append({"arm": arm, "what": what} | figures)
                 print(json.dumps(rows[-1]), flush=True)
-        twin.report(
-            args, __file__, argv, "Any number of ranks, the same training", {"rows": rows}, parts(rows)
-        )
+        title = "Any number of ranks, the same training"
+        twin.report(args, __file__, argv, title, {"rows": rows}, parts(rows))
         worst = twin.largest(row[name] for row in rows for name in ("train", "val") if name in row)
         print(f"largest relative difference of a loss: {worst:.1e} (allowed: {ALLOWED:.0e})")
         if not worst <= ALLOWED:

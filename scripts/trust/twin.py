@@ -40,9 +40,6 @@ def launch(command: list, folder: Path) -> subprocess.Popen:
     return start_child(Job(folder.name, list(map(str, command)), folder, 0))
 
 
-# ---- comparing bits
-
-
 def same_bits(a, b) -> bool:
     """Equal values of equal type and every tensor equal in its bytes (so 0.0 is not -0.0, and NaN equals itself)."""
     if isinstance(a, torch.Tensor):
@@ -104,9 +101,6 @@ def differences(out_dir: Path, twin: Path, keep: int) -> list[str]:
     return [name for name, same in equal.items() if not same]
 
 
-# ---- comparing figures
-
-
 def losses(out_dir: Path) -> dict:
     """{(iter, name): value} of all losses and gradient norms that were logged."""
     names, rows = (*FIGURES.values(), "val/bpb"), read_metrics(out_dir)
@@ -129,18 +123,13 @@ def largest(values) -> float:
     return float(np.max(list(values)))
 
 
-# ---- the report
-
-
 def tally(title: str, what: str, records: list[dict], name_of, columns: dict) -> Table:
     """How many records there are of each name that name_of gives them, and of how many each column's function is true."""
     groups = {}
     for record in records:
         groups.setdefault(name_of(record), []).append(record)
     groups = dict(sorted(groups.items())) | {"all": records}
-    rows = [
-        [name, len(of), *(sum(map(true, of)) for true in columns.values())] for name, of in groups.items()
-    ]
+    rows = [[name, len(of), *(sum(map(yes, of)) for yes in columns.values())] for name, of in groups.items()]
     return Table(title, [what, "killed", *columns], rows)
 
 
