@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kronecker
 from data import DataError
+from data.identity import check_fits
 from data.loader import TrainBatches, ValWindows, check_ids, prefetch, token_counts
 from data.meta import describe
 from data.tokenizers import load_tokenizer
@@ -239,6 +240,10 @@ def main(config) -> None:
         runs.check_still_there(out_dir, step)
         log.close()
     engine_ranks.stop()
+    if not math.isfinite(row["val/loss"]):
+        raise RunError(
+            f"the validation loss at step {step:,} is not finite: the run diverged; lower learning_rate"
+        )
 
 
 def outline(config, device, on_master=lambda work, *args: work(*args)) -> tuple:
@@ -255,6 +260,7 @@ def outline(config, device, on_master=lambda work, *args: work(*args)) -> tuple:
         weights, decided = pretrained.read(config.init_from, config.given, with_weights=not config.dry_run)
     meta = describe(data_dir, decided.get("vocab_size", config.vocab_size))
     config, shape = settings.resolve(config, device, meta, decided, GPTConfig)
+    check_fits(data_dir, config.vocab_size)
     return config, shape, data_dir, meta, weights
 
 

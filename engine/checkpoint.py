@@ -127,15 +127,16 @@ def read_state(folder: Path) -> State:
     return read_record(folder / "state.json", State, "a checkpoint's state")
 
 
-def newest(out_dir, good: bool = False) -> Path | None:
+def newest(out_dir, good_before: int | None = None) -> Path | None:
     """The newest whole checkpoint; damaged ones are named and passed over.
 
-    good: also pass over those that were saved while steps were being skipped.
+    good_before: also pass over those that were saved while steps were being skipped, and those of this step or later:
+    the loss at a checkpoint's own step is the first that its weights give.
     """
     for folder in reversed(steps(out_dir)):
         if wrong := fault(folder):
             print(f"note: {folder} is passed over: {wrong}")
-        elif is_good(folder) or not good:
+        elif good_before is None or (is_good(folder) and step_of(folder) < good_before):
             return folder
     return None
 

@@ -146,6 +146,10 @@ def check_resume(where, old: dict, config, defaults) -> dict:
 
 def check_record(name: str, config: dict, run: dict) -> None:
     """Refuse a run whose config.json is not the one that its run.json was written with."""
+    for key in config.keys() & run.keys() & {"arm", "seed"}:
+        if config[key] != run[key]:
+            both = f"{key} {config[key]!r} in config.json and {run[key]!r} in run.json"
+            raise RunError(f"{name} has {both}: restore them")
     whole = all(key in config for key in HASHED if key in RULES)
     if whole and schedule_sha256(config, run["tokens_per_step"]) != run["schedule_sha256"]:
         raise RunError(f"the schedule in config.json of {name} is not the one that its run.json signs")

@@ -247,10 +247,14 @@ def give_up(out_dir, windows: dict[int, list[int]]) -> str:
     out_dir, step = Path(out_dir), max(windows)
     write_json(out_dir / "nonfinite.json", {"steps": list(windows), "window_ids": windows})
     write_json(out_dir / "run.json", read_run(out_dir)[1] | {"diverged": step})
-    good = checkpoint.newest(out_dir, good=True)
+    first = min(windows)
+    if good := checkpoint.newest(out_dir, good_before=first):
+        left = f"the last good checkpoint is {good}"
+    else:
+        left = f"no checkpoint before step {first} is left, only {checkpoint.newest(out_dir) or 'none'}"
     return (
         f"loss or gradient was not finite in {len(windows)} steps in a row up to step {step}, which were skipped: lower "
-        f"learning_rate, or look at the data in {out_dir / 'nonfinite.json'}; the last good checkpoint is {good or 'none'}"
+        f"learning_rate, or look at the data in {out_dir / 'nonfinite.json'}; {left}"
     )
 
 

@@ -21,8 +21,8 @@ from functools import cache
 if not __package__:  # run by its path: the root takes the place of this folder, whose names would hide others
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from kronecker.codec import codec_output_dim
-from kronecker.tokens import token_bytes, utf8_safe_truncate
+from kronecker.codec import check_buffers, codec_output_dim
+from kronecker.tokens import build_byte_buffer, token_bytes, utf8_safe_truncate
 
 # Taking the cause away would split the group:
 CAUSES = {
@@ -239,6 +239,8 @@ def main(argv=None) -> None:
             stream.reconfigure(errors="replace")
     try:
         tokenizer = find_tokenizer(args.tokenizer)
+        buffers = build_byte_buffer(tokenizer, args.pos_dim, args.byte_extraction)
+        check_buffers(*buffers, args.char_dim, args.pos_dim)  # as the embedding does
         report = audit(tokenizer, args.pos_dim, args.byte_extraction, args.d_model, args.char_dim)
         print(json.dumps(report, indent=1) if args.json else audit_text(report), flush=True)
     except BrokenPipeError:  # whoever read the report, such as head, has had enough

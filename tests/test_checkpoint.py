@@ -117,7 +117,8 @@ def test_prune_keeps_the_last_one_before_steps_were_skipped(tmp_path):
         checkpoint.prune(tmp_path, keep=2)
     assert names(tmp_path) == ["step_000002", "step_000004", "step_000005"]
     assert checkpoint.newest(tmp_path).name == "step_000005"
-    assert checkpoint.newest(tmp_path, good=True).name == "step_000002"
+    assert checkpoint.newest(tmp_path, good_before=6).name == "step_000002"
+    assert checkpoint.newest(tmp_path, good_before=2) is None
 
 
 def test_what_is_no_checkpoint_is_neither_taken_nor_pruned(tmp_path):

@@ -68,6 +68,8 @@ def test_a_configuration_that_was_altered_afterwards():
     with pytest.raises(RunError, match=r"schedule in config.json of a is not the one"):
         contract.check_record("a", config | {"learning_rate": 1.0}, run)
     contract.check_record("a", {"max_iters": 3}, run)  # of an earlier version, with fewer keys
+    with pytest.raises(RunError, match=r"a has seed 1337 in config.json and 2 in run.json: restore them"):
+        contract.check_record("a", config, run | {"arm": config["arm"], "seed": 2})
 
 
 def test_runs_that_match():

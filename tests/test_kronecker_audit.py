@@ -124,6 +124,14 @@ def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path, monkeypatch):
 TEKKEN = '{"config": {"default_vocab_size": 2, "default_num_special_tokens": 1}, "vocab": [{"rank": 0, "token_bytes": "5pel"}]}'
 
 
+def test_bytes_that_the_embedding_would_refuse(tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"error: token \d+ has byte \d+ at 0, outside 0..char_dim-1=4: raise char_dim"
+    ):
+        (tmp_path / "t.json").write_text(TEKKEN)
+        main(["--tokenizer", str(tmp_path / "t.json"), "--char-dim=5"])
+
+
 def test_a_narrow_terminal_shows_question_marks(tmp_path, monkeypatch):
     (tmp_path / "t.json").write_text(TEKKEN)
     raw = io.BytesIO()

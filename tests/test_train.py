@@ -14,6 +14,7 @@ from conftest import ROOT, all_logits, arm_keys, losses, torchrun
 
 import configurator
 import train
+from data import DataError
 from data.meta import characters_meta, write_meta
 from data.shards import write_shard
 from engine import checkpoint
@@ -201,11 +202,25 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(train_tiny, tmp_path, tiny_dat
     assert json.loads((tmp_path / "run.json").read_text())["diverged"] == 8
 
 
+def test_a_run_whose_last_loss_is_no_number_is_no_success(train_tiny, tmp_path):
+    with pytest.raises(RunError, match="validation loss at step 2 is not finite: the run diverged"):
+        train_tiny(tmp_path, max_iters=2, weight_decay=1e300)
+    assert read_metrics(tmp_path)[-1]["val/loss"] is None
+
+
+def test_a_dry_run_does_not_plan_what_cannot_start(train_tiny, tmp_path):
+    with pytest.raises(DataError, match="was tokenized with 28 ids but the model's vocab_size is 10"):
+        train_tiny(tmp_path, vocab_size=10, dry_run=True)
+
+
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train_tiny, tmp_path, monkeypatch):
-    """Also where checkpoints are more frequent than the steps it may skip, and only one is kept."""
+    """Also where checkpoints are more frequent than the steps it may skip, and only one is kept: whose own step gives the
+    first bad loss, so nothing says that it is good."""
     keys = {"batch_size": 8, "max_skipped": 5, "ckpt_interval": 1, "keep": 1, "keep_best": False}
     poison(monkeypatch, set(range(3, 100)))
-    with pytest.raises(RunError, match=r"up to step 7, .*the last good checkpoint is .*step_000003$"):
+    with pytest.raises(
+        RunError, match=r"up to step 7, .*no checkpoint before step 3 is left, only .*step_000003$"
+    ):
         train_tiny(tmp_path, **keys)
     assert [folder.name for folder in checkpoint.steps(tmp_path)] == ["step_000003"]
     monkeypatch.undo()
