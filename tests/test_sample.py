@@ -16,7 +16,7 @@ import configurator
 import sample
 import train
 from data import DataError
-from engine import checkpoint
+from engine import checkpoint, pretrained
 from engine.errors import RunError
 from engine.generation import pick
 from engine.prompts import parse_prompt, read_prompts, shown
@@ -352,6 +352,8 @@ def test_a_data_set_named_by_a_path_is_refused(tmp_path):
     torch.save(saved, tmp_path / "ckpt.pt")
     with pytest.raises(DataError, match=r"ckpt\.pt, .* is not a plain file name: name the tokenizer"):
         run(f"--init_from={tmp_path / 'ckpt.pt'}")
+    # training needs no tokenizer of the weights, and takes them without that check
+    assert pretrained.check_tokenizer(str(tmp_path / "ckpt.pt"), None, 64, tmp_path) is None
 
 
 FEW = ["--start=the ", "--num_samples=1", "--max_new_tokens=4", "--device=cpu"]
