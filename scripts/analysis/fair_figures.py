@@ -106,7 +106,9 @@ def draw_tuning(c: dict):
                 above += [f"{label(arm)}, lowest {y[k]:.2f} at {x[k]:g}"] * (y[k] > top)
         ax.set_xscale("log", base=2)
         ticks = sorted({p[key] for p in mine})
-        ax.set_xticks(ticks, [f"{v:g}" for v in ticks], fontsize=8 if len(ticks) > 7 else None)
+        # of many, every other one: their labels would run together
+        names = [f"{v:g}" * (len(ticks) < 9 or n % 2) for n, v in enumerate(ticks)]
+        ax.set_xticks(ticks, names, fontsize=8 if len(ticks) > 7 else None)
         ax.xaxis.set_minor_formatter(lambda v, _: "")
         ax.set_title(title)
         ax.set_xlabel(key + f"\n(above: {'; '.join(above)})" * bool(above))
