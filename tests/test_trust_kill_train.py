@@ -29,7 +29,8 @@ def test_kills_at_random_instants_leave_no_trace(tmp_path):
         ("kronecker", 5, ""),
         ("bpe_tied", 2, ""),
     ]
-    assert any(kill["in_write"] for run in found["runs"] for kill in run["kills"])
+    # whether a kill fell into a write is chance; that half of them are aimed at one is tested below
+    assert all(kill["in_write"] or not kill["files"] for run in found["runs"] for kill in run["kills"])
     assert "**7 of 7** kills" in page and found["command"].startswith("python scripts/trust/kill_train.py")
 
 
