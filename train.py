@@ -260,7 +260,7 @@ def outline(config, device, on_master=lambda work, *args: work(*args)) -> tuple:
         weights, decided = pretrained.read(config.init_from, config.given, with_weights=not config.dry_run)
     meta = describe(data_dir, decided.get("vocab_size", config.vocab_size))
     config, shape = settings.resolve(config, device, meta, decided, GPTConfig)
-    check_fits(data_dir, config.vocab_size)
+    check_fits(data_dir, meta, config.vocab_size)
     return config, shape, data_dir, meta, weights
 
 

@@ -129,20 +129,19 @@ def fingerprint(data_dir) -> str:
     return digest.hexdigest()
 
 
-def check_fits(data_dir, vocab_size: int) -> dict | None:
-    """The set's description, if it has one; DataError where it speaks of more ids than the model has."""
-    meta = read_meta(data_dir)
-    if meta and meta["vocab_size"] > vocab_size:
+def check_fits(data_dir, meta: dict, vocab_size: int) -> None:
+    """DataError where a set's description speaks of more ids than the model has."""
+    if meta["vocab_size"] > vocab_size:
         raise DataError(
             f"{data_dir} was tokenized with {meta['vocab_size']:,} ids but the model's vocab_size is {vocab_size:,}: "
             f"set vocab_size to {meta['vocab_size']:,} or more, or leave it at 0"
         )
-    return meta
 
 
 def check_ids(data_dir, vocab_size: int) -> int:
     """The highest token id; DataError where a shard has one that the model, or the data's own tokenizer, lacks."""
-    meta = check_fits(data_dir, vocab_size)
+    if meta := read_meta(data_dir):
+        check_fits(data_dir, meta, vocab_size)
     n_ids, highest = meta["vocab_size"] if meta else vocab_size, 0
     for split in ("train", "val"):
         for path, content in contents(data_dir, split).items():

@@ -15,12 +15,10 @@ from pydantic import Field
 
 from data import DataError
 from data.files import write_text
-from data.records import PlainName, Record, read_record
+from data.records import Count, PlainName, Record, read_record
 from data.tokenizers import CharTokenizer
 
 META_NAME = "meta.json"
-
-Count = Annotated[int, Field(ge=0)]
 
 
 class NextSchema(Record):

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from data import DataError
 from data.files import plain_name
@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 # No text passes for a number, no 1 for True, and no infinity (1e999) for a figure.
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+# A number of things; JSON has larger ones, which nothing here could hold.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 # A file's name as data.files.plain_name has it: records may point at nothing outside their folder.
 PlainName = Annotated[str, AfterValidator(plain_name)]

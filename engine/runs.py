@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field
 from data.files import Lock, write_json
 from data.loader import fingerprint
 from data.meta import TokenizerSchema
-from data.records import PlainName, Record, read_record
+from data.records import Count, PlainName, Record, read_record
 from data.tokenizers import load_tokenizer
 from engine import checkpoint, contract, metrics
 from engine.errors import RunError
@@ -42,9 +42,6 @@ class Segment(Record):
 
     step: int
     changed: dict[str, Annotated[list, Field(min_length=2, max_length=2)]]  # key: before, after
-
-
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def plain(value):
@@ -251,7 +248,8 @@ def give_up(out_dir, windows: dict[int, list[int]]) -> str:
     if good := checkpoint.newest(out_dir, good_before=first):
         left = f"the last good checkpoint is {good}"
     else:
-        left = f"no checkpoint before step {first} is left, only {checkpoint.newest(out_dir) or 'none'}"
+        there = checkpoint.newest(out_dir)
+        left = f"no checkpoint before step {first} is left" + (f", only {there}" if there else "")
     return (
         f"loss or gradient was not finite in {len(windows)} steps in a row up to step {step}, which were skipped: lower "
         f"learning_rate, or look at the data in {out_dir / 'nonfinite.json'}; {left}"

@@ -31,7 +31,7 @@ from engine.contract import check_record as check_schedule
 from engine.errors import RunError
 from engine.metrics import Row, read_metrics
 from engine.plan import global_batch
-from engine.runs import Parameters, read_run
+from engine.runs import Key, Parameters, read_run
 from engine.runs import Run as RunSchema
 from model import USUAL_RMS
 from scripts.arguments import flags
@@ -134,7 +134,7 @@ class RunRecord(Record):
     experiment: str
     name: str
     state: Literal["finished", "diverged"]
-    config: dict
+    config: dict[str, Key]
     run: dict
     rows: list[Row]
 

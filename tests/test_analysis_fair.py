@@ -207,7 +207,7 @@ def test_the_report_says_it_with_intervals(ladder, tmp_path):
     json.dumps(c, allow_nan=False)
     text = text_of(c)
     gain = best_cell(c, "xs", "1M")["gains"]["kronecker"]
-    table = fair_report.question_table(c["cells"])
+    table = fair_report.question_table(c["cells"], c["shared"])
     column = table.header.index("xs, 1.05M, own best, n = 5")
     row = next(row for row in table.rows if row[1] == "kronecker over bpe_untied")
     said = f"{gain['mean']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"

@@ -49,9 +49,10 @@ tuning = {
 # best learning rates of 256 steps, up to 0.096 for a whole model, need not be those of 1,024. Grids of a recheck were
 # to be extended once; that was dropped then, before its first run, so that no arm waits for another. Factors were
 # 0.25, 0.5 and 1 until the first three arms had their best one at an edge; 0.125 and 2 were added then, for every arm,
-# before a final run at one of them had ended, but for two of bpe_untied's at 1. The same two were added to s at 1M on
-# 2026-11-30, before its first final run, when the first two arms, bpe_untied and kronecker, had their best one at 0.5;
-# and since kronecker's then stood at 0.125, the grid of an arm whose best one is at its edge is extended there.)
+# before a final run at one of them had ended, but for two of bpe_untied's at 1. At s and 1M factors were 0.5, 1 and 2 until
+# the first two arms, bpe_untied and kronecker, had their best one at 0.5; 0.125 and 0.25 were added then, on 2026-11-30,
+# for every arm, and since kronecker's then stood at 0.125, the grid of an arm whose best one is at its edge is extended
+# there. The only two final runs at s that had begun were stopped early, removed unread, and run anew.)
 recheck = [
     {"rung": "xs", "length": "4M", "seeds": [1], "factors": [0.125, 0.25, 0.5, 1, 2], "keys": tuning["keys"]},
     {

@@ -47,7 +47,7 @@ def tables(c: dict) -> list[Table]:
     """The questions over all cells, what was compared, each cell, the best settings, and the gain by frequency."""
     over, order = c["gap"]["over"], list(c["rungs"])
     cells = sorted(c["cells"], key=lambda x: (order.index(x["rung"]), x["tokens"], x["which"] == "best"))
-    found = [question_table(cells), arm_table(c), rung_table(c)]
+    found = [question_table(cells, c["shared"]), arm_table(c), rung_table(c)]
     found += [cell_table(cell, over, first=cell is cells[0]) for cell in cells]
     found += [setting_table(c), beside_table(c)]
     for cell in fullest(c):
@@ -100,7 +100,7 @@ def called(g: dict) -> str:
     return "-" if g["low"] is None else "yes" if g["called"] else "no"
 
 
-def question_table(cells: list[dict]) -> Table:
+def question_table(cells: list[dict], shared: dict) -> Table:
     """A row a question, a column a cell that answers one: how much is the head, how much the codec, how much of that is
     bytes."""
     cells = [x for x in cells if x["questions"]]
@@ -112,8 +112,8 @@ def question_table(cells: list[dict]) -> Table:
             answers = rows.setdefault((q["what"], f"{q['arm']} over {q['over']}"), [""] * len(cells))
             answers[number] = with_span(q) + "†" * (q["low"] is not None and not q["called"])
     note = (
-        "Gains by rung and tokens, where all arms share one setting or each has its own best one, over n seeds. †: the rule "
-        "does not call it a difference. Empty: not run."
+        f"Gains by rung and tokens, where all arms share one setting ({setting(shared)}) or each has its own best one, over n "
+        "seeds. †: the rule does not call it a difference. Empty: not run."
     )
     title = "How much is the head, how much the codec, how much of that is bytes"
     return Table(title, header, [[*who, *answers] for who, answers in rows.items()], left=2, note=note)
@@ -141,12 +141,6 @@ def beside_table(c: dict) -> Table:
 def findings(c: dict) -> list[str]:
     """What can be quoted beside the table of questions, each figure with its interval."""
     return [*gap_findings(c), *prize_findings(c)]
-
-
-def verdict_on(g: dict) -> str:
-    if g["low"] is None:
-        return "only one seed"
-    return "not called" if not g["called"] else "ahead" if g["mean"] > 0 else "behind"
 
 
 def gap_findings(c: dict) -> list[str]:
@@ -212,7 +206,7 @@ def prize_findings(c: dict) -> list[str]:
         planned = c["rungs"][cell["rung"]]["planned"]
         so_far = f" (the longest with several seeds of these arms so far; {count(planned)} are planned)"
         where = f"At {place(cell)}{so_far * (cell['tokens'] < planned)}"
-        if won := [arm for arm in judged if verdict_on(small[arm]) == "ahead"]:
+        if won := [arm for arm in judged if small[arm]["called"] and small[arm]["mean"] > 0]:
             budget = {arm: f"{100 * cell['input_share'][arm]:.1f}% of its input parameters" for arm in won}
             each = [f"{arm} by {with_span(small[arm])} with {budget[arm]}" for arm in won]
             lost = [arm for arm in judged if arm not in won]
